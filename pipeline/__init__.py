@@ -1,0 +1,1 @@
+"""Distributed DCGAN training: images to shards, shards to checkpoints, checkpoints to scores."""

@@ -1,0 +1,59 @@
+"""What went wrong, said once: the errors a user can cause, and how an entry point ends on one.
+
+Every error here carries one message that names the field or file, the value found, what is
+required and what to do. Entry points print it without a traceback and exit with code 2; a traceback
+is kept for faults of our own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+USER_ERROR_EXIT_CODE = 2
+
+
+class UserError(Exception):
+    """A mistake in the input: configuration, data, files or launch."""
+
+
+class ConfigError(UserError):
+    """One or more faults in a configuration; the message lists them all."""
+
+
+class DataError(UserError):
+    """Shards or their index are missing, incomplete or do not fit together."""
+
+
+class CorruptSample(DataError):
+    """A sample cannot be decoded; the message names shard, key and offset."""
+
+
+class CheckpointError(UserError):
+    """No usable checkpoint, or one that does not belong to this run."""
+
+
+class RunFolderError(UserError):
+    """The run folder is locked by another run, read-only or full."""
+
+
+class NonFiniteLoss(UserError):
+    """A loss became NaN or infinite; no optimizer step was taken with it."""
+
+
+@contextmanager
+def one_clear_message() -> Iterator[None]:
+    """End the process with exit code 2 and the message alone when a ``UserError`` escapes.
+
+    In a distributed run every rank fails on the same input with the same message, so ranks other
+    than 0 stay silent when the fault is a configuration both can see.
+    """
+    try:
+        yield
+    except UserError as error:
+        shared = isinstance(error, ConfigError | CheckpointError | RunFolderError)
+        if not shared or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR_EXIT_CODE)
