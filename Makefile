@@ -1,0 +1,104 @@
+# Everything a checkout needs is made here: `make demo`, `make test` and `make check` work on a bare
+# machine with Python 3.11 to 3.13, pip and make. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+MAX_LINES := 350
+
+# uv from the PATH if it is new enough, else a pinned one in a folder of its own. `pip install --target`
+# needs neither a virtual environment nor ensurepip, and leaves an externally managed Python alone.
+UV_VERSION := 0.13.9
+UV := $(if $(shell uv venv --help 2>/dev/null | grep -e --clear),uv,.venv-uv/bin/uv)
+
+BIN := $(VENV)/bin
+PIP := $(UV) pip
+DEV_READY := $(VENV)/.ready-dev
+RUN_READY := $(VENV)/.ready
+
+DEMO_DATA := data/fashion-mnist-32
+DEMO_RUN := runs/demo
+DEMO_TRAIN := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
+	--dynamo_backend no pipeline/train.py --config configs/demo.yaml
+
+export UV_PYTHON_DOWNLOADS := never
+export UV_HTTP_TIMEOUT ?= 300
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test check bench lock clean fashion-mnist
+
+help:  ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 10
+
+setup: $(DEV_READY)  ## The environment for development in .venv, from the hashed lock file
+
+demo: $(RUN_READY)  ## Prepare Fashion-MNIST, train a small DCGAN on this machine, show the samples
+	@test -f $(DEMO_DATA)/index.json || $(MAKE) --no-print-directory fashion-mnist
+	@test -f $(DEMO_DATA)/index.json || $(BIN)/python -m pipeline.prepare fashion-mnist \
+		--out $(DEMO_DATA) --size 32 --channels 1
+	$(DEMO_TRAIN)
+	@echo "samples: $$(ls -t $(DEMO_RUN)/samples/*.png | head -n 1)"
+
+test: $(DEV_READY)  ## Every test that needs neither a cluster nor the network
+	$(BIN)/python -m pytest -m "not cluster"
+
+check: $(DEV_READY)  ## Format, lint, types, shell scripts, length of the modules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run $$(git ls-files --cached --others --exclude-standard -- '*.sh')
+	@wc -l pipeline/*.py | awk '$$2 != "total" && $$1 > $(MAX_LINES) { \
+		print $$2 ": " $$1 " lines, at most $(MAX_LINES): split it"; bad = 1 } END { exit bad }'
+
+bench: $(DEV_READY)  ## Loader throughput, as quoted in the documentation
+	$(BIN)/python benchmarks/loader.py
+
+lock: | $(filter .venv-uv/%,$(UV))  ## requirements*.txt from pyproject.toml, newest versions
+	$(PIP) compile --quiet --upgrade $(LOCK) -o requirements.txt pyproject.toml
+	$(PIP) compile --quiet $(LOCK) -c requirements.txt --extra dev --extra cluster \
+		-o requirements-dev.txt pyproject.toml
+LOCK := --universal --generate-hashes --python-version 3.11 --no-header \
+	--no-emit-index-url --no-emit-find-links --annotation-style line
+
+clean:  ## Everything made here except data/ and runs/
+	rm -rf $(VENV) .venv-uv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Debian packages the images; a machine without them lets `pipeline.prepare` find another source.
+fashion-mnist:
+	@test -d /usr/share/datasets/fashion-mnist || ! command -v apt-get >/dev/null || { \
+		test "$$(id -u)" = 0 && root= || root="sudo -n"; \
+		install="$$root apt-get install -y -qq dataset-fashion-mnist"; \
+		$$install || { $$root apt-get update -qq && $$install; }; \
+	} </dev/null >/dev/null 2>&1 || true
+
+# -- the environment ----------------------------------------------------------------------------
+
+$(DEV_READY): requirements-dev.txt requirements.txt pyproject.toml | $(VENV)/.made-by-$(notdir $(PYTHON))
+	$(PIP) sync --quiet --require-hashes --python $(BIN)/python requirements-dev.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation --python $(BIN)/python -e .
+	@touch $(RUN_READY) $@
+
+# What `make demo` needs; the development environment has it all and is left as it is.
+$(RUN_READY): requirements.txt pyproject.toml | $(VENV)/.made-by-$(notdir $(PYTHON))
+	@rm -f $(DEV_READY)
+	$(PIP) sync --quiet --require-hashes --python $(BIN)/python requirements.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation --python $(BIN)/python -e .
+	@touch $@
+
+# Made anew when PYTHON names another version than the environment has.
+$(VENV)/.made-by-$(notdir $(PYTHON)): | $(filter .venv-uv/%,$(UV))
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
+		echo "$(PYTHON): Python 3.11 to 3.13 is needed; name one: make PYTHON=python3.11 ..." >&2; \
+		exit 1; }
+	@version='import sys; print(sys.version_info[:2])'; \
+		test -x $(BIN)/python && \
+		test "$$($(BIN)/python -c "$$version")" = "$$($(PYTHON) -c "$$version")" || \
+		$(UV) venv --quiet --clear --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV)
+	@touch $@
+
+.venv-uv/bin/uv:
+	PIP_USER=0 $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-input --no-deps \
+		--upgrade --target .venv-uv uv==$(UV_VERSION)
+	@echo '*' > .venv-uv/.gitignore
+	@touch $@
