@@ -1,0 +1,183 @@
+"""Batches of one rank: the order, the shards and a ring of decoding processes.
+
+    order (which ids) -> rank rows (which of them) -> workers (decode) -> ring -> training loop
+
+Each worker decodes whole local batches straight into a row of a shared uint8 ring that exists
+before it starts; only a slot number and a few integers travel between processes. Worker w serves
+local batches w, w + W, ... and DataLoader takes them in strict rotation, so the batches do not
+depend on the number of workers. The loader is never given to ``accelerator.prepare``: it is cut by
+rank here.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Generator, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from pipeline.config import Config
+from pipeline.errors import DataError
+from pipeline.order import Order
+from pipeline.shards import Cache, Index, Reader, check_shards, read_index
+
+
+class Batch(NamedTuple):
+    """This rank's rows of one global batch.
+
+    ``images`` is (n, H, W, C) uint8 in the ring: valid until the next batch but one is asked for.
+    ``labels`` (-1 = none), ``ids`` and ``positions`` are int64 (n,).
+    """
+
+    images: Tensor
+    labels: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+
+
+def open_data(config: Config, accelerator: Accelerator) -> Index:
+    """The checked index of ``data.shards``; remote shards are fetched once per node.
+
+    Raises:
+        DataError: shards missing, damaged, or of another image shape than ``model`` says.
+    """
+    data, model = config.data, config.model
+    index = read_index(data.shards)
+    wanted = (model.image_size, model.image_size, model.channels)
+    if index.shape != wanted:
+        raise DataError(
+            f"data.shards ({data.shards}): images of {_shape(index.shape)}, the model wants "
+            f"{_shape(wanted)}: prepare them with --size {model.image_size} --channels "
+            f"{model.channels}, or set model.image_size and model.channels."
+        )
+    if accelerator.is_local_main_process:
+        check_shards(index, data.verify)
+        if config.data.window == 0:  # a uniform order needs every shard from the first batch on
+            Cache(index, data.cache_dir, data.cache_gib).fetch_all()
+    accelerator.wait_for_everyone()
+    return index
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    height, width, channels = shape
+    return f"{height}x{width} with {channels} channel{'s' if channels > 1 else ''}"
+
+
+def make_order(config: Config, index: Index) -> Order:
+    """The data order of a run over an index."""
+    data = config.data
+    return Order(
+        index.sizes, config.run.seed, block=data.block, window=data.window, lanes=data.lanes
+    )
+
+
+class Loader:
+    """An endless stream of this rank's batches, from any global step on.
+
+    Args:
+        config: batch size, workers, prefetch and cache.
+        index: the shard set.
+        order: the data order.
+        rank, world_size: which rows of each global batch to deliver.
+    """
+
+    def __init__(
+        self, config: Config, index: Index, order: Order, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.config, self.index, self.order = config, index, order
+        self.rank, self.world_size = rank, world_size
+        self.cache = Cache(index, config.data.cache_dir, config.data.cache_gib)
+
+    def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
+        """Batches of steps ``start_step, start_step + 1, ...``; nothing before them is read.
+
+        Raises:
+            DataError: a shard or sample cannot be read (the worker's message, unchanged).
+        """
+        data = self.config.data
+        rows = data.batch_size // self.world_size
+        processes = max(1, data.workers)
+        slots = data.prefetch + 2  # queued ahead, plus the one in use and the one before it
+        ring = torch.empty((processes, slots, rows, *self.index.shape), dtype=torch.uint8)
+        if data.workers:
+            ring.share_memory_()  # type: ignore[no-untyped-call]
+        stream = _Stream(self, ring, start_step)
+        options: dict[str, Any] = {}
+        if data.workers:
+            # fork shares the order's permutation and the index pages with every worker.
+            options = {
+                "prefetch_factor": data.prefetch,
+                "multiprocessing_context": "fork",
+                "worker_init_fn": _quiet_worker,
+            }
+        loader = DataLoader(
+            stream, batch_size=None, num_workers=data.workers, collate_fn=_as_it_is, **options
+        )
+        # iter() starts the workers now: later, threads of others would be forked with them.
+        return self._deliver(iter(loader), ring)
+
+    @staticmethod
+    def _deliver(items: Iterator[Any], ring: Tensor) -> Generator[Batch, None, None]:
+        for item in items:
+            if isinstance(item, DataError):
+                raise item
+            worker, slot, labels, ids, positions = item
+            yield Batch(ring[worker, slot], labels, ids, positions)
+
+    def rows_of(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(positions, ids) of this rank's rows of a global batch, each int64 (n,)."""
+        positions, ids = self.order.batch(step, self.config.data.batch_size)
+        rows = self.config.data.batch_size // self.world_size
+        mine = slice(self.rank * rows, (self.rank + 1) * rows)
+        return positions[mine], ids[mine]
+
+
+class _Stream(IterableDataset[Any]):
+    """One worker's share of the local batches, decoded into its part of the ring."""
+
+    def __init__(self, loader: Loader, ring: Tensor, start_step: int) -> None:
+        self.loader, self.ring, self.start_step = loader, ring, start_step
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        reader = Reader(self.loader.index, self.loader.cache)
+        slots = self.ring[worker].numpy()
+        step, turn = self.start_step + worker, 0
+        while True:
+            slot = turn % len(slots)
+            positions, ids = self.loader.rows_of(step)
+            try:
+                labels = reader.read(ids, slots[slot])
+            except DataError as error:
+                # Sent, not raised: DataLoader would bury the message in a traceback of its own.
+                yield error
+                return
+            yield worker, slot, labels, ids, positions
+            step, turn = step + workers, turn + 1
+
+
+def _quiet_worker(_: int) -> None:
+    """Leave signals to the training process, which ends its workers after its last checkpoint."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def normalise(images: Tensor, device: torch.device, channels_last: bool = True) -> Tensor:
+    """(n, H, W, C) uint8 -> (n, C, H, W) float32 in [-1, 1] on the device (x / 127.5 - 1).
+
+    uint8 travels, a quarter of the bytes; the permuted view of NHWC is channels_last for free.
+    """
+    moved = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    scaled = moved.to(torch.float32).div_(127.5).sub_(1.0)
+    return scaled if channels_last else scaled.contiguous()

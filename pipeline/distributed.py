@@ -1,0 +1,137 @@
+"""Processes, devices and precision: how a run becomes an Accelerate job, and what ranks share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError, UserError
+
+T = TypeVar("T")
+MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def start(precision: str) -> Accelerator:
+    """The Accelerator of this process.
+
+    Args:
+        precision: ``fp32``, ``bf16`` or ``fp16``; ``resolve_precision`` makes one of ``auto``.
+
+    Raises:
+        ConfigError: fp16 without a GPU, or processes that do not see each other.
+    """
+    on_cuda = torch.cuda.is_available() and not _asked_for_cpu()
+    if precision == "fp16" and not on_cuda:
+        raise ConfigError(
+            "train.precision (fp16): needs a CUDA device; use bf16, fp32 or auto on this machine."
+        )
+    accelerator = Accelerator(
+        # Without this, processes on a machine without GPUs would not join into one group.
+        cpu=not on_cuda,
+        mixed_precision=MIXED_PRECISION[precision],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                # Broadcasting buffers before the second of D's two forward passes breaks the first
+                # one's backward pass on torch >= 2.6 (github.com/pytorch/pytorch/issues/175024).
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+        ],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise ConfigError(
+            f"WORLD_SIZE ({launched}) processes were launched but Accelerate sees "
+            f"{accelerator.num_processes}: every process would train alone and write the same "
+            "files. Launch with: accelerate launch --multi_gpu --num_processes N pipeline/train.py "
+            "... (also on CPU), or torchrun --nproc_per_node N pipeline/train.py ..."
+        )
+    return accelerator
+
+
+def resolve_precision(config: Config) -> str:
+    """``auto`` made concrete: bf16 where the hardware multiplies it natively, else fp32."""
+    if config.train.precision != "auto":
+        return config.train.precision
+    if torch.cuda.is_available() and not _asked_for_cpu():
+        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
+    return "bf16" if _cpu_flags() & {"amx_bf16", "avx512_bf16"} else "fp32"
+
+
+def _asked_for_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def warn_of_a_lost_launch(world_size: int) -> str | None:
+    """A warning when the launcher was asked for more processes than it started, else None.
+
+    ``accelerate launch --cpu --num_processes 2`` starts one process and says nothing; only its
+    command line knows.
+    """
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+    except OSError:
+        return None
+    for flag in ("--num_processes", "--num-processes"):
+        if flag in words[:-1]:
+            asked = words[words.index(flag) + 1]
+            if asked.isdigit() and int(asked) > world_size and "--num_machines" not in words:
+                return (
+                    f"{flag} {asked} was asked for, but this run has {world_size} process: "
+                    "accelerate launch --cpu starts only one. Use: "
+                    f"accelerate launch --multi_gpu --num_processes {asked} ..."
+                )
+    return None
+
+
+def on_rank_zero(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """The result of ``work`` on rank 0, given to every rank; so is its ``UserError``."""
+    if accelerator.num_processes == 1:
+        return work()
+    outcome: list[object] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = work()
+        except UserError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[1], UserError):
+        raise outcome[1]
+    return outcome[0]  # type: ignore[return-value]
+
+
+def ranks_hold_the_same(accelerator: Accelerator, networks: list[nn.Module]) -> bool:
+    """Whether all ranks have bitwise the same parameters (compared by a 64-bit sum of the bits)."""
+    if accelerator.num_processes == 1:
+        return True
+    bits = [
+        p.detach().contiguous().view(torch.int32).to(torch.int64).sum()
+        for network in networks
+        for p in network.parameters()
+    ]
+    mine = torch.stack(bits)
+    most, least = mine.clone(), mine.clone()
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return bool((most == least).all())
+
+
+def mean_over_ranks(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """The mean of a float tensor over all ranks."""
+    return accelerator.reduce(values, "mean") if accelerator.num_processes > 1 else values

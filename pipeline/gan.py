@@ -1,0 +1,149 @@
+"""One adversarial pair in training: the two updates, the average, and what a checkpoint holds.
+
+An optimizer step sees the global batch as ``world_size * accumulation`` micro-batches. BatchNorm
+groups are micro-batches, so the same micro-batch means the same computation on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from pipeline.config import Config
+from pipeline.guard import FiniteGuard
+from pipeline.losses import GENERATOR_LOSSES, discriminator_loss
+from pipeline.models import Discriminator, Generator, init_weights, update_ema
+from pipeline.sampling import stream
+
+
+class GAN:
+    """G, D, G_ema and the optimizers of one rank.
+
+    Args:
+        config: the whole configuration; weights are a function of ``run.seed``.
+        accelerator: places, wraps and scales.
+        accumulation: micro-batches per optimizer step on this rank.
+    """
+
+    def __init__(self, config: Config, accelerator: Accelerator, accumulation: int) -> None:
+        self.config, self.accelerator, self.accumulation = config, accelerator, accumulation
+        self.G, self.D = Generator(config.model), Discriminator(config.model)
+        init_weights(self.G, stream(config.run.seed, "weights of G"))
+        init_weights(self.D, stream(config.run.seed, "weights of D"))
+        layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
+        for network in (self.G, self.D):
+            network.to(device=accelerator.device, memory_format=layout)  # type: ignore[call-overload]
+        self.G_ema = copy.deepcopy(self.G).requires_grad_(False)
+        if config.train.sync_batchnorm and accelerator.device.type == "cuda":
+            self.G = nn.SyncBatchNorm.convert_sync_batchnorm(self.G)
+            self.D = nn.SyncBatchNorm.convert_sync_batchnorm(self.D)
+        betas = (config.optim.beta1, config.optim.beta2)
+        opt_G = Adam(self.G.parameters(), lr=config.optim.g_lr, betas=betas, fused=True)
+        opt_D = Adam(self.D.parameters(), lr=config.optim.d_lr, betas=betas, fused=True)
+        scaled = accelerator.scaler is not None
+        self.guard = FiniteGuard(
+            [] if scaled else [opt_G, opt_D],
+            accelerator.device,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        # Wrapped for DDP where there are ranks; self.G and self.D stay the networks themselves.
+        self._G, self._D, self.opt_G, self.opt_D = accelerator.prepare(self.G, self.D, opt_G, opt_D)
+        if config.train.compile:
+            self.G.compile()
+            self.D.compile()
+        self._loss_G = GENERATOR_LOSSES[config.model.loss]
+        self._fakes: list[Tensor] = []
+
+    def update_D(self, real: Sequence[Tensor], z: Sequence[Tensor], step: int) -> Tensor:
+        """Step D up V(D, G): maximise log D(x) + log(1 - D(G(z))).
+
+        Args:
+            real: micro-batches (m, C, S, S) float in [-1, 1].
+            z: noise of the same micro-batches, (m, z_dim) float.
+            step: for the message of a non-finite loss.
+
+        Returns:
+            (3,) float: loss, mean D(x), mean D(G(z)), over this rank's micro-batches.
+        """
+        totals = torch.zeros(3, device=self.accelerator.device)
+        self._fakes.clear()
+        for k, (x, noise) in enumerate(zip(real, z, strict=True)):
+            fake = self._fake_for_D(noise)
+            with self._reduced_at_the_end(self._D, k):
+                # Separate passes: BatchNorm must not mix real with generated statistics.
+                real_logits, fake_logits = self._D(x).float(), self._D(fake.detach()).float()
+                loss = discriminator_loss(real_logits, fake_logits)
+                self.accelerator.backward(loss / self.accumulation)
+            with torch.no_grad():
+                scores = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
+                totals += torch.stack([loss, *scores]) / self.accumulation
+        self.guard.check(totals[0], "D", step)
+        self.opt_D.step()
+        self.opt_D.zero_grad(set_to_none=True)
+        return totals
+
+    def update_G(self, z: Sequence[Tensor], step: int) -> Tensor:
+        """Step G against the updated D, by the configured objective; returns the loss, a scalar."""
+        total = torch.zeros((), device=self.accelerator.device)
+        # D only passes gradients through: its weight gradients are neither computed nor reduced.
+        self.D.requires_grad_(False)
+        for k, noise in enumerate(z):
+            with self._reduced_at_the_end(self._G, k):
+                fake = self._fakes.pop() if self._fakes else self._G(noise)
+                loss = self._loss_G(self.D(fake).float())
+                self.accelerator.backward(loss / self.accumulation)
+            total += loss.detach() / self.accumulation
+        self.D.requires_grad_(True)
+        self.guard.check(total, "G", step)
+        self.opt_G.step()
+        self.opt_G.zero_grad(set_to_none=True)
+        return total
+
+    def update_average(self) -> None:
+        """G_ema <- decay * G_ema + (1 - decay) * G."""
+        update_ema(self.G_ema, self.G, self.config.train.ema_decay)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds, by name."""
+        return {"G": self.G, "D": self.D, "G_ema": self.G_ema}
+
+    def optimizers(self) -> dict[str, Any]:
+        """Optimizers, and the gradient scaler where fp16 has one."""
+        scaler = self.accelerator.scaler
+        return {"G": self.opt_G, "D": self.opt_D} | ({"scaler": scaler} if scaler else {})
+
+    def load(
+        self, weights: Mapping[str, Mapping[str, Tensor]], optimizers: Mapping[str, Any]
+    ) -> None:
+        """Take over the state of a checkpoint."""
+        for name, network in self.networks().items():
+            network.load_state_dict(weights[name])
+        for name, optimizer in self.optimizers().items():
+            optimizer.load_state_dict(optimizers[name])
+
+    def _fake_for_D(self, noise: Tensor) -> Tensor:
+        """G(z), its graph kept for G's update when one micro-batch makes the step.
+
+        With accumulation all graphs would have to live at once; there G runs again instead.
+        """
+        if self.accumulation > 1:
+            with torch.no_grad():
+                image: Tensor = self.G(noise)
+            return image
+        self._fakes.append(self._G(noise))
+        return self._fakes[0]
+
+    def _reduced_at_the_end(self, network: nn.Module, k: int) -> AbstractContextManager[Any]:
+        """Gradients travel once per step: with the last micro-batch."""
+        if k + 1 == self.accumulation:
+            return nullcontext()
+        context: AbstractContextManager[Any] = self.accelerator.no_sync(network)
+        return context

@@ -1,0 +1,71 @@
+"""The stop at a non-finite loss, before the optimizer step that would spread it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, optim
+
+from pipeline.errors import NonFiniteLoss
+
+
+class FiniteGuard:
+    """Watches the losses; once one is NaN or infinite on any rank, no weight changes any more.
+
+    The flag lives on the device and the fused Adam kernel itself skips the update, so a GPU need
+    not be waited for: the fault is raised at the next ``raise_if_tripped``, with the step it began
+    at. On the CPU, where looking is free, it is raised at once.
+
+    Args:
+        optimizers: fused optimizers; each is given the flag. Empty under a gradient scaler, which
+            skips non-finite gradients itself.
+        device: where the losses live.
+        rank, world_size: for the message and for sharing the flag.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[optim.Optimizer],
+        device: torch.device,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.rank, self.world_size = rank, world_size
+        self._tripped = torch.zeros((), device=device)
+        self._first = torch.full((2,), -1.0, device=device)  # step and network of the first fault
+        for optimizer in optimizers:
+            optimizer.found_inf = self._tripped  # type: ignore[attr-defined]
+
+    def check(self, loss: Tensor, name: str, step: int) -> None:
+        """Look at a loss (scalar) before the backward pass is applied."""
+        bad = (~torch.isfinite(loss.detach())).float()
+        here = torch.tensor([step, ord(name)], dtype=torch.float32)
+        self._first = torch.where(
+            (bad > 0) & (self._first[0] < 0), here.to(bad.device, non_blocking=True), self._first
+        )
+        self._tripped.copy_(torch.maximum(self._tripped, bad))
+        if self.world_size > 1:
+            dist.all_reduce(self._tripped, dist.ReduceOp.MAX)
+        if bad.device.type == "cpu":
+            self.raise_if_tripped()
+
+    def raise_if_tripped(self) -> None:
+        """Raise if any loss was non-finite since the start; waits for the device.
+
+        Raises:
+            NonFiniteLoss: naming loss, step and rank.
+        """
+        if not self._tripped.item():
+            return
+        step, name = self._first.tolist()
+        where = (
+            f"loss/{chr(int(name))} became NaN or infinite at step {int(step)} on rank {self.rank}"
+            if step >= 0
+            else "a loss became NaN or infinite on another rank"
+        )
+        raise NonFiniteLoss(
+            f"{where}; no optimizer step was taken with it and the last checkpoint is intact. "
+            "Lower optim.d_lr and optim.g_lr, or try train.precision=fp32, in a new run.dir."
+        )

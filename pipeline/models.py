@@ -1,0 +1,116 @@
+"""The DCGAN generator and discriminator (Radford et al. 2016) for 32, 64, 128 and 256 pixels.
+
+One rule makes every size: from 4x4 up (G) or down to 4x4 (D) by strided convolutions, with feature
+maps doubled at each lower resolution. At 64 pixels and ngf = 128 this is figure 1 of the paper:
+z -> 1024x4x4 -> 512x8x8 -> 256x16x16 -> 128x32x32 -> 3x64x64.
+
+In training BatchNorm normalises with its batch and keeps no running statistics: they would be
+hidden state that differs between ranks and histories. A generator for sampling (``standing=True``)
+has them, recomputed from the weights by ``sampling.sampler``. So the parameters are all there is.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import ModelConfig
+
+LEAK = 0.2  # section 4: slope of the leak
+INIT_STD = 0.02  # section 4: zero-centred normal weights
+
+
+class Generator(nn.Module):
+    """G: (N, z_dim) float -> (N, C, S, S) float in [-1, 1].
+
+    Args:
+        config: image size S, channels C, z_dim, ngf and kernel size.
+        standing: keep BatchNorm statistics for sampling; False in training.
+    """
+
+    def __init__(self, config: ModelConfig, *, standing: bool = False) -> None:
+        super().__init__()
+        widths = [config.ngf * 2**k for k in reversed(range(num_halvings(config)))]
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        # Project and reshape: on a 1x1 map this convolution is the paper's matrix multiplication.
+        layers["project"] = nn.ConvTranspose2d(config.z_dim, widths[0], 4, 1, 0, bias=False)
+        for index, width in enumerate(widths):
+            size = 4 * 2**index
+            layers[f"norm_{size}"] = nn.BatchNorm2d(width, track_running_stats=standing)
+            layers[f"relu_{size}"] = nn.ReLU(inplace=True)  # (N, width, size, size)
+            last = index + 1 == len(widths)
+            layers["to_image" if last else f"up_{2 * size}"] = nn.ConvTranspose2d(
+                width,
+                config.channels if last else widths[index + 1],
+                config.kernel_size,
+                stride=2,
+                padding=(config.kernel_size - 1) // 2,
+                output_padding=config.kernel_size % 2,  # exactly doubles the size for 4 and 5
+                bias=False,
+            )
+        layers["tanh"] = nn.Tanh()
+        self.layers = nn.Sequential(layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        images: Tensor = self.layers(z[:, :, None, None])
+        return images
+
+
+class Discriminator(nn.Module):
+    """D: (N, C, S, S) float in [-1, 1] -> (N,) logits; sigmoid of a logit is D(x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        widths = [config.ndf * 2**k for k in range(num_halvings(config))]
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        before = config.channels
+        for index, width in enumerate(widths):
+            size = config.image_size // 2 ** (index + 1)
+            layers[f"down_{size}"] = nn.Conv2d(
+                before,
+                width,
+                config.kernel_size,
+                stride=2,
+                padding=(config.kernel_size - 1) // 2,
+                bias=False,
+            )
+            if index > 0:  # no BatchNorm on D's input layer (section 3)
+                layers[f"norm_{size}"] = nn.BatchNorm2d(width, track_running_stats=False)
+            layers[f"leaky_{size}"] = nn.LeakyReLU(LEAK, inplace=True)  # (N, width, size, size)
+            before = width
+        # The last feature map, flattened, feeds one output: a 4x4 convolution without padding.
+        layers["to_logit"] = nn.Conv2d(before, 1, 4, 1, 0, bias=False)
+        self.layers = nn.Sequential(layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.layers(images)
+        return logits.reshape(-1)
+
+
+def num_halvings(config: ModelConfig) -> int:
+    """Strided convolutions between the image and its 4x4 map: 3 at 32 pixels, 4 at 64."""
+    return (config.image_size // 4).bit_length() - 1
+
+
+def init_weights(network: nn.Module, generator: torch.Generator) -> None:
+    """N(0, 0.02) weights (section 4); BatchNorm gains N(1, 0.02), shifts 0, as the authors' code.
+
+    Args:
+        network: changed in place, on the CPU.
+        generator: CPU generator; the weights are a function of its seed alone.
+    """
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                module.weight.normal_(0.0, INIT_STD, generator=generator)
+            elif isinstance(module, nn.BatchNorm2d):
+                module.weight.normal_(1.0, INIT_STD, generator=generator)
+                module.bias.zero_()
+
+
+def update_ema(averaged: nn.Module, network: nn.Module, decay: float) -> None:
+    """Averaged <- decay * averaged + (1 - decay) * network, parameter by parameter, in place."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 1.0 - decay)

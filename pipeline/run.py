@@ -1,0 +1,249 @@
+"""A run on one rank: opening its folder, resuming, and what is written at which step.
+
+The loop asks ``due`` questions and calls ``log``, ``sample`` and ``save``; every answer is the same
+on all ranks, and only rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from pipeline import checkpoint, signals
+from pipeline.config import Config
+from pipeline.data import Batch
+from pipeline.distributed import mean_over_ranks, on_rank_zero, ranks_hold_the_same
+from pipeline.errors import CheckpointError
+from pipeline.gan import GAN
+from pipeline.order import Order
+from pipeline.run_folder import RunFolder
+from pipeline.sampling import generate, image_grid, sampler, z_rows
+from pipeline.shards import Index
+from pipeline.tracking import NullTracker, Tracker
+
+log = logging.getLogger("pipeline")
+GRID_IMAGES = 64
+
+
+class Run:
+    """The open run of this rank.
+
+    Args:
+        config: the whole configuration.
+        accelerator: the processes that share the run.
+        precision: resolved arithmetic, kept for the life of the run.
+
+    Raises:
+        RunFolderError: the folder is in use or cannot be written.
+        ConfigError: the folder belongs to another configuration.
+    """
+
+    def __init__(self, config: Config, accelerator: Accelerator, precision: str) -> None:
+        self.config, self.accelerator, self.precision = config, accelerator, precision
+        self.dir = Path(config.run.dir).expanduser()
+        self.is_main = accelerator.is_main_process
+        self.folder: RunFolder | None = None
+        self.id = on_rank_zero(accelerator, self._open_folder)
+        self._agreement = signals.Agreement(accelerator.num_processes)
+        self._stop, self._save_by_clock = False, False
+        self._saved_step, self._saved_at = -1, time.monotonic()
+
+    def _open_folder(self) -> str:
+        self.folder = RunFolder(self.config, self.precision)
+        checkpoint.clean(self.dir)
+        return self.folder.id
+
+    # -- resume -----------------------------------------------------------------------------
+
+    def resume(self, gan: GAN, index: Index, order: Order, micro_batch: int) -> int:
+        """Load the newest good checkpoint into ``gan``; returns its step, 0 for a new run.
+
+        Raises:
+            CheckpointError: none is usable, or it was trained on other data.
+        """
+        self._stream = order.describe() | {"fingerprint": index.fingerprint}
+        self._micro_batch = micro_batch
+        path = on_rank_zero(self.accelerator, self._newest)
+        if path is None:
+            return 0
+        found = checkpoint.read(path)
+        for key, value in self._stream.items():
+            if (before := found.state["stream"][key]) != value:
+                raise CheckpointError(
+                    f"{path}: trained on other data: {key} was {before}, is {value}. Point "
+                    "data.shards at the same set, or start a new run with run.dir=..."
+                )
+        if self.is_main and (before := found.state["micro_batch"]) != micro_batch:
+            log.warning(
+                "micro-batch was %s, is %s on %s process(es): BatchNorm groups change from here "
+                "on. Set train.micro_batch=%s to keep the computation the same.",
+                *(before, micro_batch, self.accelerator.num_processes, before),
+            )
+        gan.load(found.weights, found.optimizers)
+        self._saved_step = int(found.state["step"])
+        return self._saved_step
+
+    def _newest(self) -> Path | None:
+        found, damaged = checkpoint.newest(self.dir)
+        for line in damaged:
+            log.warning("damaged checkpoint passed over: %s", line)
+        return found.path if found else None
+
+    # -- while training ---------------------------------------------------------------------
+
+    def start(self, step: int) -> None:
+        """Open metrics and tracker; after the data workers exist, which are forked without them."""
+        self.tracker = (
+            Tracker(self.config, self.id, step, self.config.train.total_steps)
+            if self.is_main
+            else NullTracker(self.config)
+        )
+        self.meter = Meter(self.accelerator, self.config.data.batch_size)
+        self._saved_at = time.monotonic()
+
+    def agree(self, step: int) -> None:
+        """Share stop requests and the checkpoint clock; once a step, on every rank."""
+        minutes = self.config.train.checkpoint_minutes
+        late = self.is_main and 0 < minutes * 60 < time.monotonic() - self._saved_at
+        self._stop, self._save_by_clock = self._agreement.agree(
+            stop=signals.received() is not None, save=late
+        )
+        self.tracker.advance(step)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether all ranks leave after this step."""
+        return self._stop
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether something done ``every`` steps (0 = never) and at the end is due."""
+        return step == self.config.train.total_steps or bool(every and step % every == 0)
+
+    def save_due(self, step: int) -> bool:
+        """Whether a checkpoint is due: by step, by the clock, at the end or before leaving."""
+        asked = self._stop or self._save_by_clock
+        return (asked or self.due(step, self.config.train.checkpoint_every)) and (
+            step != self._saved_step
+        )
+
+    def log(self, step: int, gan: GAN) -> None:
+        """Write a row of metrics; the loop's only wait for the device."""
+        gan.guard.raise_if_tripped()
+        self.tracker.log(step, self.meter.row(step))
+
+    def sample(self, step: int, gan: GAN) -> None:
+        """Write a grid of G_ema's images from z that are fixed for the whole run."""
+        if self.is_main:
+            model, seed = self.config.model, self.config.run.seed
+            G = sampler(model, gan.G_ema.state_dict(), self.accelerator.device)
+            images = generate(G, z_rows(model, seed, "grid", 0, GRID_IMAGES))
+            self.tracker.images(step, image_grid(images))
+
+    def save(self, step: int, gan: GAN) -> None:
+        """Commit a checkpoint, then prune; a snapshot of G_ema with each regular one."""
+        gan.guard.raise_if_tripped()
+        if not ranks_hold_the_same(self.accelerator, list(gan.networks().values())):
+            raise RuntimeError(f"ranks hold different weights at step {step}; not saved")
+        if self.is_main:
+            train = self.config.train
+            state = {
+                "run_id": self.id,
+                "images_seen": step * self.config.data.batch_size,
+                "stream": self._stream | {"position": step * self.config.data.batch_size},
+                "micro_batch": self._micro_batch,
+                "precision": self.precision,
+                "world_size": self.accelerator.num_processes,
+            }
+            checkpoint.save(self.dir, step, gan.networks(), gan.optimizers(), state)
+            self._mark("progress", str(step))
+            checkpoint.prune(self.dir, train.keep, train.keep_every)
+            if self.due(step, train.checkpoint_every):
+                weights = gan.G_ema.state_dict()
+                device = self.accelerator.device
+                checkpoint.export_snapshot(self.dir, step, weights, self.config, device)
+        self._saved_step, self._saved_at = step, time.monotonic()
+
+    def close(self) -> None:
+        """Close the tracker, whatever ended the loop."""
+        self.tracker.close()
+
+    def finish(self, step: int) -> None:
+        """Leave the marker that launch scripts decide by, after the last checkpoint."""
+        self._agreement.close()
+        finished = step >= self.config.train.total_steps
+        if self.is_main:
+            self._mark("FINISHED" if finished else "PREEMPTED", str(step))
+            if not finished:
+                log.warning(
+                    "stopped by %s at step %s; run the same command again to go on",
+                    signals.received() or "another rank's signal",
+                    step,
+                )
+
+    def _mark(self, name: str, content: str) -> None:
+        assert self.folder is not None
+        self.folder.mark(name, content)
+
+
+class IdLog:
+    """The sample ids of every batch of this rank, one JSON line a step: proof of the data order."""
+
+    def __init__(self, config: Config, rank: int) -> None:
+        self._file = None
+        if config.data.record_ids:
+            folder = Path(config.run.dir).expanduser() / "ids"
+            folder.mkdir(exist_ok=True)
+            self._file = (folder / f"rank_{rank}.jsonl").open("a", buffering=1)
+
+    def write(self, step: int, batch: Batch) -> None:
+        """Record the ids behind optimizer step ``step``."""
+        if self._file:
+            self._file.write(json.dumps({"step": step, "ids": batch.ids.tolist()}) + "\n")
+
+
+class Meter:
+    """Means since the last row, summed on the device, and where the time went."""
+
+    def __init__(self, accelerator: Accelerator, batch_size: int) -> None:
+        self._accelerator, self._batch_size = accelerator, batch_size
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums = torch.zeros(4, device=self._accelerator.device)
+        self._steps, self._waited, self._since = 0, 0.0, time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time in this block as waiting for data."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    def add(self, loss_G: Tensor, d_terms: Tensor) -> None:
+        """Add one step: G's loss, and D's loss, D(x) and D(G(z))."""
+        self._sums += torch.cat([loss_G[None], d_terms])
+        self._steps += 1
+
+    def row(self, step: int) -> dict[str, Any]:
+        """Values since the last row, averaged over steps and ranks; waits for the device."""
+        means = mean_over_ranks(self._accelerator, self._sums / max(1, self._steps)).tolist()
+        elapsed = time.perf_counter() - self._since
+        values = dict(zip(("loss/G", "loss/D", "scores/real", "scores/fake"), means, strict=True))
+        values |= {
+            "perf/images_per_sec": self._steps * self._batch_size / elapsed,
+            "perf/data_wait": self._waited / elapsed,
+            "progress/kimg": step * self._batch_size / 1000,
+        }
+        if self._accelerator.device.type == "cuda":
+            values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self._reset()
+        return values

@@ -1,0 +1,110 @@
+"""A run's folder: owned by one run at a time, bound to one configuration, with markers for scripts.
+
+runs/<name>/ config.yaml  run.json (id, precision)  metrics.jsonl  samples/  checkpoints/
+             snapshots/  wandb/  progress (step of the last checkpoint)  FINISHED | PREEMPTED
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import socket
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.config import Config, dump, fixed_differences, load
+from pipeline.errors import ConfigError, RunFolderError
+from pipeline.shards import publish
+
+IDENTITY = "run.json"
+
+
+def precision_of(config: Config) -> str | None:
+    """The arithmetic this run was started with, when the configuration leaves it to the hardware.
+
+    A run that began in bf16 must not go on in fp32 because it was requeued on another machine.
+    """
+    if config.train.precision != "auto":
+        return config.train.precision
+    try:
+        identity = json.loads((Path(config.run.dir).expanduser() / IDENTITY).read_text())
+        return str(identity["precision"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+class RunFolder:
+    """The open folder of a run; used by rank 0 only.
+
+    Raises:
+        RunFolderError: it cannot be written, or another run holds it.
+        ConfigError: it belongs to a run with another configuration.
+    """
+
+    def __init__(self, config: Config, precision: str) -> None:
+        self.path = Path(config.run.dir).expanduser()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take_lock()
+            self._bind(config)
+            self.id = self._identify(precision)
+            for marker in ("FINISHED", "PREEMPTED"):
+                (self.path / marker).unlink(missing_ok=True)
+        except OSError as error:
+            raise RunFolderError(
+                f"run.dir ({self.path}): cannot be written ({error.strerror}); "
+                "choose another folder with run.dir=... or give write permission."
+            ) from None
+
+    def mark(self, name: str, content: str) -> None:
+        """Write a marker file that launch scripts read: progress, FINISHED or PREEMPTED."""
+        publish(self.path / name, content.encode())
+
+    def _take_lock(self) -> IO[str]:
+        lock = (self.path / ".lock").open("a+")
+        try:
+            # A POSIX lock: it ends with the process, is not inherited by its workers, and holds
+            # over NFS, so a killed run never leaves a stale one.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            lock.close()
+            raise RunFolderError(
+                f"run.dir ({self.path}): in use by {holder}; "
+                "wait for that run to end or choose another folder with run.dir=..."
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        return lock
+
+    def _identify(self, precision: str) -> str:
+        path = self.path / IDENTITY
+        try:
+            identity: dict[str, Any] = json.loads(path.read_text())
+            return str(identity["id"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            identity = {"id": secrets.token_hex(4), "precision": precision}
+            publish(path, json.dumps(identity).encode())
+            return str(identity["id"])
+
+    def _bind(self, config: Config) -> None:
+        path = self.path / "config.yaml"
+        if path.exists():
+            try:
+                changed = fixed_differences(load(path), config)
+            except ConfigError as error:
+                raise RunFolderError(
+                    f"{path}: the configuration this run was started with cannot be read: {error}"
+                ) from None
+            if changed:
+                listed = "\n  ".join(changed)
+                raise ConfigError(
+                    f"run.dir ({self.path}) belongs to a run with another configuration:\n  "
+                    f"{listed}\nSet the values back to resume it, or start a new run with "
+                    "run.dir=..."
+                )
+        publish(path, dump(config).encode())

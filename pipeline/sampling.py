@@ -1,0 +1,115 @@
+"""Noise and images as functions of (seed, purpose, index).
+
+Every random draw of the project goes through ``stream``: no global RNG is read, so a resumed run, a
+run on other ranks and a repeated evaluation see the same numbers. Images are made in blocks of a
+fixed size, so they do not depend on a batch size or on how many processes share the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.config import ModelConfig
+from pipeline.models import Generator
+
+BLOCK = 64
+"""Images per forward pass and rows per noise stream when sampling."""
+STANDING_BATCHES = 16
+"""Batches of ``BLOCK`` fixed z that the BatchNorm statistics of a sampler are computed from."""
+
+
+def stream(seed: int, purpose: str, index: int = 0) -> torch.Generator:
+    """A CPU generator that is a function of its arguments; other arguments, other numbers."""
+    digest = blake2b(f"{seed}|{purpose}|{index}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def draw_z(model: ModelConfig, count: int, generator: torch.Generator) -> Tensor:
+    """(count, z_dim) float32 noise on the CPU, by the model's distribution."""
+    if model.z_distribution == "uniform":
+        return torch.rand(count, model.z_dim, generator=generator) * 2 - 1
+    return torch.randn(count, model.z_dim, generator=generator)
+
+
+def z_rows(model: ModelConfig, seed: int, purpose: str, start: int, count: int) -> Tensor:
+    """Rows [start, start + count) of an endless table of noise; (count, z_dim) float32.
+
+    Any cut of the table gives the same rows: each block of ``BLOCK`` has its own stream.
+    """
+    first, last = start // BLOCK, -(-(start + count) // BLOCK)
+    blocks = [draw_z(model, BLOCK, stream(seed, purpose, k)) for k in range(first, last)]
+    table = torch.cat(blocks) if blocks else torch.empty(0, model.z_dim)
+    return table[start - first * BLOCK :][:count]
+
+
+def sampler(
+    model: ModelConfig, weights: Mapping[str, Tensor], device: torch.device | str = "cpu"
+) -> Generator:
+    """A generator in eval mode from training weights, its BatchNorm statistics recomputed.
+
+    The statistics are the mean over fixed-seed batches in fp32, hence a function of the weights;
+    an average of parameters (G_ema) gets statistics of its own, not those of another network.
+
+    Args:
+        model: the architecture the weights belong to.
+        weights: parameters by name; running statistics among them are kept as they are.
+        device: where to compute.
+    """
+    G = Generator(model, standing=True).to(device)
+    missing, unexpected = G.load_state_dict(dict(weights), strict=False)
+    statistics = {name for name, _ in G.named_buffers()}
+    if unexpected or set(missing) - statistics:
+        raise ValueError("the weights belong to another architecture than the configuration")
+    G.requires_grad_(False)
+    if not statistics & set(weights):
+        _recompute_statistics(G, model, device)
+    return G.eval()
+
+
+def _recompute_statistics(G: Generator, model: ModelConfig, device: torch.device | str) -> None:
+    norms = [module for module in G.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over the batches
+    G.train()
+    with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
+        for k in range(STANDING_BATCHES):
+            G(z_rows(model, 0, "standing", k * BLOCK, BLOCK).to(device))
+
+
+def generate(G: Generator, z: Tensor) -> NDArray[np.uint8]:
+    """Images of noise rows: (N, z_dim) float32 -> (N, S, S, C) uint8, the same for any cut of z.
+
+    The last block is padded: convolution kernels may round differently for other batch sizes.
+    """
+    device = next(G.parameters()).device
+    out = []
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        for block in torch.split(z, BLOCK):
+            padded = torch.cat([block, block.new_zeros(BLOCK - len(block), z.shape[1])])
+            out.append(to_uint8(G(padded.to(device)))[: len(block)].cpu().numpy())
+    return np.concatenate(out)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """(N, C, H, W) float in [-1, 1] -> (N, H, W, C) uint8: rounded, not truncated, and clamped.
+
+    Truncation would darken every image by half a grey level and shift FID by more than a point.
+    """
+    return images.mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def image_grid(images: NDArray[np.uint8], columns: int = 8) -> NDArray[np.uint8]:
+    """(N, H, W, C) uint8 -> one (rows * H, columns * W, C) picture, black where empty."""
+    count, height, width, channels = images.shape
+    rows = -(-count // columns)
+    cells = np.zeros((rows * columns, height, width, channels), np.uint8)
+    cells[:count] = images
+    cells = cells.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
+    return cells.reshape(rows * height, columns * width, channels)

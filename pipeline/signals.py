@@ -1,0 +1,77 @@
+"""Stop requests: a handler that only sets a flag, and ranks that agree on it once a step.
+
+Slurm sends SIGUSR2 before the time limit and SIGTERM on preemption or scancel; NCCL may use
+SIGUSR1, so it is handled but never asked for. Imports nothing heavy: ``install`` runs as the first
+line of an entry point, because a signal during the seconds of importing torch must not be lost.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+_received: list[str] = []
+
+
+def install() -> None:
+    """Turn SIGTERM, SIGUSR1, SIGUSR2 and the first Ctrl-C into a flag."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, _note)
+
+
+def received() -> str | None:
+    """Name of the first stop signal this process got, or None."""
+    return _received[0] if _received else None
+
+
+def _note(number: int, _: FrameType | None) -> None:
+    _received.append(signal.Signals(number).name)
+    if number == signal.SIGINT:  # a second Ctrl-C means now
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Agreement:
+    """What any rank wants, known to all ranks at the same step.
+
+    The all-reduce runs over gloo on the CPU while the step computes, and its result is read one
+    step later: no wait for the device, none for the network.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._group: Any = None
+        self._work: Any = None
+        self._flags: torch.Tensor | None = None
+        if world_size > 1:
+            import torch.distributed as dist
+
+            self._group = dist.new_group(backend="gloo")
+
+    def agree(self, stop: bool, save: bool) -> tuple[bool, bool]:
+        """(stop, save): whether any rank asked, in this call (one process) or the one before."""
+        if self._group is None:
+            return stop, save
+        import torch
+        import torch.distributed as dist
+
+        agreed = self._read()
+        self._flags = torch.tensor([int(stop), int(save)])
+        self._work = dist.all_reduce(
+            self._flags, dist.ReduceOp.MAX, group=self._group, async_op=True
+        )
+        return agreed
+
+    def close(self) -> None:
+        """Finish the exchange under way; every rank calls it after the same step."""
+        self._read()
+        self._work = None
+
+    def _read(self) -> tuple[bool, bool]:
+        if self._work is None or self._flags is None:
+            return False, False
+        self._work.wait()
+        stop, save = self._flags.tolist()
+        return bool(stop), bool(save)

@@ -1,0 +1,98 @@
+"""Train a DCGAN on WebDataset shards.
+
+    accelerate launch pipeline/train.py --config configs/dcgan_64.yaml
+    accelerate launch pipeline/train.py --config configs/dcgan_64.yaml run.dir=runs/b
+    accelerate launch --multi_gpu --num_processes 8 pipeline/train.py --config configs/dcgan_64.yaml
+
+To resume, run the same command again. SIGTERM, SIGUSR2 and Ctrl-C save a checkpoint and leave.
+The state of a run is step + weights + optimizers; data order, noise and grids are functions of
+(seed, step), so a resumed run computes what the uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+from pipeline import signals
+
+if __name__ == "__main__":
+    signals.install()  # before the seconds of imports, in which a signal would be lost
+
+import argparse
+import logging
+from contextlib import closing
+
+from pipeline.config import Config, load, micro_batching
+from pipeline.errors import one_clear_message
+
+
+def train(config: Config) -> None:
+    """Run or resume the training that a configuration describes."""
+    # torch takes seconds to import; --help and a mistyped key answer without it.
+    from pipeline import distributed, run_folder
+    from pipeline.data import Loader, make_order, normalise, open_data
+    from pipeline.gan import GAN
+    from pipeline.run import IdLog, Run
+    from pipeline.sampling import draw_z, stream
+
+    precision = run_folder.precision_of(config) or distributed.resolve_precision(config)
+    accelerator = distributed.start(precision)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    batch_size, total_steps = config.data.batch_size, config.train.total_steps
+    micro_batch, accumulation = micro_batching(config, world_size)
+    rows = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+
+    run = Run(config, accelerator, precision)
+    index = open_data(config, accelerator)
+    order = make_order(config, index)
+    gan = GAN(config, accelerator, accumulation)
+    step = run.resume(gan, index, order, micro_batch)
+    batches = Loader(config, index, order, rank, world_size).batches(step)
+    ids = IdLog(config, rank)
+    run.start(step)
+
+    with closing(batches), closing(run):
+        while step < total_steps and not run.stopping:
+            # Data and noise of this step: both drawn for the global batch and cut by rank.
+            with run.meter.waiting():
+                batch = next(batches)
+            real = normalise(batch.images, accelerator.device, config.train.channels_last)
+            z = draw_z(config.model, batch_size, stream(config.run.seed, "z", step))[rows]
+            x, noise = real.split(micro_batch), z.to(accelerator.device).split(micro_batch)
+            step += 1
+            ids.write(step, batch)
+
+            # Update D: maximise log D(x) + log(1 - D(G(z))).
+            d_terms = gan.update_D(x, noise, step)
+            # Update G: maximise log D(G(z)).
+            loss_G = gan.update_G(noise, step)
+            gan.update_average()
+            run.meter.add(loss_G, d_terms)
+
+            # All ranks agree on stop requests here, and act alike below.
+            run.agree(step)
+            if run.due(step, config.train.log_every):
+                run.log(step, gan)
+            if run.due(step, config.train.sample_every):
+                run.sample(step, gan)
+            if run.save_due(step):
+                run.save(step, gan)
+        run.finish(step)
+    accelerator.end_training()
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="values that win over the file"
+    )
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with one_clear_message():
+        train(load(arguments.config, arguments.overrides))
+
+
+if __name__ == "__main__":
+    main()
