@@ -99,6 +99,6 @@ $(VENV)/.made-by-$(notdir $(PYTHON)): | $(filter .venv-uv/%,$(UV))
 
 .venv-uv/bin/uv:
 	PIP_USER=0 $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-input --no-deps \
-		--upgrade --target .venv-uv uv==$(UV_VERSION)
+		--root-user-action ignore --upgrade --target .venv-uv uv==$(UV_VERSION)
 	@echo '*' > .venv-uv/.gitignore
 	@touch $@

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -173,6 +175,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     schema = OmegaConf.structured(Config)
     _thaw(schema)
     faults: list[str] = []
+    bases: dict[str, Path] = {}
     defaults = OmegaConf.from_dotlist([f"{key}={flatten(Config())[key]}" for key in PATH_KEYS])
     for source, tree, base in (
         ("defaults", defaults, Path.cwd()),
@@ -180,17 +183,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ("command line", _read_overrides(overrides, faults), Path.cwd()),
     ):
         for key, value in _leaves(tree):
-            if key in PATH_KEYS and isinstance(value, str):
-                value = _absolute(value, base)
+            if key in PATH_KEYS:
+                bases[key] = base
+                if isinstance(value, str) and "${" not in value:  # else `_resolve` does it
+                    value = _escaped(_absolute(value, base))
             fault = _assign(schema, key, value)
             if fault:
                 faults.append(f"{fault} [{source}]")
+    if not faults:
+        faults = _resolve(schema, bases)
     if faults:
         raise ConfigError(_listed(path, faults))
-    try:
-        config = OmegaConf.to_object(schema)
-    except OmegaConfBaseException as error:
-        raise ConfigError(_listed(path, [str(error).splitlines()[0]])) from None
+    config = OmegaConf.to_object(schema)
     assert isinstance(config, Config)
     faults = _impossible(config)
     if faults:
@@ -200,7 +204,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def dump(config: Config) -> str:
     """The resolved configuration as YAML; ``load`` reads it back unchanged."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(dataclasses.asdict(config))))
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -250,6 +254,17 @@ def micro_batching(config: Config, world_size: int) -> tuple[int, int]:
     return micro, batch // (world_size * micro)
 
 
+def _escaped(value: Any) -> Any:
+    """The tree with every literal ``${`` protected from being read as an interpolation."""
+    if isinstance(value, dict):
+        return {key: _escaped(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_escaped(child) for child in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
+
+
 def _thaw(node: DictConfig) -> None:
     """Frozen dataclasses become read-only nodes; make them writable while values are merged."""
     OmegaConf.set_readonly(node, False)
@@ -267,7 +282,12 @@ def _read_yaml(path: Path) -> DictConfig:
         raise ConfigError(
             f"--config {path}: no such file; in that folder: {', '.join(near)}."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (UnicodeDecodeError, OmegaConfBaseException) as error:
+        detail = str(error).splitlines()[0]
+        raise ConfigError(f"--config {path}: not a configuration: {detail}.") from None
+    except OSError as error:
+        if not isinstance(error.errno, int):  # OmegaConf's word for a bare number or date
+            raise ConfigError(f"--config {path}: must hold sections (run:, model:, ...).") from None
         raise ConfigError(f"--config {path}: cannot be read: {error}.") from None
     except YAMLError as error:
         detail = " ".join(str(error).split())
@@ -297,9 +317,12 @@ def _checkout_of(path: Path) -> Path:
 
 
 def _absolute(value: str, base: Path) -> str:
-    if "://" in value or "${" in value:
+    if not value or "://" in value:
         return value
-    return str(base / Path(value).expanduser())
+    try:
+        return str(base / Path(value).expanduser())
+    except RuntimeError:  # ~user without such a user: a folder of that name
+        return str(base / value)
 
 
 def _leaves(tree: DictConfig) -> list[tuple[str, Any]]:
@@ -315,19 +338,35 @@ def _leaves(tree: DictConfig) -> list[tuple[str, Any]]:
     return found
 
 
+def _resolve(schema: DictConfig, bases: dict[str, Path]) -> list[str]:
+    """Make interpolated paths absolute; the faults of every interpolation without a value."""
+    faults: list[str] = []
+    for key in flatten(Config()):
+        try:
+            value = OmegaConf.select(schema, key, throw_on_missing=True)
+            if isinstance(value, ListConfig):
+                OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+            if key in PATH_KEYS:
+                OmegaConf.update(schema, key, _escaped(_absolute(value, bases[key])))
+        except OmegaConfBaseException as error:
+            faults.append(f"{key}: {str(error).splitlines()[0]}; it is {_type_name(key)}")
+    return faults
+
+
 def _assign(schema: DictConfig, key: str, value: Any) -> str | None:
     """Set one value in the schema, or say what is wrong with it."""
     known = list(flatten(Config()))
     if key not in known:
-        section, _, name = key.rpartition(".")
+        section, _, name = key.rpartition(".") if not hasattr(Config(), key) else (key, "", "")
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         same = [k for k in known if name and k.endswith(f".{name}")]
-        guess = next(iter(same or near), None)
+        guess = next(iter(same or near), None) if name else None
         sections = ", ".join(f.name for f in dataclasses.fields(Config))
         listed = ", ".join(k.split(".")[1] for k in known if k.startswith(f"{section}."))
         choice = f"keys of {section}: {listed}" if listed else f"sections: {sections}"
         hint = f"did you mean {guess}?" if guess else choice
-        return f"{key} ({value}): unknown key; {hint}"
+        problem = "must hold keys" if hasattr(Config(), key) else "unknown key"
+        return f"{key} ({value}): {problem}; {hint}"
     try:
         OmegaConf.update(schema, key, value, merge=True)
     except OmegaConfBaseException as error:
@@ -354,7 +393,11 @@ def _impossible(config: Config) -> list[str]:
             f"{key} ({values[key]}): must be {requirement}" for key in keys if not met(values[key])
         )
 
-    need("a folder, e.g. runs/first", bool, "run.dir")
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            faults.append(f"{key} ({value}): must be a finite number")
+    need("a folder, e.g. runs/first", lambda v: v and "://" not in v, "run.dir", "data.cache_dir")
+    need("a folder or URL, e.g. data/shards", bool, "data.shards")
     need("between 0 and 2**63 - 1", lambda v: 0 <= v < 2**63, "run.seed")
     need("32, 64, 128 or 256", lambda v: v in (32, 64, 128, 256), "model.image_size")
     need("1 (gray) or 3 (RGB)", lambda v: v in (1, 3), "model.channels")
@@ -372,7 +415,8 @@ def _impossible(config: Config) -> list[str]:
     if micro is not None and (micro < 1 or batch % micro):
         faults.append(f"train.micro_batch ({micro}): must divide data.batch_size ({batch}) evenly")
     if (micro or batch) == 1:
-        faults.append("data.batch_size (1): BatchNorm needs at least 2 images per micro-batch")
+        key = "train.micro_batch" if micro else "data.batch_size"
+        faults.append(f"{key} (1): BatchNorm needs at least 2 images per micro-batch")
     return faults
 
 
