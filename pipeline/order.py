@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 ALGORITHM = "lwb1"
 Ids = NDArray[np.int64]
+Cache = OrderedDict[tuple[int, ...], tuple[Ids, ...]]
 
 
 def permutation(n: int, key: str) -> Ids:
@@ -54,15 +55,19 @@ class Order:
     ) -> None:
         self.sizes = np.asarray(sizes, dtype=np.int64)
         self.num_samples = int(self.sizes.sum())
-        if self.num_samples == 0:
-            raise ValueError("sizes must hold at least one sample")
+        if self.num_samples == 0 or self.sizes.min() < 0:
+            raise ValueError("sizes must hold at least one sample and no negative number")
+        if block < 1 or window < 0 or lanes < 1:
+            raise ValueError(f"block ({block}), lanes ({lanes}) >= 1 and window ({window}) >= 0")
         self.seed, self.block, self.window, self.lanes = seed, block, window, lanes
-        self._block_starts, self._block_sizes = _cut(self.sizes, block)
-        self._cache: OrderedDict[tuple[int, ...], tuple[Ids, ...]] = OrderedDict()
+        if block > 1:  # else every block is one sample and needs no table
+            self._block_starts, self._block_sizes = _cut(self.sizes, block)
+        self._layouts: Cache = OrderedDict()
+        self._windows: Cache = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
         """Workers rebuild the caches; pickling them would copy the whole permutation."""
-        return self.__dict__ | {"_cache": OrderedDict()}
+        return self.__dict__ | {"_layouts": OrderedDict(), "_windows": OrderedDict()}
 
     def describe(self) -> dict[str, int | str]:
         """What must be equal for two orders to be the same over the same samples."""
@@ -99,7 +104,7 @@ class Order:
             rows = self._shuffle_windows(epoch, lanes, rows, sizes)
         place = lanes * quotient + np.minimum(lanes, rest) + rows
         permuted, ends = self._blocks(epoch)
-        if self.block == 1:  # every block is one sample
+        if self.block == 1:
             out: Ids = permuted[place]
             return out
         at = np.searchsorted(ends, place, side="right")
@@ -117,8 +122,12 @@ class Order:
             start = window * self.window
             length = min(self.window, int(sizes[chosen][0]) - start)
             key = f"{ALGORITHM}|{self.seed}|{epoch}|lane {lane}|window {window}"
-            (shuffled,) = self._remember(
-                (epoch, lane, window), partial(_one_permutation, length, key)
+            (shuffled,) = _remember(
+                # A batch may touch two windows of every lane, in two epochs.
+                self._windows,
+                4 * self.lanes,
+                (epoch, lane, window),
+                partial(_one_permutation, length, key),
             )
             out[chosen] = start + shuffled[rows[chosen] - start]
         return out
@@ -126,30 +135,28 @@ class Order:
     def _blocks(self, epoch: int) -> tuple[Ids, ...]:
         def build() -> tuple[Ids, ...]:
             key = f"{ALGORITHM}|{self.seed}|{epoch}|blocks"
-            permuted = permutation(len(self._block_sizes), key)
             if self.block == 1:
+                permuted = permutation(self.num_samples, key)
                 return permuted, permuted
+            permuted = permutation(len(self._block_sizes), key)
             return permuted, np.cumsum(self._block_sizes[permuted])
 
-        return self._remember((epoch,), build)
+        return _remember(self._layouts, 2, (epoch,), build)  # two epochs meet in one batch
 
-    def _remember(
-        self, key: tuple[int, ...], build: Callable[[], tuple[Ids, ...]]
-    ) -> tuple[Ids, ...]:
-        if key not in self._cache:
-            self._cache[key] = build()
-            # Two epochs meet in one batch; a batch may touch two windows of every lane.
-            while len(self._cache) > 2 + 4 * self.lanes:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(key)
-        return self._cache[key]
+
+def _remember(
+    cache: Cache, limit: int, key: tuple[int, ...], build: Callable[[], tuple[Ids, ...]]
+) -> tuple[Ids, ...]:
+    if key not in cache:
+        cache[key] = build()
+        while len(cache) > limit:
+            cache.popitem(last=False)
+    cache.move_to_end(key)
+    return cache[key]
 
 
 def _cut(sizes: Ids, block: int) -> tuple[Ids, Ids]:
     """Starts and sizes of each shard's ceil(n / block) near-equal contiguous runs."""
-    if block == 1:
-        n = int(sizes.sum())
-        return np.arange(n), np.broadcast_to(np.int64(1), (n,))
     counts = -(-sizes // block)
     shard = np.repeat(np.arange(len(sizes)), counts)
     index = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
