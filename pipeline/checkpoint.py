@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -188,8 +189,11 @@ def read(path: Path) -> Checkpoint:
             if name.endswith(".safetensors")
         }
         optimizers = torch.load(path / OPTIMIZERS, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: {error}") from None
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        # The checksums are right, so the files were written like this: not by us.
+        raise CheckpointError(f"{path}: not tensors alone: {str(error).splitlines()[0]}") from None
     return Checkpoint(path, state, weights, optimizers)
 
 

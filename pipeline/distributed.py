@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +18,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, UserError
 
 T = TypeVar("T")
+log = logging.getLogger("pipeline")
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -78,26 +81,25 @@ def _cpu_flags() -> set[str]:
     return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
-def warn_of_a_lost_launch(world_size: int) -> str | None:
-    """A warning when the launcher was asked for more processes than it started, else None.
+def warn_of_a_lost_launch(accelerator: Accelerator) -> None:
+    """Say so when the launcher was asked for more processes than it started.
 
-    ``accelerate launch --cpu --num_processes 2`` starts one process and says nothing; only its
-    command line knows.
+    ``accelerate launch --cpu --num_processes 2`` starts one process and is silent about it; only
+    the launcher's own command line knows.
     """
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
     except OSError:
-        return None
-    for flag in ("--num_processes", "--num-processes"):
-        if flag in words[:-1]:
-            asked = words[words.index(flag) + 1]
-            if asked.isdigit() and int(asked) > world_size and "--num_machines" not in words:
-                return (
-                    f"{flag} {asked} was asked for, but this run has {world_size} process: "
-                    "accelerate launch --cpu starts only one. Use: "
-                    f"accelerate launch --multi_gpu --num_processes {asked} ..."
-                )
-    return None
+        return
+    for word, value in pairwise(words):
+        asked = int(value) if word.replace("-", "_") == "__num_processes" and value.isdigit() else 0
+        if asked > accelerator.num_processes:
+            log.warning(
+                "--num_processes %s was asked for, but this run has %s process: accelerate launch "
+                "starts no second one with --cpu. Use: accelerate launch --multi_gpu "
+                "--num_processes %s ... (on CPU too)",
+                *(asked, accelerator.num_processes, asked),
+            )
 
 
 def on_rank_zero(accelerator: Accelerator, work: Callable[[], T]) -> T:

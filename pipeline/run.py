@@ -100,7 +100,7 @@ class Run:
 
     # -- while training ---------------------------------------------------------------------
 
-    def start(self, step: int) -> None:
+    def start(self, step: int) -> Run:
         """Open metrics and tracker; after the data workers exist, which are forked without them."""
         self.tracker = (
             Tracker(self.config, self.id, step, self.config.train.total_steps)
@@ -109,6 +109,7 @@ class Run:
         )
         self.meter = Meter(self.accelerator, self.config.data.batch_size)
         self._saved_at = time.monotonic()
+        return self
 
     def agree(self, step: int) -> None:
         """Share stop requests and the checkpoint clock; once a step, on every rank."""
@@ -172,9 +173,12 @@ class Run:
                 checkpoint.export_snapshot(self.dir, step, weights, self.config, device)
         self._saved_step, self._saved_at = step, time.monotonic()
 
-    def close(self) -> None:
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close the tracker, whatever ended the loop."""
-        self.tracker.close()
+        self.tracker.close(failed=kind is not None)
 
     def finish(self, step: int) -> None:
         """Leave the marker that launch scripts decide by, after the last checkpoint."""
@@ -197,17 +201,20 @@ class Run:
 class IdLog:
     """The sample ids of every batch of this rank, one JSON line a step: proof of the data order."""
 
-    def __init__(self, config: Config, rank: int) -> None:
-        self._file = None
+    def __init__(self, config: Config, rank: int, world_size: int) -> None:
+        self._world_size, self._file = world_size, None
         if config.data.record_ids:
             folder = Path(config.run.dir).expanduser() / "ids"
             folder.mkdir(exist_ok=True)
             self._file = (folder / f"rank_{rank}.jsonl").open("a", buffering=1)
+            if self._file.tell():
+                self._file.write("\n")  # a killed run may have left half a line
 
     def write(self, step: int, batch: Batch) -> None:
         """Record the ids behind optimizer step ``step``."""
         if self._file:
-            self._file.write(json.dumps({"step": step, "ids": batch.ids.tolist()}) + "\n")
+            row = {"step": step, "world_size": self._world_size, "ids": batch.ids.tolist()}
+            self._file.write(json.dumps(row) + "\n")
 
 
 class Meter:

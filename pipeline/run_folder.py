@@ -9,12 +9,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import secrets
 import socket
 from pathlib import Path
 from typing import IO, Any
 
 from pipeline.config import Config, dump, fixed_differences, load
+from pipeline.dashboard import make_run_id
 from pipeline.errors import ConfigError, RunFolderError
 from pipeline.shards import publish
 
@@ -49,7 +49,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
             self._bind(config)
-            self.id = self._identify(precision)
+            self.id = self._identify(config, precision)
             for marker in ("FINISHED", "PREEMPTED"):
                 (self.path / marker).unlink(missing_ok=True)
         except OSError as error:
@@ -81,13 +81,13 @@ class RunFolder:
         lock.flush()
         return lock
 
-    def _identify(self, precision: str) -> str:
+    def _identify(self, config: Config, precision: str) -> str:
         path = self.path / IDENTITY
         try:
             identity: dict[str, Any] = json.loads(path.read_text())
             return str(identity["id"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
-            identity = {"id": secrets.token_hex(4), "precision": precision}
+            identity = {"id": make_run_id(config), "precision": precision}
             publish(path, json.dumps(identity).encode())
             return str(identity["id"])
 

@@ -35,6 +35,7 @@ def train(config: Config) -> None:
 
     precision = run_folder.precision_of(config) or distributed.resolve_precision(config)
     accelerator = distributed.start(precision)
+    distributed.warn_of_a_lost_launch(accelerator)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     batch_size, total_steps = config.data.batch_size, config.train.total_steps
     micro_batch, accumulation = micro_batching(config, world_size)
@@ -46,10 +47,9 @@ def train(config: Config) -> None:
     gan = GAN(config, accelerator, accumulation)
     step = run.resume(gan, index, order, micro_batch)
     batches = Loader(config, index, order, rank, world_size).batches(step)
-    ids = IdLog(config, rank)
-    run.start(step)
+    ids = IdLog(config, rank, world_size)
 
-    with closing(batches), closing(run):
+    with closing(batches), run.start(step):
         while step < total_steps and not run.stopping:
             # Data and noise of this step: both drawn for the global batch and cut by rank.
             with run.meter.waiting():
