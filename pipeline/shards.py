@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import glob
 import hashlib
 import io
 import json
@@ -22,11 +23,11 @@ import mmap
 import os
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,8 @@ NO_LABEL = -1
 CHUNK = 1 << 20
 HASH_ALL_BELOW = 2 << 30
 FETCH_ATTEMPTS = 4
+FETCH_PAUSE = 0.5
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,8 @@ def scan(path: Path) -> tuple[Shard, NDArray[np.void], str]:
             for member in tar:
                 if not member.isfile():
                     continue
+                if member.issparse():
+                    raise tarfile.ReadError(f"{member.name} is stored sparse")
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
                 if (here := f"{folder}/{stem}") != key:
@@ -121,6 +126,7 @@ def scan(path: Path) -> tuple[Shard, NDArray[np.void], str]:
                 end = member.offset_data + member.size
             if image is not None:
                 rows.append((*image, label))
+            ends_at = tar.offset
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
             f"{path}: not a readable, uncompressed tar ({error}); compressed shards cannot be read "
@@ -128,6 +134,14 @@ def scan(path: Path) -> tuple[Shard, NDArray[np.void], str]:
         ) from None
     if rows and end > path.stat().st_size:
         raise DataError(f"{path}: truncated; its last member ends past the end of the file.")
+    with path.open("rb") as file:
+        # tarfile takes a damaged header or a cut between two members for the end of the archive.
+        file.seek(ends_at)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise DataError(
+                f"{path}: truncated or damaged at byte {ends_at}: a tar must have a member "
+                "or its end mark there."
+            )
     if len(fields) > 1:
         raise DataError(f"{path}: images must share one extension; found {sorted(fields)}.")
     if not rows and path.stat().st_size > 10240:
@@ -215,6 +229,7 @@ def read_index(location: str) -> Index:
     Raises:
         DataError: no index there, damaged, or naming files outside its own folder.
     """
+    location = location.rstrip("/") if "://" in location else location
     document_bytes = _read_beside(location, INDEX_NAME)
     try:
         document = json.loads(document_bytes)
@@ -227,13 +242,19 @@ def read_index(location: str) -> Index:
         height, width, channels = map(int, document["shape"])
         name, digest = str(document["field"]), str(document["samples_sha256"])
         made_by = dict(document.get("made_by", {}))
-    except (ValueError, KeyError, TypeError) as error:
+        if any(shard.nsamples < 0 or shard.filesize < 1 for shard in shards):
+            raise ValueError("a shard has a negative number of samples or no bytes")
+        if min(height, width, channels) < 1:
+            raise ValueError(f"shape is {document['shape']}")
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise DataError(
             f"{location}/{INDEX_NAME}: not an index of this project ({error}); "
             f"make it again: python -m pipeline.prepare {location} --out {location}"
         ) from None
     for shard in shards:
-        if Path(shard.url).name != shard.url or shard.url in ("", ".", ".."):
+        # "::" would chain a second file system behind a remote one.
+        odd = shard.url in ("", ".", "..") or "::" in shard.url or not shard.url.isprintable()
+        if odd or Path(shard.url).name != shard.url:
             raise DataError(
                 f"{location}/{INDEX_NAME}: shard {shard.url!r} must be a plain file name beside it."
             )
@@ -267,8 +288,13 @@ def _open_table(raw: bytes | Path, digest: str, name: str) -> NDArray[np.void]:
 def _read_beside(location: str, name: str, lazy: bool = False) -> Any:
     """The bytes of a file in the shard folder; a local path instead when ``lazy``."""
     if "://" in location:
-        with _remote(f"{location}/{name}") as file:
-            return file.read()
+
+        def whole() -> bytes:
+            with _remote(f"{location}/{name}") as file:
+                content: bytes = file.read()
+                return content
+
+        return _patiently(f"{location}/{name}", whole)
     path = Path(location).expanduser() / name
     try:
         return path if lazy and path.is_file() else path.read_bytes()
@@ -293,15 +319,36 @@ def _remote(url: str) -> Iterator[IO[bytes]]:
 
     scheme = url.split("://")[0]
     try:
-        with fsspec.open(url, "rb") as file:
-            yield file
+        opened = fsspec.open(url, "rb")
     except (ImportError, ValueError) as error:
         raise DataError(
-            f"{url}: cannot open {scheme}:// ({error}); "
-            "install the extra for it: pip install -e '.[http]', '.[s3]' or '.[gs]'."
+            f"{url}: cannot open {scheme}:// ({error}); use http(s), s3 or gs and install the "
+            "extra for it: pip install -e '.[http]', '.[s3]' or '.[gs]'."
         ) from None
-    except FileNotFoundError:
+    try:
+        file = opened.open()
+    except FileNotFoundError as error:
+        cause = error.__cause__  # fsspec says "not found" for every failure of http too
+        network = isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp")
+        if network and getattr(cause, "status", 0) != 404:
+            raise ConnectionError(str(cause)) from None
         raise DataError(f"{url}: not found.") from None
+    with file:
+        yield file
+
+
+def _patiently(url: str, transfer: Callable[[], T]) -> T:
+    """Try a transfer again when the network fails; a ``DataError`` is final."""
+    for attempt in range(FETCH_ATTEMPTS):
+        if attempt:
+            time.sleep(FETCH_PAUSE * 2.0**attempt)
+        try:
+            return transfer()
+        except DataError:
+            raise
+        except Exception as error:  # each scheme has network errors of its own
+            reason = repr(error)
+    raise DataError(f"{url}: cannot be fetched: {reason}.") from None
 
 
 class Cache:
@@ -317,16 +364,36 @@ class Cache:
         if not self.index.is_remote:
             return Path(self.index.location).expanduser() / shard.url
         target = self.folder / f"{shard.sha256[:16]}-{shard.url}"
-        if not target.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / f"{target.name}.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not target.exists():  # another process of this node was first
-                    self._make_room(shard.filesize)
-                    self._fetch(shard, target)
-        elif self.limit:
-            os.utime(target)
+        try:
+            if not target.exists():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with (self.folder / f"{target.name}.lock").open("w") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    if not target.exists():  # another process of this node was first
+                        self._make_room(shard.filesize)
+                        self._fetch(shard, target)
+            elif self.limit:
+                with contextlib.suppress(FileNotFoundError):  # evicted just now
+                    os.utime(target)
+        except OSError as error:
+            raise DataError(f"data.cache_dir ({self.folder}): cannot be used: {error}.") from None
         return target
+
+    def open(self, shard: Shard) -> IO[bytes]:
+        """The shard's file, of the size the index says; fetched again if evicted meanwhile.
+
+        Raises:
+            DataError: it is missing, has another size, or cannot be fetched.
+        """
+        for _ in range(FETCH_ATTEMPTS):
+            path = self.path(shard)
+            try:
+                check_size(path, shard)
+                return path.open("rb")
+            except (DataError, FileNotFoundError):
+                if path.exists() or not self.index.is_remote:
+                    raise
+        raise DataError(f"{path}: evicted as soon as it is fetched: raise data.cache_gib.")
 
     def fetch_all(self, threads: int = 8) -> None:
         """Bring every shard here, in parallel; ranks of one node share the work by the locks."""
@@ -335,38 +402,43 @@ class Cache:
                 list(pool.map(self.path, self.index.shards))
 
     def _fetch(self, shard: Shard, target: Path) -> None:
+        """Download under the shard's lock: whatever unfinished copy is found was abandoned."""
         url = f"{self.index.location}/{shard.url}"
-        for attempt in range(FETCH_ATTEMPTS):
-            partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-            try:
-                digest = hashlib.sha256()
-                with _remote(url) as source, partial.open("wb") as out:
-                    while chunk := source.read(CHUNK):
-                        digest.update(chunk)
-                        out.write(chunk)
-                if digest.hexdigest() != shard.sha256:
-                    raise DataError(f"{url}: its checksum differs from the index; upload it again.")
-                os.replace(partial, target)
-                return
-            except DataError:
-                raise
-            except Exception as error:  # each scheme has network errors of its own
-                if attempt + 1 == FETCH_ATTEMPTS:
-                    raise DataError(f"{url}: cannot be fetched: {error!r}.") from None
-                time.sleep(2.0**attempt)
-            finally:
-                partial.unlink(missing_ok=True)
+        for abandoned in self.folder.glob(f"{glob.escape(target.name)}.*.tmp"):
+            abandoned.unlink(missing_ok=True)
+        partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+
+        def transfer() -> str:
+            digest = hashlib.sha256()
+            with partial.open("wb") as out, _remote(url) as source:
+                while chunk := source.read(CHUNK):
+                    digest.update(chunk)
+                    out.write(chunk)
+                if out.tell() < shard.filesize:  # a connection may end early without an error
+                    raise EOFError(f"ended after {out.tell()} of {shard.filesize} bytes")
+            return digest.hexdigest()
+
+        try:
+            if _patiently(url, transfer) != shard.sha256:
+                raise DataError(f"{url}: its checksum differs from the index; upload it again.")
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _make_room(self, needed: int) -> None:
         """Unlink the least recently used shards; a process that maps one keeps reading it."""
         if not self.limit:
             return
-        kept = sorted(self.folder.glob("*.tar"), key=lambda path: path.stat().st_mtime)
-        total = sum(path.stat().st_size for path in kept)
-        for path in kept:
+        kept = []
+        for path in self.folder.glob("*.tar"):
+            with contextlib.suppress(FileNotFoundError):  # another process makes room too
+                status = path.stat()
+                kept.append((status.st_mtime, status.st_size, path))
+        total = sum(size for _, size, _ in kept)
+        for _, size, path in sorted(kept):
             if total + needed <= self.limit:
                 break
-            total -= path.stat().st_size
+            total -= size
             path.unlink(missing_ok=True)
 
 
@@ -402,9 +474,7 @@ class Reader:
 
     def _open(self, number: int) -> memoryview:
         shard = self.index.shards[number]
-        path = self.cache.path(shard)
-        check_size(path, shard)
-        with path.open("rb") as file:
+        with self.cache.open(shard) as file:
             view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         if self.index.is_remote and self.cache.limit and len(self._maps) >= 64:
             self._maps.clear()  # let go of evicted files
@@ -429,6 +499,8 @@ def check_size(path: Path, shard: Shard) -> None:
         found = path.stat().st_size
     except FileNotFoundError:
         raise DataError(f"{path}: missing, but listed in {INDEX_NAME}.") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}.") from None
     if found != shard.filesize:
         raise DataError(
             f"{path}: {found} bytes, the index says {shard.filesize}: truncated or changed since "
