@@ -77,6 +77,47 @@ def gray_32(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     return folder_of
 
 
+TINY = """
+model: {image_size: 32, channels: 1, z_dim: 16, ngf: 8, ndf: 8}
+data: {batch_size: 32, workers: 2, record_ids: true}
+optim: {g_lr: 1.0e-3, d_lr: 1.0e-3}
+train: {precision: fp32, micro_batch: 8, checkpoint_every: 5, log_every: 4, sample_every: 12}
+tracking: {wandb: disabled}
+"""
+
+
+@pytest.fixture(scope="session")
+def training_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """331 gray 32x32 images in three uneven shards: an epoch is 10.3 batches."""
+    folder = tmp_path_factory.mktemp("shards")
+    rng = np.random.default_rng(0)
+    scans = []
+    for number, size in enumerate((150, 1, 180)):
+        path = folder / f"shard-{number}.tar"
+        with wds.TarWriter(str(path), encoder=False, mtime=0) as tar:
+            for k in range(size):
+                pixels = np.zeros((32, 32, 1), np.uint8)
+                x, y = rng.integers(4, 20, 2)
+                pixels[y : y + 8, x : x + 8] = rng.integers(100, 255)
+                payload = {"npy": encode(pixels, "npy"), "cls": str(k % 10).encode()}
+                tar.write({"__key__": f"{number}-{k:05d}", **payload})
+        scans.append(scan(path))
+    write_index(folder, scans, (32, 32, 1), {})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def training_settings(training_shards: Path) -> list[str]:
+    return [f"data.shards={training_shards}", "train.total_steps=24"]
+
+
 class CountingServer:
     """Serves a folder on loopback and counts the requests for each file.
 

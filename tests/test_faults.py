@@ -24,9 +24,9 @@ def refused(*arguments: object, **env: str) -> str:
 
 
 @pytest.fixture
-def own_shards(shards: Path, tmp_path: Path) -> Path:
+def own_shards(training_shards: Path, tmp_path: Path) -> Path:
     """A copy of the training shards that a test may damage."""
-    return Path(shutil.copytree(shards, tmp_path / "shards"))
+    return Path(shutil.copytree(training_shards, tmp_path / "shards"))
 
 
 @pytest.fixture
@@ -42,11 +42,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_mistyped_keys_and_wrong_types_are_listed_together(
-    config: Path, settings: list[str], tmp_path: Path
+    tiny_config: Path, training_settings: list[str], tmp_path: Path
 ) -> None:
     """Both faults in one message, and no run folder yet."""
     bad = ("data.batchsize=64", "optim.g_lr=fast")
-    output = refused(1, config, *settings, f"run.dir={tmp_path / 'run'}", *bad)
+    output = refused(1, tiny_config, *training_settings, f"run.dir={tmp_path / 'run'}", *bad)
     assert "2 faults" in output
     assert "data.batchsize (64): unknown key; did you mean data.batch_size?" in output
     assert "optim.g_lr ('fast')" in output
@@ -54,71 +54,83 @@ def test_mistyped_keys_and_wrong_types_are_listed_together(
 
 
 def test_a_batch_that_cannot_be_cut_is_refused(
-    config: Path, settings: list[str], tmp_path: Path
+    tiny_config: Path, training_settings: list[str], tmp_path: Path
 ) -> None:
     """33 images on 2 processes: the launcher fails, our message says what would fit."""
     uneven = ("data.batch_size=33", "train.micro_batch=null")
-    code, output = run(2, config, *settings, f"run.dir={tmp_path / 'run'}", *uneven)
+    code, output = run(2, tiny_config, *training_settings, f"run.dir={tmp_path / 'run'}", *uneven)
     assert code != 0
     assert "data.batch_size (33) must be divisible by world_size (2): use 32 or 34" in output
 
 
-def test_missing_shards_name_the_command_that_makes_them(config: Path, tmp_path: Path) -> None:
+def test_missing_shards_name_the_command_that_makes_them(tiny_config: Path, tmp_path: Path) -> None:
     """No folder: the data command, ready to paste."""
-    output = refused(1, config, f"data.shards={tmp_path}/none", f"run.dir={tmp_path / 'run'}")
+    output = refused(1, tiny_config, f"data.shards={tmp_path}/none", f"run.dir={tmp_path / 'run'}")
     assert "no such folder" in output
     assert f"python -m pipeline.prepare SOURCE --out {tmp_path}/none" in output
 
 
 def test_one_flipped_byte_in_a_shard_stops_before_training(
-    config: Path, own_shards: Path, tmp_path: Path
+    tiny_config: Path, own_shards: Path, tmp_path: Path
 ) -> None:
     """The index no longer matches its tars: which one, and how to list the damage."""
     victim = own_shards / "shard-2.tar"
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    output = refused(1, config, f"data.shards={own_shards}", f"run.dir={tmp_path / 'run'}")
+    output = refused(1, tiny_config, f"data.shards={own_shards}", f"run.dir={tmp_path / 'run'}")
     assert f"{victim}: its checksum differs from the index" in output
     assert "--verify" in output
 
 
 def test_a_truncated_tar_stops_before_training(
-    config: Path, own_shards: Path, tmp_path: Path
+    tiny_config: Path, own_shards: Path, tmp_path: Path
 ) -> None:
     """Found by size alone, so also where hashing every byte would take too long."""
     victim = own_shards / "shard-0.tar"
     os.truncate(victim, 50_000)
     shards, check = f"data.shards={own_shards}", "data.verify=size"
-    output = refused(1, config, shards, f"run.dir={tmp_path / 'run'}", check)
+    output = refused(1, tiny_config, shards, f"run.dir={tmp_path / 'run'}", check)
     assert f"{victim}: 50000 bytes, the index says" in output
 
 
 def test_images_of_another_size_are_refused(
-    config: Path, settings: list[str], tmp_path: Path
+    tiny_config: Path, training_settings: list[str], tmp_path: Path
 ) -> None:
     """Shards of 32x32 gray images and a 64x64 RGB model."""
     model = ("model.image_size=64", "model.channels=3")
-    output = refused(1, config, *settings, f"run.dir={tmp_path / 'run'}", *model)
+    output = refused(1, tiny_config, *training_settings, f"run.dir={tmp_path / 'run'}", *model)
     assert "images of 32x32 with 1 channel, the model wants 64x64 with 3 channels" in output
     assert "--size 64 --channels 3" in output
 
 
 def test_a_changed_configuration_is_refused_with_its_differences(
-    config: Path, settings: list[str], tmp_path: Path
+    tiny_config: Path, training_settings: list[str], tmp_path: Path
 ) -> None:
     """A resume under another learning rate names both values; other data names the field."""
-    arguments = (1, config, *settings, f"run.dir={tmp_path / 'run'}", "train.total_steps=2")
+    arguments = (
+        1,
+        tiny_config,
+        *training_settings,
+        f"run.dir={tmp_path / 'run'}",
+        "train.total_steps=2",
+    )
     train(*arguments)
     output = refused(*arguments, "optim.g_lr=5e-4")
     assert "optim.g_lr: 0.001 -> 0.0005" in output
 
 
 def test_other_data_in_the_same_run_is_refused(
-    config: Path, settings: list[str], own_shards: Path, tmp_path: Path
+    tiny_config: Path, training_settings: list[str], own_shards: Path, tmp_path: Path
 ) -> None:
     """The order would be meaningless: the shards' fingerprint is part of the checkpoint."""
-    arguments = (1, config, *settings, f"run.dir={tmp_path / 'run'}", "train.total_steps=2")
+    arguments = (
+        1,
+        tiny_config,
+        *training_settings,
+        f"run.dir={tmp_path / 'run'}",
+        "train.total_steps=2",
+    )
     train(*arguments)
     (own_shards / "shard-1.tar").unlink()
     subprocess.run(
@@ -129,10 +141,16 @@ def test_other_data_in_the_same_run_is_refused(
 
 
 def test_a_damaged_newest_checkpoint_falls_back_loudly(
-    config: Path, settings: list[str], tmp_path: Path
+    tiny_config: Path, training_settings: list[str], tmp_path: Path
 ) -> None:
     """One flipped byte: the run goes on from the checkpoint before and ends bitwise the same."""
-    arguments = (1, config, *settings, f"run.dir={tmp_path / 'run'}", "train.total_steps=10")
+    arguments = (
+        1,
+        tiny_config,
+        *training_settings,
+        f"run.dir={tmp_path / 'run'}",
+        "train.total_steps=10",
+    )
     train(*arguments)
     whole = state_of(tmp_path / "run", 10)
     victim = tmp_path / "run" / "checkpoints" / "step_00000010" / "D.safetensors"
@@ -146,11 +164,11 @@ def test_a_damaged_newest_checkpoint_falls_back_loudly(
 
 
 def test_a_full_disk_during_a_checkpoint_loses_nothing(
-    config: Path, settings: list[str], small_disk: Path
+    tiny_config: Path, training_settings: list[str], small_disk: Path
 ) -> None:
     """The run ends with one message; with space again it finishes from the last checkpoint."""
     run_dir = small_disk / "run"
-    arguments = (1, config, *settings, f"run.dir={run_dir}", "train.keep=1")
+    arguments = (1, tiny_config, *training_settings, f"run.dir={run_dir}", "train.keep=1")
     train(*arguments, "train.total_steps=5", "train.sample_every=0")
     filler = small_disk / "filler"
     free = shutil.disk_usage(small_disk).free
@@ -164,28 +182,30 @@ def test_a_full_disk_during_a_checkpoint_loses_nothing(
 
 
 def test_a_read_only_run_folder_is_refused(
-    config: Path, settings: list[str], small_disk: Path
+    tiny_config: Path, training_settings: list[str], small_disk: Path
 ) -> None:
     """Said before any training, with the reason and the way out."""
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    output = refused(1, config, *settings, f"run.dir={small_disk / 'run'}")
+    output = refused(1, tiny_config, *training_settings, f"run.dir={small_disk / 'run'}")
     assert "cannot be written (Read-only file system)" in output
     assert "run.dir=..." in output
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_checkpoint_intact(
-    config: Path, settings: list[str], tmp_path: Path
+    tiny_config: Path, training_settings: list[str], tmp_path: Path
 ) -> None:
     """An absurd learning rate: the message names loss, step and rank; the last save is finite."""
-    arguments = (1, config, *settings, f"run.dir={tmp_path / 'run'}")
+    arguments = (1, tiny_config, *training_settings, f"run.dir={tmp_path / 'run'}")
     rates = ("optim.d_lr=1e30", "optim.g_lr=1e30", "train.checkpoint_every=1")
     output = refused(*arguments, *rates)
     assert "became NaN or infinite at step" in output
     assert "on rank 0" in output
 
 
-def test_fp16_without_a_gpu_is_refused(config: Path, settings: list[str], tmp_path: Path) -> None:
+def test_fp16_without_a_gpu_is_refused(
+    tiny_config: Path, training_settings: list[str], tmp_path: Path
+) -> None:
     """Said at once, with the precisions that work here."""
     precision = "train.precision=fp16"
-    output = refused(1, config, *settings, f"run.dir={tmp_path / 'run'}", precision)
+    output = refused(1, tiny_config, *training_settings, f"run.dir={tmp_path / 'run'}", precision)
     assert "train.precision (fp16): needs a CUDA device" in output

@@ -10,9 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import webdataset as wds
 from launching import (
     REPO,
     assert_bitwise_equal,
@@ -28,61 +26,19 @@ from launching import (
 )
 from PIL import Image
 
-from pipeline.decode import encode
-from pipeline.shards import scan, write_index
-
 pytestmark = pytest.mark.slow
 STEPS = 24
-TINY = """
-model: {image_size: 32, channels: 1, z_dim: 16, ngf: 8, ndf: 8}
-data: {batch_size: 32, workers: 2, record_ids: true}
-optim: {g_lr: 1.0e-3, d_lr: 1.0e-3}
-train: {precision: fp32, micro_batch: 8, checkpoint_every: 5, log_every: 4, sample_every: 12}
-tracking: {wandb: disabled}
-"""
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """331 gray 32x32 images in three uneven shards: an epoch is 10.3 batches."""
-    folder = tmp_path_factory.mktemp("shards")
-    rng = np.random.default_rng(0)
-    scans = []
-    for number, size in enumerate((150, 1, 180)):
-        path = folder / f"shard-{number}.tar"
-        with wds.TarWriter(str(path), encoder=False, mtime=0) as tar:
-            for k in range(size):
-                pixels = np.zeros((32, 32, 1), np.uint8)
-                x, y = rng.integers(4, 20, 2)
-                pixels[y : y + 8, x : x + 8] = rng.integers(100, 255)
-                payload = {"npy": encode(pixels, "npy"), "cls": str(k % 10).encode()}
-                tar.write({"__key__": f"{number}-{k:05d}", **payload})
-        scans.append(scan(path))
-    write_index(folder, scans, (32, 32, 1), {})
-    return folder
-
-
-@pytest.fixture(scope="session")
-def config(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    path.write_text(TINY)
-    return path
-
-
-@pytest.fixture(scope="session")
-def settings(shards: Path) -> list[str]:
-    return [f"data.shards={shards}", f"train.total_steps={STEPS}"]
 
 
 @pytest.fixture(scope="session")
 def uninterrupted(
-    config: Path, settings: list[str], tmp_path_factory: pytest.TempPathFactory
+    tiny_config: Path, training_settings: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, Path]:
     """A run of STEPS steps that nothing disturbed, on one and on two processes."""
     folders = {}
     for processes in (1, 2):
         folders[processes] = tmp_path_factory.mktemp("whole") / f"on_{processes}"
-        train(processes, config, *settings, f"run.dir={folders[processes]}")
+        train(processes, tiny_config, *training_settings, f"run.dir={folders[processes]}")
     return folders
 
 
@@ -90,13 +46,13 @@ def uninterrupted(
 def test_a_run_killed_at_random_steps_ends_bitwise_equal(
     processes: int,
     uninterrupted: dict[int, Path],
-    config: Path,
-    settings: list[str],
+    tiny_config: Path,
+    training_settings: list[str],
     tmp_path: Path,
 ) -> None:
     """N steps = k steps + SIGKILL + the same command again, for weights and both optimizers."""
     run_dir = tmp_path / "run"
-    arguments = (processes, config, *settings, f"run.dir={run_dir}")
+    arguments = (processes, tiny_config, *training_settings, f"run.dir={run_dir}")
     for step in sorted(random.sample(range(2, STEPS), 2)):
         with started(*arguments) as process:
             kill_at_step(process, run_dir, step)
@@ -113,7 +69,7 @@ def test_a_run_killed_at_random_steps_ends_bitwise_equal(
 
 
 def test_another_number_of_processes_goes_on_with_the_same_batches(
-    uninterrupted: dict[int, Path], config: Path, settings: list[str], tmp_path: Path
+    uninterrupted: dict[int, Path], tiny_config: Path, training_settings: list[str], tmp_path: Path
 ) -> None:
     """2 -> kill -> 1 -> kill -> 2 processes: the same ids, weights up to summation order.
 
@@ -122,9 +78,9 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(
     """
     run_dir = tmp_path / "run"
     for processes, step in ((2, 7), (1, 13)):
-        with started(processes, config, *settings, f"run.dir={run_dir}") as process:
+        with started(processes, tiny_config, *training_settings, f"run.dir={run_dir}") as process:
             kill_at_step(process, run_dir, step)
-    train(2, config, *settings, f"run.dir={run_dir}")
+    train(2, tiny_config, *training_settings, f"run.dir={run_dir}")
     assert ids_by_step(run_dir) == ids_by_step(uninterrupted[1]) == ids_by_step(uninterrupted[2])
     for whole in uninterrupted.values():
         mine, theirs = weights_of(run_dir), weights_of(whole)
@@ -144,11 +100,21 @@ def metrics(run_dir: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2"])
 def test_a_signal_saves_and_leaves_and_the_same_command_finishes(
-    name: str, uninterrupted: dict[int, Path], config: Path, settings: list[str], tmp_path: Path
+    name: str,
+    uninterrupted: dict[int, Path],
+    tiny_config: Path,
+    training_settings: list[str],
+    tmp_path: Path,
 ) -> None:
     """A stop signal to one of two ranks: all ranks save the same step, exit 0; then bitwise."""
     run_dir = tmp_path / "run"
-    arguments = (2, config, *settings, f"run.dir={run_dir}", "train.checkpoint_every=0")
+    arguments = (
+        2,
+        tiny_config,
+        *training_settings,
+        f"run.dir={run_dir}",
+        "train.checkpoint_every=0",
+    )
     with started(*arguments) as process:
         wait_for(run_dir / "ids" / "rank_1.jsonl", '"step": 3,')
         rank_process(process, 1).send_signal(signal.Signals[name])
@@ -171,11 +137,11 @@ def wait_for(path: Path, text: str, seconds: float = 120) -> None:
 
 
 def test_a_signal_during_the_imports_is_not_lost(
-    config: Path, settings: list[str], tmp_path: Path
+    tiny_config: Path, training_settings: list[str], tmp_path: Path
 ) -> None:
     """SIGTERM right after the start: the run saves after its first step and exits 0."""
     run_dir = tmp_path / "run"
-    with started(1, config, *settings, f"run.dir={run_dir}") as process:
+    with started(1, tiny_config, *training_settings, f"run.dir={run_dir}") as process:
         time.sleep(1.0)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
@@ -184,12 +150,12 @@ def test_a_signal_during_the_imports_is_not_lost(
 
 
 def test_a_finished_run_is_left_as_it_is(
-    uninterrupted: dict[int, Path], config: Path, settings: list[str]
+    uninterrupted: dict[int, Path], tiny_config: Path, training_settings: list[str]
 ) -> None:
     """The same command after the end trains nothing and exits 0; more steps extend the run."""
     run_dir = uninterrupted[1]
     before = state_of(run_dir, STEPS)
-    train(1, config, *settings, f"run.dir={run_dir}")
+    train(1, tiny_config, *training_settings, f"run.dir={run_dir}")
     assert_bitwise_equal(before, state_of(run_dir, STEPS))
     assert (run_dir / "FINISHED").exists()
 
@@ -203,12 +169,12 @@ def test_the_loss_falls_and_the_grid_is_a_picture(uninterrupted: dict[int, Path]
 
 
 def test_the_clock_alone_writes_checkpoints(
-    config: Path, settings: list[str], tmp_path: Path
+    tiny_config: Path, training_settings: list[str], tmp_path: Path
 ) -> None:
     """With checkpoint_every=0 and a tiny checkpoint_minutes, checkpoints appear before the end."""
     run_dir = tmp_path / "run"
     clock = ("train.checkpoint_every=0", "train.checkpoint_minutes=0.001", "train.keep=50")
-    train(1, config, *settings, f"run.dir={run_dir}", *clock)
+    train(1, tiny_config, *training_settings, f"run.dir={run_dir}", *clock)
     assert len(list((run_dir / "checkpoints").iterdir())) > 2
 
 
@@ -221,13 +187,13 @@ def test_old_checkpoints_go_but_chosen_ones_stay(uninterrupted: dict[int, Path])
 
 
 def test_the_fixed_command_works_from_another_folder(
-    shards: Path, config: Path, tmp_path: Path
+    training_shards: Path, tiny_config: Path, tmp_path: Path
 ) -> None:
     """`accelerate launch pipeline/train.py`, word for word, from a folder that is not ours."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", str(REPO / "pipeline/train.py")]
-    options = [f"data.shards={shards}", "train.total_steps=2", "run.dir=here"]
+    options = [f"data.shards={training_shards}", "train.total_steps=2", "run.dir=here"]
     done = subprocess.run(
-        [*launch, "--config", str(config), *options],
+        [*launch, "--config", str(tiny_config), *options],
         cwd=tmp_path,
         env=environment(),
         capture_output=True,
@@ -239,11 +205,11 @@ def test_the_fixed_command_works_from_another_folder(
 
 
 def test_a_launch_that_lost_processes_is_noticed(
-    config: Path, settings: list[str], tmp_path: Path
+    tiny_config: Path, training_settings: list[str], tmp_path: Path
 ) -> None:
     """`accelerate launch --cpu --num_processes 2` starts one process: the run says so."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    script = [str(REPO / "pipeline/train.py"), "--config", str(config), *settings]
+    script = [str(REPO / "pipeline/train.py"), "--config", str(tiny_config), *training_settings]
     done = subprocess.run(
         [*launch, *script, f"run.dir={tmp_path / 'run'}", "train.total_steps=1"],
         env=environment(),
@@ -256,11 +222,19 @@ def test_a_launch_that_lost_processes_is_noticed(
     assert "accelerate launch --multi_gpu --num_processes 2" in done.stderr
 
 
-def test_bf16_trains_and_resumes_bitwise(config: Path, settings: list[str], tmp_path: Path) -> None:
+def test_bf16_trains_and_resumes_bitwise(
+    tiny_config: Path, training_settings: list[str], tmp_path: Path
+) -> None:
     """The default arithmetic of capable hardware obeys the same contract as fp32."""
     states = []
     for name, stops in (("whole", []), ("parts", [9])):
-        arguments = (1, config, *settings, f"run.dir={tmp_path / name}", "train.precision=bf16")
+        arguments = (
+            1,
+            tiny_config,
+            *training_settings,
+            f"run.dir={tmp_path / name}",
+            "train.precision=bf16",
+        )
         for step in stops:
             with started(*arguments) as process:
                 kill_at_step(process, tmp_path / name, step)
@@ -269,7 +243,7 @@ def test_bf16_trains_and_resumes_bitwise(config: Path, settings: list[str], tmp_
     assert_bitwise_equal(*states)
 
 
-def test_help_and_mistakes_answer_without_torch(config: Path) -> None:
+def test_help_and_mistakes_answer_without_torch(tiny_config: Path) -> None:
     """--help and a mistyped key never import torch."""
     code = (
         "import runpy, sys; sys.argv = ['train.py', '--config', sys.argv[1], 'data.batchsize=1']\n"
@@ -277,20 +251,28 @@ def test_help_and_mistakes_answer_without_torch(config: Path) -> None:
         "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(config)], cwd=REPO, capture_output=True, text=True
+        [sys.executable, "-c", code, str(tiny_config)], cwd=REPO, capture_output=True, text=True
     )
     assert done.stdout.strip() == "2 False", done.stderr
     assert "did you mean data.batch_size?" in done.stderr
 
 
-def test_sigkill_leaves_no_lock(config: Path, settings: list[str], tmp_path: Path) -> None:
+def test_sigkill_leaves_no_lock(
+    tiny_config: Path, training_settings: list[str], tmp_path: Path
+) -> None:
     """A killed run can be restarted at once; a living one refuses a second."""
     run_dir = tmp_path / "run"
-    arguments = (1, config, *settings, f"run.dir={run_dir}", "train.total_steps=100000")
+    arguments = (
+        1,
+        tiny_config,
+        *training_settings,
+        f"run.dir={run_dir}",
+        "train.total_steps=100000",
+    )
     with started(*arguments) as first:
         wait_for(run_dir / "ids" / "rank_0.jsonl", '"step": 2,')
         code, output = run(*arguments)
         assert code == 2, output
         assert f"in use by process {first.pid}" in output
         assert "Traceback" not in output
-    train(1, config, *settings, f"run.dir={run_dir}")
+    train(1, tiny_config, *training_settings, f"run.dir={run_dir}")
