@@ -26,7 +26,11 @@ from yaml import YAMLError
 from pipeline.errors import ConfigError
 
 T = TypeVar("T")
-PATH_KEYS = ("run.dir", "data.shards", "data.cache_dir")
+PATH_KEYS = (
+    *("run.dir", "data.shards", "data.cache_dir"),
+    *("eval.extractor_weights", "eval.reference", "eval.cache_dir"),
+)
+EXTRACTORS = ("inception", "efficientnet-lite0")
 
 
 def _may_change(default: T) -> T:
@@ -154,6 +158,36 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    extractor: str = _may_change("inception")
+    """Network whose features are compared: inception (for published numbers: FID, IS, KID),
+    efficientnet-lite0 (needs no download), or module:Class for one of your own."""
+    extractor_weights: str = _may_change("")
+    """File of Inception's weights; "" = torch's hub cache, filled by a download if need be."""
+    layer: str = _may_change("")
+    """Feature layer to compare; "" = the extractor's default (2048 or 1280 numbers)."""
+    num_images: int = _may_change(50_000)
+    """Images generated per checkpoint. Scores of different numbers cannot be compared."""
+    reference_images: int = _may_change(0)
+    """Images of data.shards to compare with; 0 = all of them."""
+    reference: str = _may_change("")
+    """Reference file to use, refused unless it fits; "" = one in cache_dir, made when missing."""
+    batch_size: int = _may_change(64)
+    """Images per forward pass on each rank; scores depend on it in their last digits."""
+    seed: int = _may_change(0)
+    """Seed of the noise that images are generated from; 0 to 2**63 - 1."""
+    weights: Literal["ema", "raw"] = _may_change("ema")
+    """Evaluate G_ema, or G itself."""
+    precision: Literal["auto", "fp32", "bf16"] = _may_change("fp32")
+    """Arithmetic of the extractor. auto = bf16 where extractor and hardware do it natively."""
+    cache_dir: str = _may_change("~/.cache/dcgan-pipeline/references")
+    """Folder for reference files that were computed."""
+    keep_best: bool = _may_change(False)
+    """Training keeps the best evaluated checkpoint and removes none that is not yet evaluated:
+    only with an evaluation that runs beside it, else they fill the disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run. ``load`` is the only way to make one from files."""
 
@@ -163,6 +197,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -176,7 +211,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     _thaw(schema)
     faults: list[str] = []
     bases: dict[str, Path] = {}
-    defaults = OmegaConf.from_dotlist([f"{key}={flatten(Config())[key]}" for key in PATH_KEYS])
+    paths = {key: flatten(Config())[key] for key in PATH_KEYS}
+    defaults = OmegaConf.from_dotlist([f"{key}={path}" for key, path in paths.items() if path])
     for source, tree, base in (
         ("defaults", defaults, Path.cwd()),
         (str(path), _read_yaml(path), _checkout_of(path)),
@@ -346,7 +382,7 @@ def _resolve(schema: DictConfig, bases: dict[str, Path]) -> list[str]:
             value = OmegaConf.select(schema, key, throw_on_missing=True)
             if isinstance(value, ListConfig):
                 OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
-            if key in PATH_KEYS:
+            if key in bases:
                 OmegaConf.update(schema, key, _escaped(_absolute(value, bases[key])))
         except OmegaConfBaseException as error:
             faults.append(f"{key}: {str(error).splitlines()[0]}; it is {_type_name(key)}")
@@ -397,6 +433,13 @@ def _impossible(config: Config) -> list[str]:
         if isinstance(value, float) and not math.isfinite(value):
             faults.append(f"{key} ({value}): must be a finite number")
     need("a folder, e.g. runs/first", lambda v: v and "://" not in v, "run.dir", "data.cache_dir")
+    need("a folder, e.g. ~/.cache/refs", lambda v: v and "://" not in v, "eval.cache_dir")
+    need("a local file", lambda v: "://" not in v, "eval.extractor_weights", "eval.reference")
+    need("inception, efficientnet-lite0 or module:Class", _names_an_extractor, "eval.extractor")
+    need("between 0 and 2**63 - 1", lambda v: 0 <= v < 2**63, "eval.seed")
+    need("at least 2", lambda v: v >= 2, "eval.num_images")
+    need("0 (all) or at least 2", lambda v: v == 0 or v >= 2, "eval.reference_images")
+    need("at least 1", lambda v: v >= 1, "eval.batch_size")
     need("a folder or URL, e.g. data/shards", bool, "data.shards")
     need("between 0 and 2**63 - 1", lambda v: 0 <= v < 2**63, "run.seed")
     need("32, 64, 128 or 256", lambda v: v in (32, 64, 128, 256), "model.image_size")
@@ -418,6 +461,12 @@ def _impossible(config: Config) -> list[str]:
         key = "train.micro_batch" if micro else "data.batch_size"
         faults.append(f"{key} (1): BatchNorm needs at least 2 images per micro-batch")
     return faults
+
+
+def _names_an_extractor(name: str) -> bool:
+    module, colon, attribute = name.partition(":")
+    custom = bool(colon) and attribute.isidentifier()
+    return name in EXTRACTORS or (custom and all(p.isidentifier() for p in module.split(".")))
 
 
 def _listed(path: Path, faults: list[str]) -> str:

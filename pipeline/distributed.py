@@ -64,9 +64,14 @@ def resolve_precision(config: Config) -> str:
     """``auto`` made concrete: bf16 where the hardware multiplies it natively, else fp32."""
     if config.train.precision != "auto":
         return config.train.precision
+    return "bf16" if native_bf16() else "fp32"
+
+
+def native_bf16() -> bool:
+    """Whether the device that ``start`` picks multiplies bf16 in hardware."""
     if torch.cuda.is_available() and not _asked_for_cpu():
-        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
-    return "bf16" if _cpu_flags() & {"amx_bf16", "avx512_bf16"} else "fp32"
+        return torch.cuda.get_device_capability() >= (8, 0)
+    return bool(_cpu_flags() & {"amx_bf16", "avx512_bf16"})
 
 
 def _asked_for_cpu() -> bool:

@@ -39,6 +39,10 @@ class RunFolderError(UserError):
     """The run folder is locked by another run, read-only or full."""
 
 
+class EvaluationError(UserError):
+    """Weights, reference, images or settings from which no comparable score can be computed."""
+
+
 class NonFiniteLoss(UserError):
     """A loss became NaN or infinite; no optimizer step was taken with it."""
 
@@ -53,7 +57,7 @@ def one_clear_message() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        shared = isinstance(error, ConfigError | CheckpointError | RunFolderError)
+        shared = isinstance(error, ConfigError | CheckpointError | RunFolderError | EvaluationError)
         if not shared or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR_EXIT_CODE)

@@ -389,6 +389,7 @@ def test_load_reads_what_dump_wrote(tmp_path_factory, name, tags, seed, rate):
         data=dataclasses.replace(default.data, shards="s3://b/set", cache_dir="/cache"),
         optim=dataclasses.replace(default.optim, g_lr=rate),
         tracking=dataclasses.replace(default.tracking, name=name, tags=tags),
+        eval=dataclasses.replace(default.eval, cache_dir="/references"),
     )
     path = tmp_path_factory.getbasetemp() / "dumped.yaml"
     path.write_text(dump(config))
