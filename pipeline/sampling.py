@@ -60,12 +60,17 @@ def sampler(
         model: the architecture the weights belong to.
         weights: parameters by name; running statistics among them are kept as they are.
         device: where to compute.
+
+    Raises:
+        ValueError: the weights are of another architecture.
     """
     G = Generator(model, standing=True).to(device)
-    missing, unexpected = G.load_state_dict(dict(weights), strict=False)
     statistics = {name for name, _ in G.named_buffers()}
-    if unexpected or set(missing) - statistics:
+    expected = {name: value.shape for name, value in G.state_dict().items()}
+    given = {name: value.shape for name, value in weights.items()}
+    if {n: s for n, s in expected.items() if n in given or n not in statistics} != given:
         raise ValueError("the weights belong to another architecture than the configuration")
+    G.load_state_dict(dict(weights), strict=False)
     G.requires_grad_(False)
     if not statistics & set(weights):
         _recompute_statistics(G, model, device)

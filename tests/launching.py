@@ -131,7 +131,7 @@ def state_of(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint by name: three networks and both optimizers."""
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
     tensors = {
-        f"{name}.{key}": value
+        f"{name}.{key}": value.clone()  # load_file maps the file, which a test may damage
         for name in ("G", "D", "G_ema")
         for key, value in load_file(folder / f"{name}.safetensors").items()
     }

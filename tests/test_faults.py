@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -133,8 +134,10 @@ def test_other_data_in_the_same_run_is_refused(
     )
     train(*arguments)
     (own_shards / "shard-1.tar").unlink()
+    (own_shards / "index.json").unlink()
     subprocess.run(
-        ["python", "-m", "pipeline.prepare", str(own_shards), "--out", str(own_shards)], check=True
+        [sys.executable, "-m", "pipeline.prepare", str(own_shards), "--out", str(own_shards)],
+        check=True,
     )
     output = refused(*arguments, f"data.shards={own_shards}", "train.total_steps=4")
     assert "trained on other data: fingerprint was" in output
