@@ -11,8 +11,13 @@ rank here.
 
 from __future__ import annotations
 
+import math
+import mmap
+import os
 import signal
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +31,8 @@ from pipeline.config import Config
 from pipeline.errors import DataError
 from pipeline.order import Order
 from pipeline.shards import Cache, Index, Reader, check_shards, read_index
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Batch(NamedTuple):
@@ -104,9 +111,7 @@ class Loader:
         rows = data.batch_size // self.world_size
         processes = max(1, data.workers)
         slots = data.prefetch + 2  # queued ahead, plus the one in use and the one before it
-        ring = torch.empty((processes, slots, rows, *self.index.shape), dtype=torch.uint8)
-        if data.workers:
-            ring.share_memory_()  # type: ignore[no-untyped-call]
+        ring = _shared_uint8(processes, slots, rows, *self.index.shape)
         stream = _Stream(self, ring, start_step)
         options: dict[str, Any] = {}
         if data.workers:
@@ -114,21 +119,26 @@ class Loader:
             options = {
                 "prefetch_factor": data.prefetch,
                 "multiprocessing_context": "fork",
-                "worker_init_fn": _quiet_worker,
+                "worker_init_fn": _init_worker,
             }
         loader = DataLoader(
             stream, batch_size=None, num_workers=data.workers, collate_fn=_as_it_is, **options
         )
         # iter() starts the workers now: later, threads of others would be forked with them.
-        return self._deliver(iter(loader), ring)
+        with _stop_signals_blocked():
+            items = iter(loader)
+        return self._deliver(items, ring)
 
     @staticmethod
     def _deliver(items: Iterator[Any], ring: Tensor) -> Generator[Batch, None, None]:
-        for item in items:
-            if isinstance(item, DataError):
-                raise item
-            worker, slot, labels, ids, positions = item
-            yield Batch(ring[worker, slot], labels, ids, positions)
+        try:
+            for item in items:
+                if isinstance(item, DataError):
+                    raise item
+                worker, slot, labels, ids, positions = item
+                yield Batch(ring[worker, slot], labels, ids, positions)
+        finally:
+            del items  # the last reference: ends the workers, also while an error is held
 
     def rows_of(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(positions, ids) of this rank's rows of a global batch, each int64 (n,)."""
@@ -163,10 +173,30 @@ class _Stream(IterableDataset[Any]):
             step, turn = step + workers, turn + 1
 
 
-def _quiet_worker(_: int) -> None:
-    """Leave signals to the training process, which ends its workers after its last checkpoint."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+def _shared_uint8(*shape: int) -> Tensor:
+    """Zeros that forked workers share; anonymous memory, so a container's /dev/shm may be tiny."""
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
+
+
+@contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Workers forked in this block leave stop signals to the training process for good."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _init_worker(_: int) -> None:
+    Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey(parent: int) -> None:
+    """End on a SIGTERM of the training process, e.g. amid a slow download; on no one else's."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _as_it_is(item: Any) -> Any:

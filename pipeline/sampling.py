@@ -64,7 +64,8 @@ def sampler(
     Raises:
         ValueError: the weights are of another architecture.
     """
-    G = Generator(model, standing=True).to(device)
+    with torch.random.fork_rng(devices=[]):  # the first weights that torch draws are not kept
+        G = Generator(model, standing=True).to(device)
     statistics = {name for name, _ in G.named_buffers()}
     expected = {name: value.shape for name, value in G.state_dict().items()}
     given = {name: value.shape for name, value in weights.items()}
