@@ -6,19 +6,26 @@ fast decoders, and whatever Pillow reads for shards that others wrote. No format
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import numpy as np
 import simplejpeg
 from imagecodecs import png_decode
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 Pixels = NDArray[np.uint8]
 IMAGE_FIELDS = ("npy", "jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")
+# What Pillow may recognise, most frequent first: never EPS, which would run another program.
+PILLOW_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "TGA"]
+if importlib.util.find_spec("PIL.AvifImagePlugin"):
+    PILLOW_FORMATS.append("AVIF")
+WHITE = (255, 255, 255)
 
 
 class DecodeError(ValueError):
@@ -50,6 +57,47 @@ def npy_header(shape: tuple[int, ...]) -> bytes:
     return out.getvalue()
 
 
+def flatten(
+    image: Image.Image, channels: int, background: tuple[int, int, int] = WHITE
+) -> Image.Image:
+    """Any Pillow image as 8-bit ``L`` (channels = 1) or ``RGB`` (3), opaque.
+
+    Transparent pixels are composited on ``background``; 16-bit gray is scaled, not clipped.
+
+    Raises:
+        DecodeError: the pixels have no defined white (32-bit integers, floats).
+    """
+    mode = "L" if channels == 1 else "RGB"
+    deep_pgm = image.mode == "I" and image.format == "PPM"  # Pillow scales these to 16 bits
+    if image.mode.startswith("I;16") or deep_pgm:
+        values = np.asarray(image).astype(np.int64)  # Pillow's own conversion clips at 255
+        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise DecodeError("32-bit pixels have no defined white; save the image with 8 or 16 bits")
+    elif image.has_transparency_data:
+        pixels = image.convert("RGBA")
+        canvas = Image.new("RGBA", pixels.size, (*background, 255))
+        image = Image.alpha_composite(canvas, pixels).convert("RGB")
+    elif image.mode not in ("1", "L", "RGB"):
+        image = image.convert("RGB")  # palette, CMYK, YCbCr, LAB, HSV
+    return image if image.mode == mode else image.convert(mode)
+
+
+def shape_of(payload: memoryview, field: str) -> tuple[int, int, int]:
+    """(H, W, C) of stored bytes, C = 1 for gray and 3 for colour; ``DecodeError`` if damaged."""
+    if field == "npy":
+        shape = read_npy(payload).shape
+        shape = (*shape, 1) if len(shape) == 2 else shape
+        if len(shape) != 3 or shape[2] not in (1, 3):
+            raise DecodeError(
+                f"an npy image must have shape (H, W), (H, W, 1) or (H, W, 3): {shape}"
+            )
+        return shape
+    with open_pillow(payload) as image:
+        gray = image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;16")
+        return image.height, image.width, 1 if gray else 3
+
+
 def decoder(field: str, shape: tuple[int, int, int]) -> Callable[[memoryview, Pixels], None]:
     """A function that decodes stored bytes into one (H, W, C) uint8 row, in place.
 
@@ -63,7 +111,7 @@ def decoder(field: str, shape: tuple[int, int, int]) -> Callable[[memoryview, Pi
             if len(payload) == total and payload[:size] == header:
                 out.reshape(-1)[:] = np.frombuffer(payload, np.uint8, offset=size)
             else:
-                _copy(_read_npy(payload), out)
+                _copy(read_npy(payload), out)
 
         return decode_npy
     if field in ("jpg", "jpeg"):
@@ -101,17 +149,33 @@ def decoder(field: str, shape: tuple[int, int, int]) -> Callable[[memoryview, Pi
 
 
 def _decode_pillow(payload: memoryview, out: Pixels) -> None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(payload)) as image:
-                pixels = np.asarray(image.convert("L" if out.shape[2] == 1 else "RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DecodeError(f"not a readable image: {error}") from None
+    with open_pillow(payload) as image:
+        pixels = np.asarray(flatten(image, out.shape[2]))
     _copy(pixels, out)
 
 
-def _read_npy(payload: memoryview) -> Pixels:
+@contextlib.contextmanager
+def open_pillow(payload: memoryview) -> Iterator[Image.Image]:
+    """Pillow's image of stored bytes; whatever its plugins raise on damage is a ``DecodeError``."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(payload), formats=PILLOW_FORMATS) as image:
+                yield image
+    except (DecodeError, MemoryError):
+        raise
+    except Exception as error:  # struct.error, KeyError, zlib.error, ...: the plugins vary
+        raise DecodeError(f"not a readable image: {reason(error)}") from None
+
+
+def reason(error: Exception) -> str:
+    """Why Pillow refused an image, in one line without the address of a buffer."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image of a known format"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_npy(payload: memoryview) -> Pixels:
     """A uint8 array from .npy bytes written by any tool; object arrays are refused."""
     try:
         array = np.load(io.BytesIO(payload), allow_pickle=False)

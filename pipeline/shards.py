@@ -129,8 +129,8 @@ def scan(path: Path) -> tuple[Shard, NDArray[np.void], str]:
             ends_at = tar.offset
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
-            f"{path}: not a readable, uncompressed tar ({error}); compressed shards cannot be read "
-            "at random: unpack .tar.gz first."
+            f"{path}: truncated, damaged or compressed: not readable as a plain tar ({error}). "
+            "Copy it again; unpack a .tar.gz first: samples in it cannot be found by offset."
         ) from None
     if rows and end > path.stat().st_size:
         raise DataError(f"{path}: truncated; its last member ends past the end of the file.")
