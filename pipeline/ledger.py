@@ -75,7 +75,7 @@ def best(rows: Collection[Row]) -> Row | None:
 
 
 def kept_steps(run_dir: Path, steps: Collection[int]) -> set[int]:
-    """What ``eval.keep_best`` keeps of ``steps``: those not yet evaluated, the best by a protocol."""
+    """What ``eval.keep_best`` keeps: steps not yet evaluated and the best by each protocol."""
     rows = read_rows(run_dir)
     kept = set(steps) - {int(row["step"]) for row in rows}
     for protocol in {row["protocol"] for row in rows}:

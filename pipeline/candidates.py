@@ -1,0 +1,151 @@
+"""What can be evaluated: snapshots and checkpoints of a run, folders of images, shards.
+
+Each becomes rows of images, (n, H, W, C) uint8 by (start, stop), the same on every rank and for
+every cut: ``features.extract`` shares them out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline import checkpoint
+from pipeline.config import DataConfig, ModelConfig, load
+from pipeline.decode import DecodeError
+from pipeline.errors import CheckpointError, EvaluationError
+from pipeline.features import Images
+from pipeline.models import Generator
+from pipeline.protocol import PURPOSE
+from pipeline.sampling import generate, image_grid, sampler, z_rows
+from pipeline.scores import chosen_ids
+from pipeline.shards import Cache, Index, Reader
+
+NETWORK = {"ema": "G_ema", "raw": "G"}
+GRID_IMAGES = 64
+WHITE = (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A generator on disk: the folder of a snapshot or a checkpoint, and the step in its name."""
+
+    path: Path
+    step: int
+
+    @property
+    def is_snapshot(self) -> bool:
+        return (self.path / checkpoint.GENERATOR).is_file()
+
+
+def of_run(run_dir: Path, weights: str) -> list[Candidate]:
+    """Every step of a run that can be evaluated, oldest first.
+
+    A snapshot where there is one, for ``ema``; else the checkpoint of that step.
+    """
+    found = {checkpoint.step_of(path): path for path in checkpoint.committed(run_dir)}
+    if weights == "ema":
+        found |= {checkpoint.step_of(path): path for path in checkpoint.snapshots(run_dir)}
+    return [Candidate(found[step], step) for step in sorted(found)]
+
+
+def at(path: Path, weights: str) -> Candidate:
+    """The candidate in a folder ``step_N``.
+
+    Raises:
+        EvaluationError: neither a snapshot nor a checkpoint, or one without these weights.
+    """
+    snapshot = (path / checkpoint.GENERATOR).is_file()
+    number = path.name.removeprefix("step_")
+    if not number.isdigit() or not (snapshot or (path / checkpoint.STATE).is_file()):
+        raise EvaluationError(
+            f"--checkpoint {path}: must be a folder step_N of checkpoints/ or snapshots/ of a run."
+        )
+    if snapshot and weights != "ema":
+        raise EvaluationError(
+            f"--checkpoint {path}: a snapshot holds G_ema only; with eval.weights=raw give a "
+            "folder of checkpoints/."
+        )
+    return Candidate(path, int(number))
+
+
+def open_generator(
+    candidate: Candidate, run_dir: Path, weights: str, device: torch.device
+) -> tuple[Generator, ModelConfig]:
+    """(G in eval mode with recomputed BatchNorm statistics, its architecture).
+
+    Raises:
+        CheckpointError: damaged, removed meanwhile, of another architecture, or diverged.
+    """
+    if candidate.is_snapshot:
+        network, config = checkpoint.load_snapshot(candidate.path, device)
+        assert isinstance(network, Generator)
+        G = network
+    else:
+        config = load(run_dir / "config.yaml")
+        found = checkpoint.read(candidate.path).weights
+        try:
+            G = sampler(config.model, found[NETWORK[weights]], device)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{candidate.path}: cannot be used: {error}.") from None
+    if not all(bool(torch.isfinite(p).all()) for p in G.parameters()):
+        raise CheckpointError(
+            f"{candidate.path}: its weights are NaN or infinite: training had diverged."
+        )
+    return G, config.model
+
+
+def generated(G: Generator, model: ModelConfig, seed: int) -> Images:
+    """Images of G from the table of evaluation noise of a seed."""
+    return lambda start, stop: generate(G, z_rows(model, seed, PURPOSE, start, stop - start))
+
+
+def grid(G: Generator, model: ModelConfig, seed: int) -> NDArray[np.uint8]:
+    """One picture of images from z that are fixed for a run: those of its training samples."""
+    return image_grid(generate(G, z_rows(model, seed, "grid", 0, GRID_IMAGES)))
+
+
+def reals(index: Index, data: DataConfig, count: int) -> Images:
+    """``count`` chosen images of a shard set; read errors are ``DataError``."""
+    reader = Reader(index, Cache(index, data.cache_dir, data.cache_gib))
+    ids = chosen_ids(index.num_samples, count)
+
+    def images(start: int, stop: int) -> NDArray[np.uint8]:
+        rows = ids[start:stop]
+        out = np.empty((len(rows), *index.shape), np.uint8)
+        reader.read(rows, out)
+        return out
+
+    return images
+
+
+def folder(name: str, shape: tuple[int, int, int], count: int) -> Images:
+    """The first ``count`` images, by name, of a folder, zip archive or tars of images.
+
+    They pass through the path by which ``pipeline.prepare`` makes shards: cropped to the central
+    square and resized if they have another size than ``shape`` (H, W, C).
+
+    Raises:
+        DataError: nothing usable there.
+        EvaluationError: fewer images than the protocol needs, or an unreadable one.
+    """
+    from pipeline import sources  # decoders of every format: only this needs them
+
+    source = sources.find(name, split="train", idx=None, download=False)
+    if len(source.names) < count:
+        raise EvaluationError(
+            f"--images {name}: holds {len(source.names)} images, eval.num_images ({count}) needs "
+            f"as many; set eval.num_images={len(source.names)} for both sides of a comparison."
+        )
+    read = sources.reader(source, shape[0], shape[2], WHITE)
+
+    def images(start: int, stop: int) -> NDArray[np.uint8]:
+        try:
+            return np.stack([read(row)[0] for row in range(start, stop)])
+        except DecodeError as error:
+            raise EvaluationError(f"--images {name}: {error}; remove that image.") from None
+
+    return images

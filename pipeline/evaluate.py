@@ -1,0 +1,219 @@
+"""Score the checkpoints of a run: FID, IS, KID, precision and recall, in a job of its own.
+
+    python -m pipeline.evaluate --run runs/x                            # the newest checkpoint
+    accelerate launch pipeline/evaluate.py --run runs/x --pending       # all that lack a score
+    torchrun --nproc_per_node 8 pipeline/evaluate.py --run runs/x --watch   # until training ends
+    python -m pipeline.evaluate --checkpoint runs/x/snapshots/step_00010000
+    python -m pipeline.evaluate --run runs/x --images DIR      # other samples, the same protocol
+    python -m pipeline.evaluate reference --config configs/dcgan_64.yaml --out FILE
+    python -m pipeline.evaluate fetch-weights --to DIR         # Inception's, for offline nodes
+    python -m pipeline.evaluate --run runs/x eval.extractor=efficientnet-lite0   # no download
+
+Settings are the section eval: of the run's configuration; the command line wins over it. Rows go to
+evaluations.jsonl in the run folder, then to W&B. What is there already is not computed again, so
+after a kill run the same command again; any number of evaluators may work on one run.
+"""
+
+from __future__ import annotations
+
+from pipeline import signals
+
+if __name__ == "__main__":
+    signals.install()  # before the seconds of imports, in which a signal would be lost
+
+import argparse
+import dataclasses
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.config import Config, load
+from pipeline.errors import EvaluationError, one_clear_message
+
+if TYPE_CHECKING:
+    from pipeline.candidates import Candidate
+    from pipeline.evaluation import RunEvaluation
+    from pipeline.evaluator import Evaluator
+
+
+def evaluate(options: argparse.Namespace, config: Config) -> None:
+    """Score what the command line names."""
+    if options.run and not options.images:
+        _something_to_evaluate(options, config)
+    # torch takes seconds to import; --help and a mistyped path answer without it.
+    from pipeline import distributed
+    from pipeline.evaluator import Evaluator, Stopped
+
+    accelerator = distributed.start("fp32")
+    distributed.warn_of_a_lost_launch(accelerator)
+    evaluator = Evaluator(config, accelerator)
+    if accelerator.is_main_process:
+        print(evaluator.protocol.describe(), flush=True)
+    try:
+        if options.command == "reference":
+            evaluator.write_reference(options.out)
+        elif options.images:
+            _score_images(options.images, evaluator)
+        elif options.run:
+            _score_run(options, evaluator)
+        else:
+            _score_detached(options.checkpoint, evaluator)
+    except Stopped:
+        if accelerator.is_main_process:
+            reason = signals.received() or "another rank's signal"
+            print(f"stopped by {reason}; run the same command again to go on", file=sys.stderr)
+    evaluator.close()
+    accelerator.end_training()
+
+
+def _score_run(options: argparse.Namespace, evaluator: Evaluator) -> None:
+    from pipeline import candidates
+    from pipeline.evaluation import RunEvaluation
+
+    weights = evaluator.config.eval.weights
+
+    def find() -> list[Candidate]:
+        if options.checkpoint:
+            return [candidates.at(options.checkpoint, weights)]
+        found = candidates.of_run(options.run, weights)
+        return found if options.pending or options.watch else found[-1:]
+
+    with closing(RunEvaluation(evaluator, options.run)) as evaluation:
+        evaluator.load_reference()
+        while True:
+            # Looked at first: what was written before the marker is found after it.
+            finished = evaluation.training_has_ended()
+            evaluation.evaluate(find)
+            evaluation.send()
+            if not options.watch or finished:
+                break
+            evaluator.wait(options.every)
+        _print_table(evaluation)
+
+
+def _print_table(evaluation: RunEvaluation) -> None:
+    if evaluation.evaluator.is_main:
+        from pipeline.ledger import best
+        from pipeline.scores import table
+
+        rows = evaluation.rows()
+        found = best(rows)
+        print(table(rows, evaluation.protocol, found["step"] if found else None), flush=True)
+
+
+def _score_images(name: str, evaluator: Evaluator) -> None:
+    from pipeline import candidates
+
+    protocol = evaluator.protocol
+    images = candidates.folder(name, evaluator.index.shape, protocol.num_images)
+    evaluator.load_reference()
+    _print_scores(evaluator.score(images, "images"))
+
+
+def _score_detached(path: Path, evaluator: Evaluator) -> None:
+    from pipeline import candidates
+
+    config = evaluator.config.eval
+    candidate = candidates.at(path, config.weights)
+    device = evaluator.accelerator.device
+    G, model = candidates.open_generator(candidate, path, config.weights, device)
+    evaluator.load_reference()
+    _print_scores(evaluator.score(candidates.generated(G, model, config.seed), path.name))
+
+
+def _print_scores(scores: dict[str, float]) -> None:
+    for name, value in scores.items():
+        print(f"{name:<50} {value:.5g}", flush=True)
+
+
+def _something_to_evaluate(options: argparse.Namespace, config: Config) -> None:
+    found = [
+        path for kind in ("snapshots", "checkpoints") for path in options.run.glob(f"{kind}/step_*")
+    ]
+    whole = [path for path in found if not path.name.endswith(".tmp")]
+    if not options.watch and not options.checkpoint and not whole:
+        raise EvaluationError(
+            f"--run {options.run}: no checkpoint or snapshot there yet; the first comes after "
+            f"train.checkpoint_every ({config.train.checkpoint_every}) steps. --watch waits for it."
+        )
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The command line, its parts checked against each other."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = ("reference", "fetch-weights")
+    command = words.pop(0) if words[:1] and words[0] in commands else ""
+    add = parser.add_argument
+    if command == "fetch-weights":
+        add("--to", type=Path, required=True, metavar="DIR", help="folder for the weights file")
+        return argparse.Namespace(command=command, **vars(parser.parse_args(words)))
+    add("--run", type=Path, metavar="DIR", help="run folder")
+    add("--config", metavar="FILE", help="YAML configuration, where there is no run")
+    if command == "reference":
+        add("--out", type=Path, metavar="FILE", help="default: eval.cache_dir")
+    else:
+        add(
+            "--checkpoint",
+            type=Path,
+            metavar="DIR",
+            help="this folder of snapshots/ or checkpoints/",
+        )
+        add("--images", metavar="DIR", help="score a folder, zip or tars of images instead")
+        add("--pending", action="store_true", help="every step that has no score yet")
+        add("--watch", action="store_true", help="as --pending, until the training has finished")
+        add("--every", type=float, default=30.0, metavar="S", help="seconds between looks (30)")
+    add("overrides", nargs="*", metavar="section.key=value", help="values that win over the file")
+    options = parser.parse_args(words)
+    options.command = command
+    for name in ("checkpoint", "images", "pending", "watch", "out"):
+        setattr(options, name, getattr(options, name, None))
+    if options.checkpoint and not options.run:
+        # runs/x/snapshots/step_N: the run's ledger gets the row; elsewhere the scores are printed.
+        parent = options.checkpoint.resolve().parents
+        if len(parent) > 1 and (parent[1] / "config.yaml").is_file():
+            options.run = parent[1]
+    several = [n for n in ("checkpoint", "images", "pending", "watch") if getattr(options, n)]
+    if len(several) > 1:
+        parser.error(f"give only one of {', '.join('--' + name for name in several)}")
+    if not (options.run or options.config or options.checkpoint):
+        parser.error("give --run DIR, or --config FILE" + ("" if command else " with --images DIR"))
+    if not options.run and not command and not (options.images or options.checkpoint):
+        parser.error("--config names no checkpoints: give --run DIR, or --images DIR with it")
+    return options
+
+
+def configuration(options: argparse.Namespace) -> Config:
+    """The run's own configuration, or that of ``--config``, under the command line's overrides."""
+    if options.config:
+        return load(options.config, options.overrides)
+    folder: Path = options.run or options.checkpoint
+    if not (folder / "config.yaml").is_file():
+        what = "--run" if options.run else "--checkpoint"
+        near = sorted(str(path.parent) for path in folder.parent.glob("*/config.yaml"))[:10]
+        raise EvaluationError(
+            f"{what} {folder}: holds no config.yaml; runs beside it: {', '.join(near) or 'none'}."
+        )
+    config = load(folder / "config.yaml", options.overrides)
+    # The folder may have been moved or copied since the run wrote its configuration.
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
+
+
+def main() -> None:
+    """Parse the command line and evaluate."""
+    options = parse(sys.argv[1:])
+    with one_clear_message():
+        if options.command == "fetch-weights":
+            from pipeline.weights import fetch_inception
+
+            print(f"eval.extractor_weights={fetch_inception(options.to).resolve()}")
+        else:
+            evaluate(options, configuration(options))
+
+
+if __name__ == "__main__":
+    main()
