@@ -19,17 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.decode import DecodeError, decoder, shape_of
+from pipeline.durable import sha256_of
 from pipeline.errors import DataError
-from pipeline.shards import (
-    INDEX_NAME,
-    Index,
-    Shard,
-    check_size,
-    read_index,
-    scan,
-    sha256_of,
-    write_index,
-)
+from pipeline.reader import check_size
+from pipeline.shards import INDEX_NAME, Index, Shard, read_index, scan, write_index
 from pipeline.spread import REPORT_SECONDS, progress, spread
 
 Shape = tuple[int, int, int]

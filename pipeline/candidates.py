@@ -14,15 +14,17 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline import checkpoint
-from pipeline.config import DataConfig, ModelConfig, load
+from pipeline.config import DataConfig, ModelConfig
+from pipeline.config_files import load
 from pipeline.decode import DecodeError
 from pipeline.errors import CheckpointError, EvaluationError
 from pipeline.features import Images
 from pipeline.models import Generator
 from pipeline.protocol import PURPOSE
+from pipeline.reader import Cache, Reader
 from pipeline.sampling import generate, image_grid, sampler, z_rows
 from pipeline.scores import chosen_ids
-from pipeline.shards import Cache, Index, Reader
+from pipeline.shards import Index
 
 NETWORK = {"ema": "G_ema", "raw": "G"}
 GRID_IMAGES = 64

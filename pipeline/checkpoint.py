@@ -30,10 +30,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.config import Config, dump, load
+from pipeline.config import Config
+from pipeline.config_files import dump, load
+from pipeline.durable import sha256_of, sync_folder
 from pipeline.errors import CheckpointError, RunFolderError
 from pipeline.sampling import sampler
-from pipeline.shards import sha256_of, sync_folder
 
 STATE, OPTIMIZERS, GENERATOR = "state.json", "optimizers.pt", "generator.safetensors"
 

@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from pipeline.config import Config
 from pipeline.errors import DataError
 from pipeline.order import Order
-from pipeline.shards import Cache, Index, Reader, check_shards, read_index
+from pipeline.reader import Cache, Reader, check_shards
+from pipeline.shards import Index, read_index
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 

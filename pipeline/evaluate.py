@@ -2,7 +2,7 @@
 
     python -m pipeline.evaluate --run runs/x                            # the newest checkpoint
     accelerate launch pipeline/evaluate.py --run runs/x --pending       # all that lack a score
-    torchrun --nproc_per_node 8 pipeline/evaluate.py --run runs/x --watch   # until training ends
+    torchrun --nproc_per_node 8 -- pipeline/evaluate.py --run runs/x --watch   # to its end
     python -m pipeline.evaluate --checkpoint runs/x/snapshots/step_00010000
     python -m pipeline.evaluate --run runs/x --images DIR      # other samples, the same protocol
     python -m pipeline.evaluate reference --config configs/dcgan_64.yaml --out FILE
@@ -28,7 +28,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import Config, load
+from pipeline.config import Config
+from pipeline.config_files import load
 from pipeline.errors import EvaluationError, one_clear_message
 
 if TYPE_CHECKING:

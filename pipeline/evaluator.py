@@ -22,6 +22,7 @@ from pipeline.distributed import on_rank_zero
 from pipeline.errors import EvaluationError
 from pipeline.features import Images, extract, load_extractor
 from pipeline.protocol import Protocol, make_protocol
+from pipeline.reader import check_shards
 from pipeline.scores import (
     Reference,
     compute_scores,
@@ -29,7 +30,7 @@ from pipeline.scores import (
     read_reference,
     write_reference,
 )
-from pipeline.shards import check_shards, read_index
+from pipeline.shards import read_index
 
 POLL_SECONDS = 1.0
 

@@ -27,9 +27,10 @@ import PIL
 from numpy.typing import NDArray
 
 from pipeline.decode import DecodeError, encode
+from pipeline.durable import publish, sha256_of
 from pipeline.errors import DataError, UserError
 from pipeline.order import permutation
-from pipeline.shards import INDEX_NAME, NO_LABEL, ROW, Shard, publish, sha256_of
+from pipeline.shards import INDEX_NAME, NO_LABEL, ROW, Shard
 from pipeline.sources import Source, reader
 from pipeline.spread import REPORT_SECONDS
 

@@ -25,6 +25,7 @@ import numpy as np
 from PIL import ImageColor
 
 from pipeline.audit import index_tars, verify
+from pipeline.durable import publish
 from pipeline.errors import DataError, UserError, one_clear_message
 from pipeline.packing import (
     SETTINGS_NAME,
@@ -40,7 +41,8 @@ from pipeline.packing import (
     tar_bytes,
     work_folder,
 )
-from pipeline.shards import INDEX_NAME, Index, check_shards, publish, read_index, write_index
+from pipeline.reader import check_shards
+from pipeline.shards import INDEX_NAME, Index, read_index, write_index
 from pipeline.sources import Source, find
 from pipeline.spread import STOP_SIGNALS, progress, spread
 

@@ -13,10 +13,11 @@ import socket
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.config import Config, dump, fixed_differences, load
+from pipeline.config import Config, fixed_differences
+from pipeline.config_files import dump, load
 from pipeline.dashboard import make_run_id
+from pipeline.durable import publish
 from pipeline.errors import ConfigError, RunFolderError
-from pipeline.shards import publish
 
 IDENTITY = "run.json"
 

@@ -25,11 +25,11 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from pipeline.durable import publish
 from pipeline.errors import EvaluationError
 from pipeline.features import Extractor
 from pipeline.order import permutation
 from pipeline.protocol import PURPOSE, Protocol, RealSide
-from pipeline.shards import publish
 
 # -- the real side ------------------------------------------------------------------------------
 

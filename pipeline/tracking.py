@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from pipeline.config import Config
 from pipeline.dashboard import STEP_KEY, Dashboard, Picture, make_run_id, say
+from pipeline.durable import publish
 from pipeline.errors import RunFolderError
-from pipeline.shards import publish
 
 __all__ = ["NullTracker", "Tracker", "make_run_id"]
 

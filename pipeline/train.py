@@ -20,7 +20,8 @@ import argparse
 import logging
 from contextlib import closing
 
-from pipeline.config import Config, load, micro_batching
+from pipeline.config import Config, micro_batching
+from pipeline.config_files import load
 from pipeline.errors import one_clear_message
 
 

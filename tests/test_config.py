@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import Config, dump, fixed_differences, flatten, load, micro_batching
+from pipeline.config import Config, fixed_differences, flatten, micro_batching
+from pipeline.config_files import dump, load
 from pipeline.errors import ConfigError
 
 CHECKOUT = Path(__file__).parents[1]

@@ -21,7 +21,8 @@ from PIL import Image, ImageOps
 
 from pipeline.decode import DecodeError
 from pipeline.errors import DataError
-from pipeline.shards import Cache, Reader, read_index, scan
+from pipeline.reader import Cache, Reader
+from pipeline.shards import read_index, scan
 from pipeline.sources import find, reader, to_square
 
 WHITE = (255, 255, 255)

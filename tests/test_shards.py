@@ -19,21 +19,11 @@ import pytest
 import webdataset as wds
 from conftest import UNEVEN, label_of, pixels_of
 
-from pipeline import shards as shards_module
+from pipeline import remote as fetching
 from pipeline.decode import encode
 from pipeline.errors import CorruptSample, DataError
-from pipeline.shards import (
-    INDEX_NAME,
-    NO_LABEL,
-    ROW,
-    TABLE_NAME,
-    Cache,
-    Reader,
-    check_shards,
-    read_index,
-    scan,
-    write_index,
-)
+from pipeline.reader import Cache, Reader, check_shards
+from pipeline.shards import INDEX_NAME, NO_LABEL, ROW, TABLE_NAME, read_index, scan, write_index
 
 SHAPE = (8, 8, 3)
 IMAGE = encode(pixels_of(0, SHAPE), "npy")
@@ -47,7 +37,7 @@ def own(uneven, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch):
-    monkeypatch.setattr(shards_module, "FETCH_PAUSE", 0.0)
+    monkeypatch.setattr(fetching, "FETCH_PAUSE", 0.0)
 
 
 def make_tar(path, members, form=tarfile.PAX_FORMAT, mode="w"):
@@ -484,7 +474,8 @@ def test_six_processes_make_one_download(remote, tmp_path):
     """Ranks and workers of a node race for a shard: one GET, six equal answers."""
     server, index = remote
     code = (
-        "import sys; from pipeline.shards import *\n"
+        "import sys; from pipeline.shards import *; from pipeline.reader import *\n"
+        "from pipeline.durable import *\n"
         "index = read_index(sys.argv[1]); sys.stdin.readline()\n"
         "print(sha256_of(Cache(index, sys.argv[2]).path(index.shards[2])))"
     )
@@ -543,7 +534,7 @@ def test_a_server_that_stays_broken_is_one_clear_error(remote, tmp_path):
     server.failing[index.shards[2].url] = 99
     with pytest.raises(DataError, match=r"shard-000002\.tar: cannot be fetched"):
         Cache(index, str(tmp_path / "c")).path(index.shards[2])
-    assert server.gets[index.shards[2].url] == shards_module.FETCH_ATTEMPTS
+    assert server.gets[index.shards[2].url] == fetching.FETCH_ATTEMPTS
     server.close()
     with pytest.raises(DataError, match=r"index\.json: cannot be fetched"):
         read_index(server.url)
@@ -642,7 +633,8 @@ def test_processes_that_evict_each_other_all_get_their_samples(remote, tmp_path)
     """Four processes, room for about one shard, random reads: no error, right pixels."""
     server, _ = remote
     code = (
-        "import sys, numpy as np; from pipeline.shards import *\n"
+        "import sys, numpy as np; from pipeline.shards import *; from pipeline.reader import *\n"
+        "from pipeline.durable import *\n"
         "index = read_index(sys.argv[1]); cache = Cache(index, sys.argv[2], 5e5 / 2**30)\n"
         "ids = np.random.default_rng(int(sys.argv[3])).integers(0, 997, 60)\n"
         "for k in ids:\n"

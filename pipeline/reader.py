@@ -1,0 +1,203 @@
+"""Samples of an index by id: shards checked, cached on the node when remote, decoded by offset."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import mmap
+import os
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.decode import DecodeError, decoder
+from pipeline.durable import sha256_of
+from pipeline.errors import CorruptSample, DataError
+from pipeline.remote import FETCH_ATTEMPTS, open_url, patiently
+from pipeline.shards import INDEX_NAME, Index, Shard
+
+CHUNK = 1 << 20
+HASH_ALL_BELOW = 2 << 30
+
+
+class Cache:
+    """Node-local copies of remote shards: one download per node, checked, published atomically."""
+
+    def __init__(self, index: Index, folder: str, limit_gib: float = 0.0) -> None:
+        self.index = index
+        self.folder = Path(folder).expanduser()
+        self.limit = int(limit_gib * 2**30)
+
+    def path(self, shard: Shard) -> Path:
+        """The local file of a shard, fetched first when it is remote and not yet here."""
+        if not self.index.is_remote:
+            return Path(self.index.location).expanduser() / shard.url
+        target = self.folder / f"{shard.sha256[:16]}-{shard.url}"
+        try:
+            if not target.exists():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with (self.folder / f"{target.name}.lock").open("w") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    if not target.exists():  # another process of this node was first
+                        self._make_room(shard.filesize)
+                        self._fetch(shard, target)
+            elif self.limit:
+                with contextlib.suppress(FileNotFoundError):  # evicted just now
+                    os.utime(target)
+        except OSError as error:
+            raise DataError(f"data.cache_dir ({self.folder}): cannot be used: {error}.") from None
+        return target
+
+    def open(self, shard: Shard) -> IO[bytes]:
+        """The shard's file, of the size the index says; fetched again if evicted meanwhile.
+
+        Raises:
+            DataError: it is missing, has another size, or cannot be fetched.
+        """
+        for _ in range(FETCH_ATTEMPTS):
+            path = self.path(shard)
+            try:
+                check_size(path, shard)
+                return path.open("rb")
+            except (DataError, FileNotFoundError):
+                if path.exists() or not self.index.is_remote:
+                    raise
+        raise DataError(f"{path}: evicted as soon as it is fetched: raise data.cache_gib.")
+
+    def fetch_all(self, threads: int = 8) -> None:
+        """Bring every shard here, in parallel; ranks of one node share the work by the locks."""
+        if self.index.is_remote and not self.limit:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(self.path, self.index.shards))
+
+    def _fetch(self, shard: Shard, target: Path) -> None:
+        """Download under the shard's lock: whatever unfinished copy is found was abandoned."""
+        url = f"{self.index.location}/{shard.url}"
+        for abandoned in self.folder.glob(f"{glob.escape(target.name)}.*.tmp"):
+            abandoned.unlink(missing_ok=True)
+        partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+
+        def transfer() -> str:
+            digest = hashlib.sha256()
+            with partial.open("wb") as out, open_url(url) as source:
+                while chunk := source.read(CHUNK):
+                    digest.update(chunk)
+                    out.write(chunk)
+                if out.tell() < shard.filesize:  # a connection may end early without an error
+                    raise EOFError(f"ended after {out.tell()} of {shard.filesize} bytes")
+            return digest.hexdigest()
+
+        try:
+            if patiently(url, transfer) != shard.sha256:
+                raise DataError(f"{url}: its checksum differs from the index; upload it again.")
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _make_room(self, needed: int) -> None:
+        """Unlink the least recently used shards; a process that maps one keeps reading it."""
+        if not self.limit:
+            return
+        kept = []
+        for path in self.folder.glob("*.tar"):
+            with contextlib.suppress(FileNotFoundError):  # another process makes room too
+                status = path.stat()
+                kept.append((status.st_mtime, status.st_size, path))
+        total = sum(size for _, size, _ in kept)
+        for _, size, path in sorted(kept):
+            if total + needed <= self.limit:
+                break
+            total -= size
+            path.unlink(missing_ok=True)
+
+
+class Reader:
+    """Random access to the samples of an index, in one process."""
+
+    def __init__(self, index: Index, cache: Cache) -> None:
+        self.index, self.cache = index, cache
+        self._starts = np.cumsum([0, *index.sizes])
+        self._maps: dict[int, memoryview] = {}
+        self._decode = decoder(index.field, index.shape)
+
+    def read(self, ids: NDArray[np.int64], out: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """Decode samples into ``out`` (n, H, W, C) uint8; returns their labels, int64 (n,).
+
+        Raises:
+            CorruptSample: naming shard, key and offset.
+            DataError: a shard is missing or has another size than the index says.
+        """
+        rows = self.index.table[ids]
+        shards = np.searchsorted(self._starts, ids, side="right") - 1
+        for k, (shard, offset, length) in enumerate(
+            zip(shards.tolist(), rows["offset"].tolist(), rows["length"].tolist(), strict=True)
+        ):
+            view = self._maps.get(shard)
+            if view is None:
+                view = self._open(shard)
+            try:
+                self._decode(view[offset : offset + length], out[k])
+            except DecodeError as error:
+                raise self._corrupt(shard, offset, error) from None
+        return rows["label"].astype(np.int64)
+
+    def _open(self, number: int) -> memoryview:
+        shard = self.index.shards[number]
+        with self.cache.open(shard) as file:
+            view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        if self.index.is_remote and self.cache.limit and len(self._maps) >= 64:
+            self._maps.clear()  # let go of evicted files
+        self._maps[number] = view
+        return view
+
+    def _corrupt(self, number: int, offset: int, error: DecodeError) -> CorruptSample:
+        shard = self.index.shards[number]
+        path = self.cache.path(shard)
+        key = "unknown"
+        with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(path, "r:") as tar:
+            key = next((m.name for m in tar if m.offset_data == offset), key)
+        return CorruptSample(
+            f"{path}: sample {key} at offset {offset} is damaged: {error}. Check the whole set "
+            f"with: python -m pipeline.prepare --verify {self.index.location}"
+        )
+
+
+def check_size(path: Path, shard: Shard) -> None:
+    """Refuse a shard that is missing, truncated or grown since it was indexed."""
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing, but listed in {INDEX_NAME}.") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}.") from None
+    if found != shard.filesize:
+        raise DataError(
+            f"{path}: {found} bytes, the index says {shard.filesize}: truncated or changed since "
+            "it was indexed; restore it or prepare the set again."
+        )
+
+
+def check_shards(index: Index, how: str) -> None:
+    """Check the local shards of an index before a run: ``size``, ``sha256`` or ``auto``."""
+    if index.is_remote:
+        return  # the cache checks every byte as it comes
+    folder = Path(index.location).expanduser()
+    total = sum(shard.filesize for shard in index.shards)
+    every_byte = how == "sha256" or (how == "auto" and total <= HASH_ALL_BELOW)
+
+    def check(shard: Shard) -> None:
+        check_size(folder / shard.url, shard)
+        if every_byte and sha256_of(folder / shard.url) != shard.sha256:
+            raise DataError(
+                f"{folder / shard.url}: its checksum differs from the index: changed since it was "
+                f"indexed; list the damage with: python -m pipeline.prepare --verify {folder}"
+            )
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(check, index.shards))
