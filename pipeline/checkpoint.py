@@ -34,6 +34,7 @@ from pipeline.config import Config
 from pipeline.config_files import dump, load
 from pipeline.durable import sha256_of, sync_folder
 from pipeline.errors import CheckpointError, RunFolderError
+from pipeline.ledger import kept_steps
 from pipeline.sampling import sampler
 
 STATE, OPTIMIZERS, GENERATOR = "state.json", "optimizers.pt", "generator.safetensors"
@@ -198,14 +199,17 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(path, state, weights, optimizers)
 
 
-def prune(run_dir: Path, keep: int, keep_every: int) -> None:
+def prune(run_dir: Path, keep: int, keep_every: int, keep_best: bool = False) -> None:
     """Remove all but the newest ``keep`` checkpoints and multiples of ``keep_every`` (0 = none).
 
-    Called after a commit, so that a good checkpoint exists at every moment.
+    ``keep_best`` also keeps what the ledger of evaluations finds best, and what it does not know
+    yet. Called after a commit, so that a good checkpoint exists at every moment.
     """
-    old = committed(run_dir)[:-keep]
-    for path in old:
-        if not keep_every or step_of(path) % keep_every:
+    there = committed(run_dir)
+    kept = kept_steps(run_dir, [step_of(path) for path in there]) if keep_best else set()
+    for path in there[:-keep]:
+        step = step_of(path)
+        if step not in kept and (not keep_every or step % keep_every):
             # Renamed first: a kill in the middle leaves no folder that looks complete.
             doomed = path.with_name(f"{path.name}.tmp")
             with suppress(OSError):

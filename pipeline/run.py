@@ -166,7 +166,8 @@ class Run:
             }
             checkpoint.save(self.dir, step, gan.networks(), gan.optimizers(), state)
             self._mark("progress", str(step))
-            checkpoint.prune(self.dir, train.keep, train.keep_every)
+            keep_best = self.config.eval.keep_best
+            checkpoint.prune(self.dir, train.keep, train.keep_every, keep_best)
             if self.due(step, train.checkpoint_every):
                 weights = gan.G_ema.state_dict()
                 device = self.accelerator.device
