@@ -1,0 +1,76 @@
+"""A small run folder that was never trained, and evaluations of it in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_shards
+
+from pipeline import checkpoint, evaluate
+from pipeline.config import Config, DataConfig, EvalConfig, ModelConfig, RunConfig, TrackingConfig
+from pipeline.config_files import dump
+from pipeline.models import Discriminator, Generator, init_weights
+from pipeline.sampling import stream
+
+MODEL = ModelConfig(image_size=32, channels=1, z_dim=8, ngf=4, ndf=4)
+TINY = "tiny_extractor:Tiny"
+
+
+def make_config(folder: Path, **settings: object) -> Config:
+    """``folder`` holds the shards, the references and the run."""
+    small = {"extractor": TINY, "num_images": 100, "cache_dir": str(folder / "references")}
+    return Config(
+        run=RunConfig(dir=str(folder / "run")),
+        model=MODEL,
+        data=DataConfig(shards=str(folder / "shards")),
+        tracking=TrackingConfig(wandb="disabled"),
+        eval=EvalConfig(**small | settings),  # type: ignore[arg-type]
+    )
+
+
+def make_run(folder: Path, steps: tuple[int, ...] = (10, 20), **settings: object) -> Path:
+    """Shards of 130 noise images and a run with a snapshot of another G at each step."""
+    if not (folder / "shards").exists():
+        write_shards(folder / "shards", [70, 60], (32, 32, 1))
+    run, config = folder / "run", make_config(folder, **settings)
+    run.mkdir(exist_ok=True)
+    (run / "config.yaml").write_text(dump(config))
+    (run / "run.json").write_text('{"id": "run-abc", "precision": "fp32"}')
+    for step in steps:
+        add_snapshot(run, config, step)
+    return run
+
+
+def generator_of(step: int) -> Generator:
+    G = Generator(MODEL)
+    init_weights(G, stream(step, "test"))
+    with torch.no_grad():
+        G.layers.to_image.weight.mul_(step)  # images that differ more than by noise
+    return G
+
+
+def add_snapshot(run: Path, config: Config, step: int) -> Path:
+    return checkpoint.export_snapshot(run, step, generator_of(step).state_dict(), config)
+
+
+def add_checkpoint(run: Path, step: int) -> Path:
+    G, D = generator_of(step), Discriminator(MODEL)
+    return checkpoint.save(run, step, {"G": G, "D": D, "G_ema": generator_of(step + 1)}, {}, {})
+
+
+def evaluated(*words: object) -> None:
+    """The command, without a process of its own: its errors come as exceptions."""
+    options = evaluate.parse([str(word) for word in words])
+    evaluate.evaluate(options, evaluate.configuration(options))
+
+
+def with_eval(config: Config, **settings: object) -> Config:
+    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, **settings))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path)
