@@ -25,7 +25,7 @@ export UV_HTTP_TIMEOUT ?= 300
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check bench lock clean fashion-mnist
+.PHONY: help setup demo test test-faults check bench lock clean fashion-mnist
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 10
@@ -39,8 +39,11 @@ demo: $(RUN_READY)  ## Prepare Fashion-MNIST, train a small DCGAN on this machin
 	$(DEMO_TRAIN)
 	@echo "samples: $$(ls -t $(DEMO_RUN)/samples/*.png | head -n 1)"
 
-test: $(DEV_READY)  ## Every test that needs neither a cluster nor the network
-	$(BIN)/python -m pytest -m "not cluster"
+test: $(DEV_READY)  ## Every test that needs neither a cluster nor the network nor damage on purpose
+	$(BIN)/python -m pytest -m "not cluster and not faults"
+
+test-faults: $(DEV_READY)  ## Full disks, damaged files, hopeless settings: what users and machines do
+	$(BIN)/python -m pytest -m faults
 
 check: $(DEV_READY)  ## Format, lint, types, shell scripts, length of the modules
 	$(BIN)/ruff format --check .
@@ -53,9 +56,9 @@ check: $(DEV_READY)  ## Format, lint, types, shell scripts, length of the module
 bench: $(DEV_READY)  ## Loader throughput, as quoted in the documentation
 	$(BIN)/python benchmarks/loader.py
 
-lock: | $(filter .venv-uv/%,$(UV))  ## requirements*.txt from pyproject.toml, newest versions
-	$(PIP) compile --quiet --upgrade $(LOCK) -o requirements.txt pyproject.toml
-	$(PIP) compile --quiet $(LOCK) -c requirements.txt --extra dev --extra cluster \
+lock: | $(filter .venv-uv/%,$(UV))  ## requirements*.txt from pyproject.toml; pins change only where they must
+	$(PIP) compile --quiet $(LOCK) --extra offline-eval -o requirements.txt pyproject.toml
+	$(PIP) compile --quiet $(LOCK) -c requirements.txt --extra dev --extra cluster --extra offline-eval \
 		-o requirements-dev.txt pyproject.toml
 LOCK := --universal --generate-hashes --python-version 3.11 --no-header \
 	--no-emit-index-url --no-emit-find-links --annotation-style line

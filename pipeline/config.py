@@ -226,4 +226,9 @@ def micro_batching(config: Config, world_size: int) -> tuple[int, int]:
             "or another number of processes."
         )
     micro = micro or batch // world_size
+    if micro == 1:
+        raise ConfigError(
+            f"data.batch_size ({batch}): 1 image per rank, but BatchNorm needs at least 2; use "
+            f"{2 * world_size} or more, or fewer processes."
+        )
     return micro, batch // (world_size * micro)
