@@ -56,7 +56,9 @@ def open_data(config: Config, accelerator: Accelerator) -> Index:
         DataError: shards missing, damaged, or of another image shape than ``model`` says.
     """
     data, model = config.data, config.model
-    index = read_index(data.shards)
+    make = f"python -m pipeline.prepare fashion-mnist --out {data.shards}"
+    shape = f"--size {model.image_size} --channels {model.channels}"
+    index = read_index(data.shards, f"{make} {shape} (or a folder of images for fashion-mnist)")
     wanted = (model.image_size, model.image_size, model.channels)
     if index.shape != wanted:
         raise DataError(

@@ -11,7 +11,7 @@ import json
 import os
 import socket
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from pipeline.config import Config, fixed_differences
 from pipeline.config_files import dump, load
@@ -85,16 +85,16 @@ class RunFolder:
     def _identify(self, config: Config, precision: str) -> str:
         path = self.path / IDENTITY
         try:
-            identity: dict[str, Any] = json.loads(path.read_text())
-            return str(identity["id"])
+            name = str(json.loads(path.read_text())["id"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
-            identity = {"id": make_run_id(config), "precision": precision}
-            publish(path, json.dumps(identity).encode())
-            return str(identity["id"])
+            name = make_run_id(config)
+        publish(path, json.dumps({"id": name, "precision": precision}).encode())
+        return name
 
     def _bind(self, config: Config) -> None:
         path = self.path / "config.yaml"
-        if path.exists():
+        # Until something is trained there is nothing that another configuration could spoil.
+        if path.exists() and any((self.path / "checkpoints").glob("step_*")):
             try:
                 changed = fixed_differences(load(path), config)
             except ConfigError as error:

@@ -184,14 +184,18 @@ def write_index(
 # -- reading ------------------------------------------------------------------------------------
 
 
-def read_index(location: str) -> Index:
+def read_index(location: str, command: str = "") -> Index:
     """The checked index of a folder or URL.
+
+    Args:
+        location: folder or URL of the set.
+        command: what would make the set, for the message when it is missing.
 
     Raises:
         DataError: no index there, damaged, or naming files outside its own folder.
     """
     location = location.rstrip("/") if "://" in location else location
-    document_bytes = _read_beside(location, INDEX_NAME)
+    document_bytes = _read_beside(location, INDEX_NAME, command=command)
     try:
         document = json.loads(document_bytes)
         if document["__kind__"] != KIND:
@@ -246,7 +250,7 @@ def _open_table(raw: bytes | Path, digest: str, name: str) -> NDArray[np.void]:
     return table
 
 
-def _read_beside(location: str, name: str, lazy: bool = False) -> Any:
+def _read_beside(location: str, name: str, lazy: bool = False, command: str = "") -> Any:
     """The bytes of a file in the shard folder; a local path instead when ``lazy``."""
     if "://" in location:
 
@@ -261,7 +265,7 @@ def _read_beside(location: str, name: str, lazy: bool = False) -> Any:
         return path if lazy and path.is_file() else path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         tars = len(list(path.parent.glob("*.tar"))) if path.parent.is_dir() else 0
-        remedy = f"python -m pipeline.prepare SOURCE --out {location} --size SIZE"
+        remedy = command or f"python -m pipeline.prepare SOURCE --out {location} --size SIZE"
         if tars and name == INDEX_NAME:
             found, remedy = (
                 f"{tars} tars without an index",

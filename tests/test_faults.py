@@ -68,7 +68,7 @@ def test_missing_shards_name_the_command_that_makes_them(tiny_config: Path, tmp_
     """No folder: the data command, ready to paste."""
     output = refused(1, tiny_config, f"data.shards={tmp_path}/none", f"run.dir={tmp_path / 'run'}")
     assert "no such folder" in output
-    assert f"python -m pipeline.prepare SOURCE --out {tmp_path}/none" in output
+    assert f"pipeline.prepare fashion-mnist --out {tmp_path}/none --size 32 --channels 1" in output
 
 
 def test_one_flipped_byte_in_a_shard_stops_before_training(
