@@ -144,10 +144,12 @@ def folder(name: str, shape: tuple[int, int, int], count: int) -> Images:
         )
     read = sources.reader(source, shape[0], shape[2], WHITE)
 
-    def images(start: int, stop: int) -> NDArray[np.uint8]:
+    def one(row: int) -> NDArray[np.uint8]:
         try:
-            return np.stack([read(row)[0] for row in range(start, stop)])
+            return read(row)[0]
         except DecodeError as error:
-            raise EvaluationError(f"--images {name}: {error}; remove that image.") from None
+            raise EvaluationError(
+                f"--images {name}: {source.names[row]}: {error}; remove it from there."
+            ) from None
 
-    return images
+    return lambda start, stop: np.stack([one(row) for row in range(start, stop)])

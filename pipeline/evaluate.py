@@ -51,6 +51,11 @@ def evaluate(options: argparse.Namespace, config: Config) -> None:
     evaluator = Evaluator(config, accelerator)
     if accelerator.is_main_process:
         print(evaluator.protocol.describe(), flush=True)
+        if not evaluator.protocol.has_fid:
+            print(
+                f"no Frechet distance: {evaluator.extractor.dim} numbers need at least "
+                f"{2 * evaluator.extractor.dim} images of either kind; KID decides instead"
+            )
     try:
         if options.command == "reference":
             evaluator.write_reference(options.out)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
-import pytest
 import torch
 from conftest import write_shards
 
@@ -65,12 +63,3 @@ def evaluated(*words: object) -> None:
     """The command, without a process of its own: its errors come as exceptions."""
     options = evaluate.parse([str(word) for word in words])
     evaluate.evaluate(options, evaluate.configuration(options))
-
-
-def with_eval(config: Config, **settings: object) -> Config:
-    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, **settings))
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return make_run(tmp_path)
