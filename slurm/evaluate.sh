@@ -1,0 +1,37 @@
+#!/bin/bash
+# Score every checkpoint of a run that has no score yet; what is there is not computed again, so the
+# same job may run any number of times, beside the training too. From the checkout:
+#
+#   sbatch slurm/evaluate.sh                                     # runs/dcgan_64
+#   sbatch --gpus-per-node=4 slurm/evaluate.sh --run /shared/runs/a
+#   sbatch slurm/evaluate.sh --run /shared/runs/a --watch        # until the training has finished
+#
+# Knobs: slurm/README.md. All arguments of `python -m pipeline.evaluate` are allowed.
+#SBATCH --job-name=dcgan-fid
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm/logs/%x-%j.out
+#SBATCH --signal=USR2@120
+
+set -uo pipefail
+trap : TERM USR1 USR2
+
+# shellcheck source=slurm/launch.sh
+. slurm/launch.sh || { echo "$PWD: not the checkout; call sbatch there, or give --chdir"; exit 2; }
+
+case " $* " in
+  *" --run"*|*" --config"*|*" --checkpoint"*) ;;
+  *) set -- --run "${RUN_DIR:-runs/dcgan_64}" "$@" ;;
+esac
+case " $* " in
+  *" --pending"*|*" --watch"*|*" --checkpoint"*|*" --images"*) ;;
+  *) set -- --pending "$@" ;;
+esac
+
+say "job $SLURM_JOB_ID: $WORLD process(es) on $SLURM_JOB_NODELIST, evaluate $*"
+launch 0 pipeline.evaluate "$@"
+status=$?
+say "srun ended with $status"
+exit "$status"
