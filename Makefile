@@ -25,10 +25,10 @@ export UV_HTTP_TIMEOUT ?= 300
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-faults check bench lock clean fashion-mnist
+.PHONY: help setup demo test test-faults check bench lock clean fashion-mnist test-cluster slurm-programs
 
 help:  ## This list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
 
 setup: $(DEV_READY)  ## The environment for development in .venv, from the hashed lock file
 
@@ -44,6 +44,9 @@ test: $(DEV_READY)  ## Every test that needs neither a cluster nor the network n
 
 test-faults: $(DEV_READY)  ## Full disks, damaged files, hopeless settings: what users and machines do
 	$(BIN)/python -m pytest -m faults
+
+test-cluster: $(DEV_READY) slurm-programs  ## The Slurm scripts on a two-node Slurm started for it (needs root)
+	$(BIN)/python -m pytest -m cluster --durations=0
 
 check: $(DEV_READY)  ## Format, lint, types, shell scripts, length of the modules
 	$(BIN)/ruff format --check .
@@ -73,6 +76,18 @@ fashion-mnist:
 		test "$$(id -u)" = 0 && root= || root="sudo -n"; \
 		install="$$root apt-get install -y -qq dataset-fashion-mnist"; \
 		$$install || { $$root apt-get update -qq && $$install; }; \
+	} </dev/null >/dev/null 2>&1 || true
+
+# Without them, and where they cannot be installed, the tests say so and are skipped. Daemons that the
+# packages would start are held back: the tests start their own.
+slurm-programs:
+	@test "$$(id -u)" != 0 || type slurmctld slurmd srun munged >/dev/null || \
+		! command -v apt-get >/dev/null || { \
+		test -e /usr/sbin/policy-rc.d || { made=1; printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d; \
+			chmod +x /usr/sbin/policy-rc.d; }; \
+		install="apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge"; \
+		$$install || { apt-get update -qq && $$install; }; \
+		test -z "$$made" || rm -f /usr/sbin/policy-rc.d; \
 	} </dev/null >/dev/null 2>&1 || true
 
 # -- the environment ----------------------------------------------------------------------------
