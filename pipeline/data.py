@@ -15,6 +15,7 @@ import math
 import mmap
 import os
 import signal
+import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from threading import Thread
@@ -118,7 +119,7 @@ class Loader:
         stream = _Stream(self, ring, start_step)
         options: dict[str, Any] = {}
         if data.workers:
-            # fork shares the order's permutation and the index pages with every worker.
+            self.rows_of(start_step)  # fork shares this epoch's permutation with every worker
             options = {
                 "prefetch_factor": data.prefetch,
                 "multiprocessing_context": "fork",
@@ -128,7 +129,9 @@ class Loader:
             stream, batch_size=None, num_workers=data.workers, collate_fn=_as_it_is, **options
         )
         # iter() starts the workers now: later, threads of others would be forked with them.
-        with _stop_signals_blocked():
+        with _stop_signals_blocked(), warnings.catch_warnings():
+            # Python 3.12 warns of fork beside threads; workers touch nothing that others lock.
+            warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
             items = iter(loader)
         return self._deliver(items, ring)
 
