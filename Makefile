@@ -32,11 +32,12 @@ help:  ## This list
 
 setup: $(DEV_READY)  ## The environment for development in .venv, from the hashed lock file
 
-demo: $(RUN_READY)  ## Prepare Fashion-MNIST, train a small DCGAN on this machine, show the samples
+demo: $(RUN_READY)  ## Prepare Fashion-MNIST, train a small DCGAN on this machine, show scores and samples
 	@test -f $(DEMO_DATA)/index.json || $(MAKE) --no-print-directory fashion-mnist
 	@test -f $(DEMO_DATA)/index.json || $(BIN)/python -m pipeline.prepare fashion-mnist \
 		--out $(DEMO_DATA) --size 32 --channels 1
 	$(DEMO_TRAIN)
+	$(BIN)/python -m pipeline.evaluate --run $(DEMO_RUN) --pending
 	@echo "samples: $$(ls -t $(DEMO_RUN)/samples/*.png | head -n 1)"
 
 test: $(DEV_READY)  ## Every test that needs neither a cluster nor the network nor damage on purpose
