@@ -69,8 +69,9 @@ def write_reference(path: Path, reference: Reference) -> None:
         "mu": torch.from_numpy(reference.mu),
         "sigma": torch.from_numpy(reference.sigma),
     }
-    about = dataclasses.asdict(reference.side)
-    metadata = {"reference": json.dumps(about), "sha256": _tensors_sha256(tensors)}
+    about = {"side": dataclasses.asdict(reference.side), "sha256": _tensors_sha256(tensors)}
+    # One entry: safetensors writes several in random order, and equal references would differ.
+    metadata = {"reference": json.dumps(about)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         publish(path, save(tensors, metadata))
@@ -95,9 +96,10 @@ def read_reference(path: Path, side: RealSide) -> Reference:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         about = json.loads(metadata["reference"])
-        if _tensors_sha256(tensors) != metadata["sha256"]:
+        if _tensors_sha256(tensors) != about["sha256"]:
             raise ValueError("its checksum differs")
-        found = RealSide(**about | {"image_shape": tuple(about["image_shape"])})
+        fields = about["side"]
+        found = RealSide(**fields | {"image_shape": tuple(fields["image_shape"])})
         features, mu, sigma = tensors["features"], tensors["mu"], tensors["sigma"]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(
