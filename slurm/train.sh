@@ -64,8 +64,8 @@ seconds_left() {
 }
 
 requeue() {
-  if [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_REQUEUE:-50}" ]; then
-    say "requeued $SLURM_RESTART_COUNT times, MAX_REQUEUE is ${MAX_REQUEUE:-50}: giving up at step $(progress)"
+  if [ "$restarts" -ge "${MAX_REQUEUE:-50}" ]; then
+    say "requeued $restarts times, MAX_REQUEUE is ${MAX_REQUEUE:-50}: giving up at step $(progress)"
     exit 1
   fi
   say "requeue at step $(progress)"
@@ -74,7 +74,8 @@ requeue() {
   exit 1
 }
 
-say "restart ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID: $WORLD process(es) on $SLURM_JOB_NODELIST," \
+restarts=${SLURM_RESTART_COUNT:-0}  # not set in the first life of a job
+say "restart $restarts of job $SLURM_JOB_ID: $WORLD process(es) on $SLURM_JOB_NODELIST," \
   "rendezvous $MASTER_ADDR, run $run_dir at step $(progress)"
 failures=0 attempt=0
 while :; do

@@ -6,6 +6,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,13 +110,9 @@ def test_the_time_limit_requeues_and_the_run_ends_bitwise_equal(
     """
     job = submit("train.checkpoint_every=0", flags=("--time=2", "--signal=USR2@30"))
     job.reach(5)
-    ranks = job.ranks()
-    for rank in ranks:
-        rank.suspend()
-    job.slurm.wait_until(lambda: all(map(usr2_is_pending, ranks)), "USR2 in both ranks")
+    with frozen(job.ranks()) as ranks:
+        job.slurm.wait_until(lambda: all(map(has_been_signalled, ranks)), "USR2", every=0.01)
     began = time.monotonic()
-    for rank in ranks:
-        rank.resume()
     job.slurm.wait_until((job.run_dir / "PREEMPTED").exists, "checkpoint", every=0.01)
     print(f"signal -> checkpoint committed: {time.monotonic() - began:.1f} s")
     assert not (job.run_dir / "FINISHED").exists()
@@ -133,11 +130,26 @@ def test_the_time_limit_requeues_and_the_run_ends_bitwise_equal(
     assert ids_by_step(job.run_dir) == ids_by_step(uninterrupted)
 
 
-def usr2_is_pending(process: psutil.Process) -> bool:
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    found = re.search(r"ShdPnd:\s*(\w+)", status)
-    assert found
-    return bool(int(found[1], 16) >> (signal.SIGUSR2 - 1) & 1)
+@contextmanager
+def frozen(ranks: list[psutil.Process]) -> Iterator[list[psutil.Process]]:
+    for rank in ranks:
+        rank.suspend()
+    while any(rank.status() != psutil.STATUS_STOPPED for rank in ranks):
+        time.sleep(0.01)
+    yield ranks
+    for rank in ranks:
+        with suppress(psutil.NoSuchProcess):
+            rank.resume()
+
+
+def has_been_signalled(process: psutil.Process) -> bool:
+    """A frozen process that a stop signal waits for, or that Slurm woke up for it."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return True
+    pending = int(re.findall(r"ShdPnd:\s*(\w+)", status)[0], 16)
+    return pending != 0 or "State:\tT" not in status
 
 
 def test_a_killed_rank_is_replaced_in_the_same_allocation(
@@ -174,14 +186,10 @@ def test_scancel_saves_and_the_job_stays_cancelled(submit: Submit) -> None:
 def test_a_higher_partition_preempts_and_gives_back(submit: Submit, uninterrupted: Path) -> None:
     job = submit("train.checkpoint_every=0")
     job.reach(5)
-    ranks = job.ranks()
-    for rank in ranks:
-        rank.suspend()
     flags = ("--partition=high", "--nodes=2", "--wrap=sleep 1")
-    urgent = job.slurm.submit(job.output.with_name("urgent.out"), *flags)
-    time.sleep(3)
-    for rank in ranks:
-        rank.resume()
+    with frozen(job.ranks()) as ranks:
+        urgent = job.slurm.submit(job.output.with_name("urgent.out"), *flags)
+        job.slurm.wait_until(lambda: all(map(has_been_signalled, ranks)), "SIGTERM", every=0.01)
     job.slurm.wait(urgent, "COMPLETED")
     found = job.wait("COMPLETED")
     assert int(found["Restarts"]) >= 1
