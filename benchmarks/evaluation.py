@@ -1,0 +1,188 @@
+"""The evaluation against torch-fidelity itself, by itself again, and against the clock.
+
+    python benchmarks/evaluation.py --run runs/demo                     # about six minutes
+    python benchmarks/evaluation.py --run runs/demo --num-images 1000
+
+1. Parity: every score of a snapshot by the evaluation with 1 and with 2 processes, and by
+   ``torch_fidelity.calculate_metrics`` on the same images. The differences must be 0.
+2. Repeat: the evaluation with 1 process a second time, to the last digit.
+3. Time of one snapshot with 1 and 2 processes, and the share of it that is not the forward pass of
+   the extractor (generating, real images, gathering, scores). Start-up is listed apart.
+
+Prints Markdown for benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import Dataset
+
+NAMES = {
+    "frechet_inception_distance": "fid",
+    "inception_score_mean": "is",
+    "inception_score_std": "is_std",
+    "kernel_inception_distance_mean": "kid",
+    "kernel_inception_distance_std": "kid_std",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+
+class Rows(Dataset[Tensor]):
+    """(N, H, W, C) uint8 as torch-fidelity wants it."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = images
+
+    def __getitem__(self, row: int) -> Tensor:
+        return torch.from_numpy(self.images[row]).permute(2, 0, 1).expand(3, -1, -1).contiguous()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def evaluate(run: Path, processes: int, words: list[str]) -> dict[str, Any]:
+    """What a process of this file, or several, found: see ``worker``."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        launcher += ["--master_port", port, "--"]
+    began = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.json"
+        command = [*launcher, __file__, "--worker", str(out), "--run", str(run), *words]
+        threads = str(max(1, (os.cpu_count() or 1) // processes))
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": threads})
+        found: dict[str, Any] = json.loads(out.read_text())
+    found["start"] = found["began"] - began
+    return found
+
+
+def worker(out: Path, run: Path, words: list[str]) -> None:
+    """Score the newest snapshot with the evaluation's own objects; rank 0 writes what it found."""
+    from pipeline import candidates, distributed
+    from pipeline.config_files import load
+    from pipeline.evaluator import Evaluator
+    from pipeline.features import Extractor
+
+    config = load(run / "config.yaml", words)
+    accelerator: Accelerator = distributed.start("fp32")
+    evaluator = Evaluator(config, accelerator)
+    evaluator.load_reference()
+    forward = [0.0]
+    original = Extractor.__call__
+
+    def timed(self: Extractor, *arguments: Any) -> dict[str, Tensor]:
+        start = time.perf_counter()
+        found = original(self, *arguments)
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        forward[0] += time.perf_counter() - start
+        return found
+
+    Extractor.__call__ = timed  # type: ignore[method-assign]
+    accelerator.wait_for_everyone()
+    began, clock = time.time(), time.perf_counter()
+    candidate = candidates.of_run(run, config.eval.weights)[-1]
+    G, model = candidates.open_generator(candidate, run, config.eval.weights, accelerator.device)
+    scores = evaluator.score(candidates.generated(G, model, config.eval.seed), "benchmark")
+    seconds = time.perf_counter() - clock
+    if accelerator.is_main_process:
+        found = {"scores": scores, "seconds": seconds, "forward": forward[0], "began": began}
+        out.write_text(json.dumps(found))
+    evaluator.close()
+    accelerator.end_training()
+
+
+def by_torch_fidelity(run: Path, words: list[str]) -> dict[str, float]:
+    """``calculate_metrics`` on the images of the newest snapshot and the reference's."""
+    from torch_fidelity import calculate_metrics
+
+    from pipeline import candidates, distributed
+    from pipeline.config_files import load
+    from pipeline.evaluator import Evaluator
+
+    config = load(run / "config.yaml", words)
+    evaluator = Evaluator(config, distributed.start("fp32"))
+    protocol, extractor = evaluator.protocol, evaluator.extractor
+    count = protocol.reference.reference_images
+    device = evaluator.accelerator.device
+    candidate = candidates.of_run(run, config.eval.weights)[-1]
+    G, model = candidates.open_generator(candidate, run, config.eval.weights, device)
+    options: dict[str, Any] = {}
+    if extractor.precision == "bf16":
+        options["feature_extractor_internal_dtype"] = "bfloat16"
+    if config.eval.extractor_weights:
+        options["feature_extractor_weights_path"] = config.eval.extractor_weights
+    found = calculate_metrics(
+        input1=Rows(candidates.generated(G, model, config.eval.seed)(0, protocol.num_images)),
+        input2=Rows(candidates.reals(evaluator.index, config.data, count)(0, count)),
+        cuda=device.type == "cuda",
+        batch_size=config.eval.batch_size,
+        isc=extractor.logits is not None,
+        fid=protocol.has_fid,
+        kid=True,
+        prc=True,
+        feature_extractor={"inception": "inception-v3-compat"}.get(extractor.name, extractor.name),
+        kid_subset_size=protocol.kid_subset_size,
+        save_cpu_ram=True,
+        cache=False,
+        verbose=False,
+        **{f"feature_layer_{metric}": extractor.layer for metric in ("fid", "kid", "prc")},
+        **options,
+    )
+    return {protocol.key(NAMES[k]): v for k, v in found.items() if k in NAMES}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--num-images", type=int, default=2000)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_args()
+    if options.worker:
+        return worker(options.worker, options.run, options.overrides)
+    count = options.num_images
+    words = [f"eval.num_images={count}", f"eval.reference_images={count}", *options.overrides]
+    loads = [os.getloadavg()[0]]
+    one = evaluate(options.run, 1, words)  # makes the reference, before its clock starts
+    runs = {"1": evaluate(options.run, 1, words), "2": evaluate(options.run, 2, words)}
+    loads.append(os.getloadavg()[0])
+    theirs = by_torch_fidelity(options.run, words)
+    print("| score | calculate_metrics | 1 process | 2 processes | repeated |")
+    print("|---|---:|---:|---:|---:|")
+    for name, value in theirs.items():
+        found = [runs["1"]["scores"][name], runs["2"]["scores"][name], one["scores"][name]]
+        cells = " | ".join(f"{mine - value:+g}" for mine in found)
+        print(f"| {name} | {value!r} | {cells} |")
+    print(f"\n{count} images; load of the machine {loads[0]:.1f} before, {loads[1]:.1f} after\n")
+    print("| processes | start, s | seconds | images/s | not the forward pass |")
+    print("|---|---:|---:|---:|---:|")
+    for processes, found in runs.items():
+        seconds, share = found["seconds"], 1 - found["forward"] / found["seconds"]
+        pace = count / seconds
+        print(f"| {processes} | {found['start']:.1f} | {seconds:.1f} | {pace:.0f} | {share:.1%} |")
+
+
+if __name__ == "__main__":
+    main()
