@@ -1,6 +1,6 @@
 """How fast images come out: our loader, torchvision's ImageFolder and stock webdataset.
 
-    python benchmarks/loader.py                        # Fashion-MNIST, about three minutes
+    python benchmarks/loader.py                        # Fashion-MNIST, four CPU minutes
     python benchmarks/loader.py --data FOLDER_OF_SHARDS --size 64
 
 Every loader delivers the same images, shuffled, as float32 (128, 3, S, S) in [-1, 1] from as many
@@ -30,6 +30,7 @@ from typing import Any
 
 import imagecodecs
 import numpy as np
+import psutil
 import simplejpeg
 import torch
 import webdataset as wds
@@ -47,7 +48,7 @@ from pipeline.sources import find
 BATCH = 128
 FORMATS = ("npy", "jpg", "png")
 WARM_UP = 10  # batches, more than any loader has queued when its first one is taken
-SECONDS = 3.0  # at most, per loader and round
+SECONDS = 2.0  # at most, per loader and round
 STARTS = (0.0, 0.01, 0.5, 0.99)
 RAW = "ours, uint8 for a GPU"
 CPU = torch.device("cpu")
@@ -145,20 +146,28 @@ def stock_webdataset(index: Index, workers: int) -> Iterable[Any]:
     return wds.WebLoader(dataset, batch_size=None, shuffle=False, num_workers=workers)
 
 
-def images_per_second(batches: Iterator[Any]) -> float:
-    """From after the warm-up to the end of the epoch or of the time allowed."""
+def cpu_seconds() -> float:
+    """CPU time so far of this process and of the workers that it has."""
+    me = psutil.Process()
+    times = [process.cpu_times() for process in (me, *me.children(recursive=True))]
+    return float(sum(t.user + t.system for t in times))
+
+
+def measure(batches: Iterator[Any]) -> tuple[float, float]:
+    """(images per second, CPU us per image) after the warm-up, to the end of the epoch or time."""
     for _ in range(WARM_UP):
-        batch = next(batches)
-    images, began = 0, time.perf_counter()
-    for batch in batches:
-        batch = batch if isinstance(batch, torch.Tensor) else batch[0]
-        images += len(batch)
-        if time.perf_counter() - began > SECONDS:
-            break
-    rate = images / (time.perf_counter() - began)
-    assert len(batch) == BATCH
-    assert 3 in (batch.shape[1], batch.shape[-1])
-    return rate
+        next(batches)
+    images, began, cpu = 0, time.perf_counter(), cpu_seconds()
+    spent = 0.0
+    while spent < SECONDS and (batch := next(batches, None)) is not None:
+        pixels = batch if isinstance(batch, torch.Tensor) else batch[0]
+        assert len(pixels) == BATCH
+        assert 3 in (pixels.shape[1], pixels.shape[-1])
+        images += BATCH
+        spent = time.perf_counter() - began
+        if images % (8 * BATCH) == 0:  # not at the end, when the workers may be gone
+            counted, used = images, cpu_seconds() - cpu
+    return images / spent, used / counted * 1e6
 
 
 # -- the limit -----------------------------------------------------------------------------------
@@ -172,16 +181,16 @@ def decode_for(seconds: float, kind: str, stored: list[bytes], out: np.ndarray, 
         "jpg": lambda b: simplejpeg.decode_jpeg(b, "RGB", buffer=out),
         "png": imagecodecs.png_decode,
     }
-    one, done, began = decode[kind], 0, time.perf_counter()
+    one, done, began, cpu = decode[kind], 0, time.perf_counter(), time.process_time()
     while (spent := time.perf_counter() - began) < seconds:
         for payload in stored:
             one(payload)
         done += len(stored)
-    sums.put(done / spent)
+    sums.put((done / spent, (time.process_time() - cpu) / done * 1e6))
 
 
-def decode_limit(index: Index, processes: int, seconds: float = 1.0) -> float:
-    """Images per second of ``processes`` bare decoding loops at once."""
+def decode_limit(index: Index, processes: int, seconds: float = 1.0) -> tuple[float, float]:
+    """(images per second, CPU us per image) of ``processes`` bare decoding loops at once."""
     stored = [payload for _, (_, payload) in zip(range(500), payloads(index), strict=False)]
     context = multiprocessing.get_context("fork")
     sums = context.SimpleQueue()
@@ -192,10 +201,10 @@ def decode_limit(index: Index, processes: int, seconds: float = 1.0) -> float:
     ]
     for loop in loops:
         loop.start()
-    total = sum(sums.get() for _ in loops)
+    found = [sums.get() for _ in loops]
     for loop in loops:
         loop.join()
-    return float(total)
+    return sum(rate for rate, _ in found), sum(cost for _, cost in found) / processes
 
 
 # -- time to the first batch ---------------------------------------------------------------------
@@ -224,6 +233,11 @@ class Contender:
     kind: str
     make: Callable[[], Iterable[Any]]
     rates: list[float] = field(default_factory=list)
+    costs: list[float] = field(default_factory=list)
+
+    def add(self, measured: tuple[float, float]) -> None:
+        self.rates.append(measured[0])
+        self.costs.append(measured[1])
 
 
 def machine() -> str:
@@ -265,39 +279,41 @@ def compare(options: argparse.Namespace, folder: Path) -> str:
             Contender("ImageFolder", kind, lambda kind=kind: image_folder(files[kind], workers)),
             Contender("webdataset", kind, lambda kind=kind: stock_webdataset(sets[kind], workers)),
         ]
-    limits: dict[str, list[float]] = {kind: [] for kind in FORMATS}
+    limits = {kind: Contender(f"bare loops x {workers}", kind, list) for kind in FORMATS}
     starts: dict[float, list[float]] = {fraction: [] for fraction in STARTS}
     for number in range(options.rounds):
         for contender in contenders:
             batches = iter(contender.make())
-            contender.rates.append(images_per_second(batches))
+            contender.add(measure(batches))
             del batches  # ends its workers before the next one starts
-        for kind in FORMATS:
-            limits[kind].append(decode_limit(sets[kind], workers))
+        for kind, limit in limits.items():
+            limit.add(decode_limit(sets[kind], workers))
         for fraction in STARTS:
             starts[fraction].append(first_batch_elsewhere(sets["jpg"].location, fraction, workers))
         print(f"round {number + 1} of {options.rounds} done", file=sys.stderr, flush=True)
 
-    ours = {c.kind: c.rates for c in contenders if c.name == "ours"}
+    ours = {c.kind: c for c in contenders if c.name == "ours"}
     shown = [
         machine(),
         f"{sets['jpg'].num_samples} images of {options.size}x{options.size}x3, batch {BATCH}, "
         f"{workers} workers, {options.rounds} alternating rounds; median (lowest to highest).",
         "",
-        "| loader | stored as | images/s | ours is faster by | share of the decode limit |",
-        "|---|---|---|---|---|",
+        "| loader | stored as | images/s | ours is faster by | CPU us per image, all processes "
+        "| ours is cheaper by | decoding is |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for c in contenders:
-        ratios = [a / b for a, b in zip(ours[c.kind], c.rates, strict=True)]
-        shares = [a / b for a, b in zip(c.rates, limits[c.kind], strict=True)]
-        faster = "" if c.name in ("ours", RAW) else f"{spread(ratios, '.1f')} x"
+    for c in [*contenders, *limits.values()]:
+        faster = cheaper = ""
+        if c.name in ("ImageFolder", "webdataset"):
+            mine = ours[c.kind]
+            faster = spread([a / b for a, b in zip(mine.rates, c.rates, strict=True)], ".1f") + " x"
+            cheaper = (
+                spread([b / a for a, b in zip(mine.costs, c.costs, strict=True)], ".1f") + " x"
+            )
+        share = median(limits[c.kind].costs) / median(c.costs)
         shown.append(
-            f"| {c.name} | {c.kind} | {spread(c.rates, ',.0f')} | {faster} | {median(shares):.0%} |"
-        )
-    for kind in FORMATS:
-        shown.append(
-            f"| decode limit: {workers} bare loops over bytes in memory | {kind} "
-            f"| {spread(limits[kind], ',.0f')} | | |"
+            f"| {c.name} | {c.kind} | {spread(c.rates, ',.0f')} | {faster} "
+            f"| {spread(c.costs, '.1f')} | {cheaper} | {share:.0%} |"
         )
     shown += ["", "| our first batch at | seconds, in a fresh process |", "|---|---|"]
     shown += [f"| {at:.0%} of an epoch | {spread(starts[at], '.3f')} |" for at in STARTS]
