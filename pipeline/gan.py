@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from pipeline.config import Config
+from pipeline.errors import NonFiniteLoss
 from pipeline.guard import FiniteGuard
 from pipeline.losses import GENERATOR_LOSSES, discriminator_loss
 from pipeline.models import Discriminator, Generator, init_weights, update_ema
@@ -110,6 +111,20 @@ class GAN:
     def update_average(self) -> None:
         """G_ema <- decay * G_ema + (1 - decay) * G."""
         update_ema(self.G_ema, self.G, self.config.train.ema_decay)
+
+    def raise_if_weights_are_not_finite(self, step: int) -> None:
+        """Keep a step that overflowed the weights, before any loss showed it, out of checkpoints.
+
+        Raises:
+            NonFiniteLoss: naming the step.
+        """
+        networks = (self.G, self.D, self.G_ema)
+        sums = [p.detach().abs().max() for network in networks for p in network.parameters()]
+        if not torch.isfinite(torch.stack(sums)).all():
+            raise NonFiniteLoss(
+                f"weights became NaN or infinite by step {step}; it is not saved and the last "
+                "checkpoint is intact. Lower optim.d_lr and optim.g_lr in a new run.dir."
+            )
 
     def networks(self) -> dict[str, nn.Module]:
         """What a checkpoint holds, by name."""

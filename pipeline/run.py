@@ -152,6 +152,7 @@ class Run:
     def save(self, step: int, gan: GAN) -> None:
         """Commit a checkpoint, then prune; a snapshot of G_ema with each regular one."""
         gan.guard.raise_if_tripped()
+        gan.raise_if_weights_are_not_finite(step)
         if not ranks_hold_the_same(self.accelerator, list(gan.networks().values())):
             raise RuntimeError(f"ranks hold different weights at step {step}; not saved")
         if self.is_main:

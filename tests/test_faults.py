@@ -203,6 +203,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_checkpoint_intact(
     output = refused(*arguments, *rates)
     assert "became NaN or infinite at step" in output
     assert "on rank 0" in output
+    for path in (tmp_path / "run" / "checkpoints").glob("step_*"):
+        step = int(path.name.removeprefix("step_"))
+        tensors = state_of(tmp_path / "run", step).items()
+        assert all(value.isfinite().all() for key, value in tensors if key[:3] != "opt")
 
 
 def test_fp16_without_a_gpu_is_refused(
