@@ -9,6 +9,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipeline import candidates
 from pipeline.candidates import Candidate
 from pipeline.dashboard import STEP_KEY, Dashboard, Picture, say, wandb_mode
 from pipeline.distributed import on_rank_zero
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, RunFolderError
 from pipeline.evaluator import Evaluator
 from pipeline.ledger import Key, Ledger, Row, best, key_of
 
@@ -134,9 +135,15 @@ class RunEvaluation:
     ) -> None:
         assert self.ledger is not None
         path = self.grid_path(candidate.step)
-        path.parent.mkdir(exist_ok=True)
         pixels = grid[:, :, 0] if grid.shape[2] == 1 else grid
-        Image.fromarray(np.ascontiguousarray(pixels)).save(path)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(np.ascontiguousarray(pixels)).save(path)
+        except OSError as error:
+            raise RunFolderError(
+                f"{path}: cannot be written: {error.strerror or error}. Free space, then run the "
+                "same command again: what was evaluated before is kept."
+            ) from None
         step, weights, protocol = self.key(candidate)
         row = {
             "step": step,
@@ -185,7 +192,8 @@ class RunEvaluation:
             self.send()
             if self._dashboard is not None:
                 self._dashboard.close()
-                self.ledger.mark_sent(self._sending)
+                with suppress(OSError):  # they are sent again then, with the same values
+                    self.ledger.mark_sent(self._sending)
             self.ledger.close()
         self.evaluator.close()
 

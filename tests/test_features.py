@@ -19,8 +19,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from pipeline import features, weights
 from pipeline.config import EvalConfig
+from pipeline.efficientnet import EfficientNetLite0
 from pipeline.errors import EvaluationError
-from pipeline.features import EfficientNetLite0, extract, load_extractor, slug
+from pipeline.features import extract, load_extractor, slug
 from pipeline.signals import Agreement
 
 CPU = torch.device("cpu")
