@@ -55,8 +55,8 @@ class Rows(Dataset[Tensor]):
         return len(self.images)
 
 
-def evaluate(run: Path, processes: int, words: list[str]) -> dict[str, Any]:
-    """What a process of this file, or several, found: see ``worker``."""
+def evaluate(run: Path, processes: int, words: list[str], threads: int) -> dict[str, Any]:
+    """What a process of this file, or several, of so many threads each, found: see ``worker``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -68,8 +68,7 @@ def evaluate(run: Path, processes: int, words: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
         command = [*launcher, __file__, "--worker", str(out), "--run", str(run), *words]
-        threads = str(max(1, (os.cpu_count() or 1) // processes))
-        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": threads})
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
         found: dict[str, Any] = json.loads(out.read_text())
     found["start"] = found["began"] - began
     return found
@@ -165,14 +164,20 @@ def main() -> None:
     count = options.num_images
     words = [f"eval.num_images={count}", f"eval.reference_images={count}", *options.overrides]
     loads = [os.getloadavg()[0]]
-    one = evaluate(options.run, 1, words)  # makes the reference, before its clock starts
-    runs = {"1": evaluate(options.run, 1, words), "2": evaluate(options.run, 2, words)}
+    cores = torch.get_num_threads()
+    one = evaluate(options.run, 1, words, cores)  # makes the reference, before its clock starts
+    runs = {
+        "1": evaluate(options.run, 1, words, cores),
+        "2": evaluate(options.run, 2, words, max(1, cores // 2)),
+    }
     loads.append(os.getloadavg()[0])
+    # numpy's linear algebra rounds by its number of threads: equal numbers need equally many.
+    two = evaluate(options.run, 2, words, cores)
     theirs = by_torch_fidelity(options.run, words)
     print("| score | calculate_metrics | 1 process | 2 processes | repeated |")
     print("|---|---:|---:|---:|---:|")
     for name, value in theirs.items():
-        found = [runs["1"]["scores"][name], runs["2"]["scores"][name], one["scores"][name]]
+        found = [which["scores"][name] for which in (runs["1"], two, one)]
         cells = " | ".join(f"{mine - value:+g}" for mine in found)
         print(f"| {name} | {value!r} | {cells} |")
     print(f"\n{count} images; load of the machine {loads[0]:.1f} before, {loads[1]:.1f} after\n")
