@@ -17,8 +17,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -90,10 +90,7 @@ def save(
         RunFolderError: the disk is full or the folder cannot be written; earlier checkpoints stay.
     """
     final = run_dir / "checkpoints" / f"step_{step:08d}"
-    partial = final.with_name(f"{final.name}.tmp")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with _written_aside(final) as partial:
         for name, network in networks.items():
             save_file(_portable(network.state_dict()), partial / f"{name}.safetensors")
         torch.save({k: v.state_dict() for k, v in optimizers.items()}, partial / OPTIMIZERS)
@@ -104,10 +101,6 @@ def save(
         }
         document["digest"] = _digest(document)
         (partial / STATE).write_text(json.dumps(document, indent=1))
-        _commit(partial, final)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise _unwritable(final, error) from None
     return final
 
 
@@ -120,17 +113,10 @@ def export_snapshot(
         RunFolderError: the disk is full or the folder cannot be written.
     """
     final = run_dir / "snapshots" / f"step_{step:08d}"
-    partial = final.with_name(f"{final.name}.tmp")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with _written_aside(final) as partial:
         tensors = _portable(sampler(config.model, weights, device).state_dict())
         save_file(tensors, partial / GENERATOR, metadata={"step": str(step)})
         (partial / "config.yaml").write_text(dump(config))
-        _commit(partial, final)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise _unwritable(final, error) from None
     return final
 
 
@@ -227,6 +213,20 @@ def clean(run_dir: Path) -> None:
 def _portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies as safetensors wants them: contiguous; the memory layout is not part of the state."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+@contextmanager
+def _written_aside(final: Path) -> Iterator[Path]:
+    """A folder to fill, committed as ``final`` when the block ends and gone when it fails."""
+    partial = final.with_name(f"{final.name}.tmp")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        _commit(partial, final)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise _unwritable(final, error) from None
 
 
 def _commit(partial: Path, final: Path) -> None:
