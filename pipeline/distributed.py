@@ -32,6 +32,8 @@ def start(precision: str) -> Accelerator:
         ConfigError: fp16 without a GPU, or processes that do not see each other.
     """
     on_cuda = torch.cuda.is_available() and not _asked_for_cpu()
+    if not on_cuda and (threads := _threads_nobody_chose()):
+        torch.set_num_threads(threads)
     if precision == "fp16" and not on_cuda:
         raise ConfigError(
             "train.precision (fp16): needs a CUDA device; use bf16, fp32 or auto on this machine."
@@ -86,16 +88,38 @@ def _cpu_flags() -> set[str]:
     return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
+def _threads_nobody_chose() -> int | None:
+    """Threads for this process where the launcher said 1 because nobody had told it otherwise.
+
+    accelerate launch (and torchrun with several processes) sets OMP_NUM_THREADS=1 then, which
+    leaves the other cores of a CPU machine idle. A value that the launcher itself was given, in
+    its environment or on its command line, stands.
+    """
+    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    if not launched or os.environ.get("OMP_NUM_THREADS") != "1":
+        return None
+    given = [*_of_the_launcher("environ"), *_of_the_launcher("cmdline")]
+    if not given or any("OMP_NUM_THREADS=" in word or "cpu_threads" in word for word in given):
+        return None
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, len(os.sched_getaffinity(0)) // neighbours)
+
+
+def _of_the_launcher(what: str) -> list[str]:
+    """The parent's ``cmdline`` or first ``environ``, word by word; empty where it is not ours."""
+    try:
+        return Path(f"/proc/{os.getppid()}/{what}").read_text().split("\0")
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
 def warn_of_a_lost_launch(accelerator: Accelerator) -> None:
     """Say so when the launcher was asked for more processes than it started.
 
     ``accelerate launch --cpu --num_processes 2`` starts one process and is silent about it; only
     the launcher's own command line knows.
     """
-    try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
-    except OSError:
-        return
+    words = _of_the_launcher("cmdline")
     for word, value in pairwise(words):
         asked = int(value) if word.replace("-", "_") == "__num_processes" and value.isdigit() else 0
         if asked > accelerator.num_processes:

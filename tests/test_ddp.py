@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from launching import environment, free_port
 from ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -214,3 +217,38 @@ def test_two_forwards_before_one_backward(running: bool, broadcast: bool, tmp_pa
         )
     else:
         assert any("modified by an inplace operation" in fault for fault in faults)
+
+
+# -- threads ------------------------------------------------------------------------------------
+
+SAY_THREADS = """
+import torch
+from pipeline import distributed
+distributed.start("fp32")
+print("threads", torch.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize(
+    ("launch", "given", "expected"),
+    [
+        (("--num_processes", "1"), {}, len(os.sched_getaffinity(0))),
+        (("--num_processes", "1"), {"OMP_NUM_THREADS": "1"}, 1),
+        (("--num_processes", "1", "--num_cpu_threads_per_process", "1"), {}, 1),
+        (("--multi_gpu", "--num_processes", "2"), {}, max(1, len(os.sched_getaffinity(0)) // 2)),
+    ],
+    ids=["nothing said", "by environment", "by option", "two ranks"],
+)
+def test_a_cpu_is_used_whole_unless_the_launcher_was_told_otherwise(
+    launch: tuple[str, ...], given: dict[str, str], expected: int, tmp_path: Path
+) -> None:
+    script = tmp_path / "say.py"
+    script.write_text(SAY_THREADS)
+    env = {k: v for k, v in environment().items() if k != "OMP_NUM_THREADS"} | given
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no"]
+    words += ["--num_machines", "1", "--dynamo_backend", "no"]
+    words += ["--main_process_port", str(free_port()), *launch, str(script)]
+    said = subprocess.run(words, env=env, capture_output=True, text=True, check=True).stdout
+    found = [line for line in said.splitlines() if line.startswith("threads")]
+    assert found == [f"threads {expected}"] * len(found)
+    assert found
