@@ -14,13 +14,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from tarfile import BLOCKSIZE
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import PIL
@@ -159,31 +159,66 @@ def pack(job: Job, number: int) -> Iterator[int | Packed]:
 # -- the work folder ----------------------------------------------------------------------------
 
 
+class FolderInUse(UserError):
+    """Another prepare works in the folder."""
+
+
 @contextlib.contextmanager
 def work_folder(out: Path) -> Iterator[Path]:
     """DIR/.prepare, held by this process alone; partial files of a killed run are removed.
 
     Raises:
-        UserError: another prepare works in this folder, or it cannot be written.
+        FolderInUse: another prepare works in this folder.
+        UserError: it cannot be written.
     """
+    with _opened(out) as (work, lock):
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FolderInUse(
+                f"--out ({out}): another prepare is writing there; wait for it to end, or give "
+                "another folder."
+            ) from None
+        leftovers = ("shard-*.tmp", f"{INDEX_NAME}*.tmp", f"{WORK_FOLDER}/*.tmp")
+        try:
+            _remove(out, leftovers)
+            yield work
+        finally:
+            _remove(out, leftovers)
+            if (out / INDEX_NAME).exists():
+                shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def shared_work_folder(out: Path, mine: Sequence[int]) -> Iterator[Path]:
+    """DIR/.prepare, held by all processes that pack parts of it; waits while one holds it alone.
+
+    Partial files of the shards in ``mine`` are removed, and no others.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with _opened(out) as (work, lock):
+        fcntl.lockf(lock, fcntl.LOCK_SH)
+        leftovers = [
+            f"{folder}{shard_name(number)}*.tmp"
+            for folder in ("", f"{WORK_FOLDER}/")
+            for number in mine
+        ]
+        try:
+            _remove(out, leftovers)
+            yield work
+        finally:
+            _remove(out, leftovers)
+
+
+@contextlib.contextmanager
+def _opened(out: Path) -> Iterator[tuple[Path, IO[str]]]:
     work = out / WORK_FOLDER
     try:
         work.mkdir(parents=True, exist_ok=True)
-        with (work / "lock").open("w") as lock:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    f"--out ({out}): another prepare is writing there; wait for it to end, or give "
-                    "another folder."
-                ) from None
-            try:
-                _remove_partial(out, work)
-                yield work
-            finally:
-                _remove_partial(out, work)
-                if (out / INDEX_NAME).exists():
-                    shutil.rmtree(work, ignore_errors=True)
+        with (work / "lock").open("a+") as lock:
+            yield work, lock
     except OSError as error:
         raise UserError(
             f"--out ({out}): cannot be written: {error}. Make room or change the permissions, then "
@@ -191,9 +226,10 @@ def work_folder(out: Path) -> Iterator[Path]:
         ) from None
 
 
-def _remove_partial(out: Path, work: Path) -> None:
-    for leftover in (*out.glob("shard-*.tmp"), *out.glob("index.json*.tmp"), *work.glob("*.tmp")):
-        leftover.unlink(missing_ok=True)
+def _remove(out: Path, patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        for leftover in out.glob(pattern):
+            leftover.unlink(missing_ok=True)
 
 
 def begin(job: Job, work: Path) -> None:
@@ -234,11 +270,22 @@ def refuse_differences(job: Job, begun: dict[str, Any], *, pillow: bool) -> None
         )
 
 
-def finished(job: Job, work: Path) -> dict[int, Packed]:
-    """The shards of an earlier run that are whole: marked, and of the bytes that were marked."""
+def finished(job: Job, work: Path, numbers: Sequence[int]) -> dict[int, Packed]:
+    """Those of the shards that are whole already: marked, and of the bytes that were marked."""
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda number: _marked(job, work, number), range(job.num_shards))
+        found = pool.map(lambda number: _marked(job, work, number), numbers)
         return {packed.number: packed for packed in found if packed is not None}
+
+
+def begun(out: Path) -> bool:
+    """Whether a folder has settings, or is complete."""
+    return (out / WORK_FOLDER / SETTINGS_NAME).exists() or (out / INDEX_NAME).exists()
+
+
+def num_unfinished(job: Job) -> int:
+    """How many shards nobody has finished; their bytes are not looked at."""
+    work = job.out / WORK_FOLDER
+    return sum(not _marker(work, number).exists() for number in range(job.num_shards))
 
 
 def _mark(job: Job, packed: Packed) -> None:

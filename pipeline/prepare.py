@@ -6,6 +6,9 @@
     python -m pipeline.prepare data/tars --out data/tars_64 --size 64    # or make smaller ones
     python -m pipeline.prepare --verify data/photos_64
 
+Many machines share the work when each runs the command with its own ``--part``: 0/8, 1/8, ... 7/8;
+the one that ends last writes the index.
+
 To continue after an interruption, run the same command again. The bytes written depend on the
 source and the options alone, never on the number of workers or interruptions. A folder with an
 ``index.json`` is complete. An image that cannot be read is listed in ``skipped.txt``.
@@ -16,8 +19,11 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import signal
 import sys
+import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -31,13 +37,17 @@ from pipeline.packing import (
     SETTINGS_NAME,
     SKIPPED_NAME,
     WORK_FOLDER,
+    FolderInUse,
     Job,
     Packed,
     begin,
+    begun,
     finished,
+    num_unfinished,
     pack,
     printable,
     refuse_differences,
+    shared_work_folder,
     tar_bytes,
     work_folder,
 )
@@ -71,6 +81,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the global shuffle (default 0)")
     add("--shard-mib", type=float, default=32.0, help="about the size of a shard (default 32)")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    add("--part", metavar="I/N", help="pack part I of N (0 to N-1), beside others that do theirs")
     add("--strict", action="store_true", help="fail when an image cannot be read")
     add("--split", choices=("train", "test"), default="train", help="of IDX files (default train)")
     add("--idx", metavar="FOLDER", help="where fashion-mnist's IDX files are")
@@ -89,6 +100,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     ):
         if not low <= value <= high:
             parser.error(f"{name} ({value}): must be between {low} and {high}")
+    if options.part is not None:
+        numbers = re.fullmatch(r"(\d{1,9})/(\d{1,9})", options.part)
+        if numbers is None or not int(numbers[1]) < int(numbers[2]):
+            parser.error(f"--part ({options.part}): must be I/N with I from 0 to N-1, like 0/8")
+        options.part = int(numbers[1]), int(numbers[2])
     try:
         options.colour = ImageColor.getrgb(options.background)[:3]
     except ValueError:
@@ -116,6 +132,38 @@ def prepare(options: argparse.Namespace) -> str:
         options.source, split=options.split, idx=options.idx, download=not options.no_download
     )
     job = _job(source, out, options)
+    if options.part is None:
+        return _prepare_all(job, options)
+    left = _prepare_part(job, options)
+    packed = f"part {options.part[0]}/{options.part[1]} is packed"
+    if left:
+        return f"{packed}; {left} of {job.num_shards} shards are left to other parts"
+    try:
+        return _prepare_all(job, options)
+    except FolderInUse:
+        return f"{packed}; another part completes {out}"
+
+
+def _prepare_part(job: Job, options: argparse.Namespace) -> int:
+    """Pack one part's shards; returns how many of the whole set are missing then."""
+    part, parts = options.part
+    mine = range(part, job.num_shards, parts)
+    while not begun(job.out):
+        try:
+            with work_folder(job.out) as work:
+                begin(job, work)
+        except FolderInUse:  # another part is just doing the same
+            time.sleep(0.2)
+    with shared_work_folder(job.out, mine) as work:
+        if (job.out / INDEX_NAME).exists():
+            return 0
+        begin(job, work)
+        _pack(job, work, mine, options.workers)
+        return num_unfinished(job)
+
+
+def _prepare_all(job: Job, options: argparse.Namespace) -> str:
+    out = job.out
     with work_folder(out) as work:
         if (out / INDEX_NAME).exists():
             index = _complete(job)
@@ -165,19 +213,7 @@ def _complete(job: Job) -> Index:
 
 def _pack_all(job: Job, work: Path, options: argparse.Namespace) -> Index:
     """Pack the shards that are missing, then publish the index: the folder is complete."""
-    packed = finished(job, work)
-    missing = [number for number in range(job.num_shards) if number not in packed]
-    if packed:
-        _note(f"continuing: {len(packed)} of {job.num_shards} shards are finished")
-    total = sum(len(job.rows(number)) for number in missing)
-    if missing:
-        import webdataset  # noqa: F401  once, before the fork: it imports torch
-    with progress("pack", total) as update:
-        for message in spread(missing, options.workers, partial(pack, job)):
-            if isinstance(message, Packed):
-                packed[message.number] = message
-            else:
-                update(message)
+    packed = _pack(job, work, range(job.num_shards), options.workers)
     done = [packed[number] for number in range(job.num_shards)]
     skipped = sorted(entry for one in done for entry in one.skipped)
     enlarged = sum(one.enlarged for one in done)
@@ -196,6 +232,24 @@ def _pack_all(job: Job, work: Path, options: argparse.Namespace) -> Index:
     made_by = job.describe() | {"skipped": len(skipped), "enlarged": enlarged}
     scans = [(one.shard, one.table, one.field) for one in done]
     return write_index(job.out, scans, (job.size, job.size, job.channels), made_by)
+
+
+def _pack(job: Job, work: Path, numbers: Sequence[int], workers: int) -> dict[int, Packed]:
+    """All these shards, packed now if they were not already."""
+    packed = finished(job, work, numbers)
+    missing = [number for number in numbers if number not in packed]
+    if packed:
+        _note(f"continuing: {len(packed)} of {len(numbers)} shards are finished")
+    total = sum(len(job.rows(number)) for number in missing)
+    if missing:
+        import webdataset  # noqa: F401  once, before the fork: it imports torch
+    with progress("pack", total) as update:
+        for message in spread(missing, workers, partial(pack, job)):
+            if isinstance(message, Packed):
+                packed[message.number] = message
+            else:
+                update(message)
+    return packed
 
 
 def _judge(skipped: int, out: Path, strict: bool) -> None:

@@ -276,6 +276,29 @@ def test_two_at_once_in_one_folder_the_second_refuses(labelled, tmp_path):
         assert "another prepare" in prepare(labelled / "images", "--out", tmp_path, code=2)
 
 
+def test_parts_at_once_write_the_bytes_of_one_command(labelled, tmp_path):
+    arguments = ("--size", 16, "--format", "png", "--shard-mib", 0.02, "--workers", 1)
+    out = tmp_path / "parts"
+
+    def part(number):
+        words = command(labelled / "images", "--out", out, *arguments, "--part", f"{number}/3")
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    alone = part(2)
+    assert "part 2/3 is packed" in alone.communicate(timeout=60)[0]
+    assert not (out / "index.json").exists()
+    both = [part(0), part(1)]
+    # What a part was writing when it was killed belongs to that part alone.
+    (out / "shard-000001.tar.7.tmp").touch()
+    said = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sum("60 samples in" in text for text in said) >= 1, said
+    assert content(out) == content(labelled / "one")
+    assert "already complete" in prepare(
+        labelled / "images", "--out", out, *arguments, "--part", "1/3"
+    )
+
+
 def test_a_zip_archive_gives_the_samples_of_its_folder(labelled, tmp_path):
     archive = tmp_path / "images.zip"
     with zipfile.ZipFile(archive, "w") as out:
@@ -513,6 +536,8 @@ def test_a_folder_where_no_image_can_be_read_is_an_error(tmp_path):
         (("x", "--size", "0"), "--size (0): must be between 1 and 4096"),
         (("x", "--background", "whit"), "--background (whit): must be a colour"),
         (("x", "--workers", "0"), "--workers (0)"),
+        (("x", "--part", "3/3"), "--part (3/3): must be I/N"),
+        ####
         ((), "give either SOURCE"),
         (("--verify", "nowhere"), "no such folder"),
     ],
