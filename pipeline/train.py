@@ -18,6 +18,8 @@ if __name__ == "__main__":
 
 import argparse
 import logging
+import os
+import sys
 from contextlib import closing
 
 from pipeline.config import Config, micro_batching
@@ -25,8 +27,8 @@ from pipeline.config_files import load
 from pipeline.errors import one_clear_message
 
 
-def train(config: Config) -> None:
-    """Run or resume the training that a configuration describes."""
+def train(config: Config) -> bool:
+    """Run or resume the training that a configuration describes; False if it was stopped."""
     # torch takes seconds to import; --help and a mistyped key answer without it.
     from pipeline import distributed, run_folder
     from pipeline.data import Loader, make_order, normalise, open_data
@@ -77,7 +79,10 @@ def train(config: Config) -> None:
             if run.save_due(step):
                 run.save(step, gan)
         run.finish(step)
+    # A launcher ends the other ranks as soon as one has left with another code than 0.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
+    return step >= total_steps
 
 
 def main() -> None:
@@ -92,7 +97,11 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with one_clear_message():
-        train(load(arguments.config, arguments.overrides))
+        finished = train(load(arguments.config, arguments.overrides))
+    # Kubernetes takes 0 for completed and would not start a stopped run again: its image asks for
+    # another code. The Slurm scripts go by the marker files.
+    asked = os.environ.get("STOPPED_EXIT_CODE", "")
+    sys.exit(0 if finished or not asked.isdecimal() else int(asked))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Sourced by train.sh and evaluate.sh: how a module of the pipeline starts on all nodes of a job.
+# Sourced by the jobs beside it: how a module of the pipeline starts on all nodes of a job, and what
+# Slurm thinks of the job.
 # One srun task per node; in it `accelerate launch` with one process per GPU (one on CPU nodes).
 # Every variable read here is in the table of slurm/README.md.
 
@@ -42,15 +43,16 @@ if [ -z "${MASTER_ADDR:-}" ]; then
     MASTER_ADDR=$(scontrol -o show node "$head" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
 fi
 export MASTER_ADDR MASTER_PORT
-base_port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+# Ten ports of its own for each job, below those that systems hand out to clients.
+base_port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 1200 * 10))}
 
 # A task's process: stop signals are for the ranks, which take them from their first line on. The
 # launcher above them would die of USR2 and orphan them; ignored before exec, it stays ignored.
 task() { srun "${container[@]}" "${step[@]}" sh -c 'trap "" USR1 USR2; exec "$@"' task "${wrap[@]}" "$@"; }
 
-# launch ATTEMPT MODULE ARGUMENT...
+# launch ATTEMPT MODULE ARGUMENT...: each attempt has another port, for the last one's may linger.
 launch() {
-  MASTER_PORT=$((base_port + $1))
+  MASTER_PORT=$((base_port + $1 % 10))
   local step=(--kill-on-bad-exit=1 --label)
   shift
   # SLURM_NODEID differs from task to task: expanded there, not here.
@@ -66,4 +68,38 @@ launch() {
 alone() {
   local step=(--nodes=1 --ntasks=1)
   task "$PYTHON" "$@"
+}
+
+# shellcheck disable=SC2034
+# with_config ARGUMENT...: them in `arguments`, behind the default configuration if they name none.
+with_config() {
+  arguments=("$@")
+  case " $* " in
+    *" --config"*) ;;
+    *) arguments=(--config configs/dcgan_64.yaml "$@") ;;
+  esac
+}
+
+restarts=${SLURM_RESTART_COUNT:-0}  # not set in the first life of a job
+
+state() {  # patient: the controller may be restarting
+  local found try
+  for try in 1 2 3 4 5 6; do
+    found=$(scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
+    [ -z "$found" ] || break
+    sleep $((try * 2))
+  done
+  echo "${found:-UNKNOWN}"
+}
+
+# requeue LIMIT WHERE: only while `state` is RUNNING, or a cancelled job would come back.
+requeue() {
+  if [ "$restarts" -ge "${MAX_REQUEUE:-$1}" ]; then
+    say "requeued $restarts times, MAX_REQUEUE is ${MAX_REQUEUE:-$1}: giving up at $2"
+    exit 1
+  fi
+  say "requeue at $2"
+  scontrol requeue "$SLURM_JOB_ID" || exit 1
+  sleep 120  # until the controller ends this script
+  exit 1
 }

@@ -23,10 +23,8 @@ trap : TERM USR1 USR2  # this shell must live to decide what happens next
 # shellcheck source=slurm/launch.sh
 . slurm/launch.sh || { echo "$PWD: not the checkout; call sbatch there, or give --chdir"; exit 2; }
 
-case " $* " in
-  *" --config"*) ;;
-  *) set -- --config configs/dcgan_64.yaml "$@" ;;
-esac
+with_config "$@"
+set -- "${arguments[@]}"
 
 # The trainer's own reading of the configuration says where its marker files will be. A mistake in
 # it ends the job here, in seconds and with one message.
@@ -46,15 +44,6 @@ run_dir=${RUN_DIR:-$configured}
 
 progress() { cat "$run_dir/progress" 2>/dev/null || echo 0; }  # step of the last checkpoint
 
-state() {  # patient: the controller may be restarting
-  local found try
-  for try in 1 2 3 4 5 6; do
-    found=$(scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
-    [ -z "$found" ] || break
-    sleep $((try * 2))
-  done
-  echo "${found:-UNKNOWN}"
-}
 
 seconds_left() {
   local end
@@ -63,18 +52,8 @@ seconds_left() {
   echo $((end - EPOCHSECONDS))
 }
 
-requeue() {
-  if [ "$restarts" -ge "${MAX_REQUEUE:-50}" ]; then
-    say "requeued $restarts times, MAX_REQUEUE is ${MAX_REQUEUE:-50}: giving up at step $(progress)"
-    exit 1
-  fi
-  say "requeue at step $(progress)"
-  scontrol requeue "$SLURM_JOB_ID" || exit 1
-  sleep 120  # until the controller ends this script
-  exit 1
-}
+[ "${PREFLIGHT:-0}" = 0 ] || bash slurm/preflight.sh "$@" || exit 1
 
-restarts=${SLURM_RESTART_COUNT:-0}  # not set in the first life of a job
 say "restart $restarts of job $SLURM_JOB_ID: $WORLD process(es) on $SLURM_JOB_NODELIST," \
   "rendezvous $MASTER_ADDR, run $run_dir at step $(progress)"
 failures=0 attempt=0
@@ -89,10 +68,10 @@ while :; do
   [ -e "$run_dir/FINISHED" ] && { say "finished"; exit 0; }
   # `scontrol requeue` would bring a cancelled job back: only a RUNNING one may.
   [ "$now" = RUNNING ] || { say "ended from outside; Slurm decides"; exit 1; }
-  [ -e "$run_dir/PREEMPTED" ] && requeue
+  [ -e "$run_dir/PREEMPTED" ] && requeue 50 "step $after"
   failures=$((after > before ? 0 : failures + 1)) attempt=$((attempt + 1))
   [ "$failures" -lt 2 ] || { say "two failures without progress at step $after: giving up"; exit 1; }
   # So late USR2 has been sent; a fresh step would run into the time limit unwarned.
-  [ "$(seconds_left)" -gt "${MIN_SECONDS:-180}" ] || requeue
+  [ "$(seconds_left)" -gt "${MIN_SECONDS:-180}" ] || requeue 50 "step $after"
   say "fresh step in the same allocation"
 done

@@ -149,6 +149,29 @@ def test_a_signal_during_the_imports_is_not_lost(
     assert (run_dir / "PREEMPTED").exists()
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_scheduler_may_ask_for_another_exit_code_of_a_stopped_run(
+    processes: int,
+    uninterrupted: dict[int, Path],
+    tiny_config: Path,
+    training_settings: list[str],
+    tmp_path: Path,
+) -> None:
+    """Kubernetes would count 0 as completed. Behind a launcher any code but 0 becomes 1."""
+    run_dir = tmp_path / "run"
+    arguments = (processes, tiny_config, *training_settings, f"run.dir={run_dir}")
+    with started(*arguments, STOPPED_EXIT_CODE="75") as process:
+        wait_for(run_dir / "ids" / "rank_0.jsonl", '"step": 3,')
+        stopped = process if processes == 1 else rank_process(process, 1)
+        stopped.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == (75 if processes == 1 else 1), output
+    step = int((run_dir / "PREEMPTED").read_text())
+    assert state_of(run_dir, step)
+    train(*arguments, STOPPED_EXIT_CODE="75")
+    assert_bitwise_equal(state_of(run_dir, STEPS), state_of(uninterrupted[processes], STEPS))
+
+
 def test_a_finished_run_is_left_as_it_is(
     uninterrupted: dict[int, Path], tiny_config: Path, training_settings: list[str]
 ) -> None:

@@ -1,188 +1,59 @@
-"""A real Slurm of two nodes on this machine: own munge key, sockets and ports; ended by pid."""
+"""Fixtures: a Slurm for the whole test run, trainings submitted to it, one to compare with."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
-from launching import REPO, environment
+from launching import train
 
-TIMEOUT = 240
-BINARIES = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "sinfo", "squeue")
+from .mini_slurm import BINARIES, MiniSlurm
 
-# cred_expire: Slurm holds a requeued job back until its credential has expired, 120 s by default.
-CONF = """
-ClusterName=mini
-SlurmctldHost=localhost
-SlurmUser=root
-SlurmdUser=root
-AuthType=auth/munge
-AuthInfo=socket={dir}/munge/sock,cred_expire=5
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-MpiDefault=none
-ReturnToService=2
-JobRequeue=1
-KillWait={kill_wait}
-SlurmdTimeout=15
-SchedulerParameters=sched_interval=2,bf_interval=2
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-SlurmctldPort={port}
-SlurmctldPidFile={dir}/slurmctld.pid
-SlurmdPidFile={dir}/slurmd-%n.pid
-SlurmdSpoolDir={dir}/spool-%n
-StateSaveLocation={dir}/state
-SlurmctldLogFile={dir}/log/slurmctld.log
-SlurmdLogFile={dir}/log/slurmd-%n.log
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={port1} CPUs=1 RealMemory=500
-NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={port2} CPUs=1 RealMemory=500
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
-PartitionName=high Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
-"""
-KILL_WAIT = 15
+STEPS = 96
+Submit = Callable[..., "Job"]
 
 
-class MiniSlurm:
-    """Two nodes, n1 and n2, of one core each; partition ``high`` preempts ``main``."""
+@dataclass
+class Job:
+    """A training submitted through slurm/train.sh."""
 
-    def __init__(self) -> None:
-        self.dir = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # a socket's path is short
-        self.env = {k: v for k, v in environment().items() if not k.startswith(("SLURM", "SBATCH"))}
-        self.env |= {"SLURM_CONF": str(self.dir / "slurm.conf"), "PYTHON": sys.executable}
-        port = 41000 + os.getpid() % 6000 * 3
-        for name in ("log", "state", "spool-n1", "spool-n2", "munge"):
-            (self.dir / name).mkdir(mode=0o755)
-        key = self.dir / "munge" / "key"
-        key.write_bytes(os.urandom(1024))
-        key.chmod(0o600)
-        ports = {"port": port, "port1": port + 1, "port2": port + 2}
-        conf = CONF.format(dir=self.dir, kill_wait=KILL_WAIT, **ports)
-        (self.dir / "slurm.conf").write_text(conf)
+    slurm: MiniSlurm
+    id: str
+    run_dir: Path
+    output: Path
 
-    # -- the daemons ------------------------------------------------------------------------
+    def log(self) -> str:
+        return self.output.read_text() if self.output.exists() else ""
 
-    def start(self) -> None:
-        self._munged()
-        self._daemon("slurmctld", "-f", self.env["SLURM_CONF"])
-        for node in ("n1", "n2"):
-            self.start_node(node)
-        self.wait_until(lambda: self.idle_nodes() == {"n1", "n2"}, "two idle nodes", 40)
+    def wait(self, state: str) -> dict[str, str]:
+        try:
+            return self.slurm.wait(self.id, state)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log()}") from None
 
-    def stop(self) -> None:
-        if (self.dir / "slurmctld.pid").exists():
-            jobs = self.ask("squeue", "-h", "-o", "%A").split()
-            if jobs:
-                self.ask("scancel", *jobs)
-                with suppress(AssertionError):
-                    gone = f"the end of {jobs}"
-                    self.wait_until(lambda: not self.ask("squeue", "-h"), gone, KILL_WAIT + 30)
-        names = ("slurmd-n1", "slurmd-n2", "slurmctld", "munged")
-        for process in filter(None, map(self._process, names)):
-            process.terminate()
-            try:
-                process.wait(10)
-            except psutil.TimeoutExpired:
-                process.kill()
-        shutil.rmtree(self.dir, ignore_errors=True)
-
-    def start_node(self, node: str) -> None:
-        self._daemon("slurmd", "-f", self.env["SLURM_CONF"], "-N", node)
-
-    def _munged(self) -> None:
-        files = {"key-file": "munge/key", "socket": "munge/sock", "seed-file": "munge/seed"}
-        files |= {"pid-file": "munged.pid", "log-file": "log/munged.log"}
-        words = [f"--{option}={self.dir / path}" for option, path in files.items()]
-        self._daemon("munged", *words, "--num-threads=2", "--force")
-
-    def _daemon(self, *words: str) -> None:
-        subprocess.run(words, env=self.env, check=True, timeout=30, stdout=subprocess.DEVNULL)
-
-    def _process(self, name: str) -> psutil.Process | None:
-        with suppress(OSError, ValueError, psutil.NoSuchProcess):
-            return psutil.Process(int((self.dir / f"{name}.pid").read_text()))
-        return None
-
-    def idle_nodes(self) -> set[str]:
-        return set(self.ask("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N").split())
-
-    # -- jobs -------------------------------------------------------------------------------
-
-    def ask(self, *words: str, **env: str) -> str:
-        """The output of a Slurm command, empty when it fails."""
-        done = subprocess.run(
-            words,
-            env=self.env | env,
-            cwd=REPO,
-            timeout=60,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        return done.stdout if done.returncode == 0 else ""
-
-    def submit(self, output: Path, *words: str, **env: str) -> str:
-        """Submit from the checkout; returns the job's id."""
-        answer = self.ask("sbatch", "--parsable", f"--output={output}", *words, **env)
-        assert answer, (words, self.logs())
-        return answer.strip()
-
-    def show(self, job: str) -> dict[str, str]:
-        """The job's fields as scontrol prints them."""
-        fields = self.ask("scontrol", "-o", "show", "job", job)
-        return dict(re.findall(r"(\w[\w/:]*)=(\S*)", fields))
-
-    def wait(self, job: str, state: str, seconds: float = TIMEOUT) -> dict[str, str]:
-        """Wait until the job is in ``state`` for good."""
-        final = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+    def reach(self, step: int) -> None:
+        """Wait until rank 0 has begun this optimizer step."""
+        log = self.run_dir / "ids" / "rank_0.jsonl"
 
         def there() -> bool:
-            found = self.show(job).get("JobState")
-            assert found == state or found not in final, f"job {job} is {found}, not {state}"
-            return found == state
+            if log.exists():
+                return f'"step": {step},' in log.read_text()
+            time.sleep(0.5)
+            found = self.slurm.show(self.id).get("JobState")
+            assert found in ("PENDING", "RUNNING"), f"{found}\n{self.log()}"
+            return False
 
-        self.wait_until(there, f"job {job} {state}", seconds)
-        return self.show(job)
+        self.slurm.wait_until(there, f"step {step}", every=0.01)
 
-    def wait_until(
-        self, there: Callable[[], bool], what: str, seconds: float = TIMEOUT, every: float = 0.2
-    ) -> float:
-        """Seconds it took until ``there``."""
-        began = time.monotonic()
-        while not there():
-            waited = time.monotonic() - began
-            assert waited < seconds, f"no {what} in {waited:.0f} s\n{self.logs()}"
-            time.sleep(every)
-        return time.monotonic() - began
-
-    def rank(self, job: str, rank: int) -> psutil.Process:
-        """The training process of one rank; its data workers have the same environment."""
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                env, parent = process.environ(), process.parent()
-                mine = env.get("SLURM_JOB_ID") == job and env.get("RANK") == str(rank)
-                if mine and parent and "RANK" not in parent.environ():
-                    return process
-        raise AssertionError(f"job {job} has no rank {rank}")
-
-    def logs(self) -> str:
-        parts = [self.ask("squeue"), self.ask("sinfo", "-N", "-l")]
-        for path in sorted(self.dir.glob("log/slurm*.log")):
-            parts.append(f"== {path.name}\n{path.read_text()[-1500:]}")
-        return "\n".join(parts)
+    def ranks(self) -> list[psutil.Process]:
+        return [self.slurm.rank(self.id, rank) for rank in (0, 1)]
 
 
 @pytest.fixture(scope="session")
@@ -210,3 +81,39 @@ def _interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, leave)
     yield
     signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def submit(
+    slurm: MiniSlurm, tiny_config: Path, training_shards: Path, tmp_path: Path
+) -> Iterator[Submit]:
+    jobs: list[Job] = []
+
+    def submitted(*words: str, steps: int = STEPS, flags: tuple[str, ...] = (), **env: str) -> Job:
+        run_dir, output = tmp_path / "run", tmp_path / f"job-{len(jobs)}.out"
+        settings = [f"data.shards={training_shards}", f"run.dir={run_dir}"]
+        settings += [f"train.total_steps={steps}", *words]
+        script = ["slurm/train.sh", "--config", str(tiny_config), *settings]
+        job = slurm.submit(output, "--nodes=2", *flags, *script, **env)
+        jobs.append(Job(slurm, job, run_dir, output))
+        return jobs[-1]
+
+    yield submitted
+    for job in jobs:
+        slurm.ask("scancel", job.id)
+        slurm.wait_until(
+            lambda job=job: slurm.show(job.id).get("JobState") not in ("RUNNING", "COMPLETING"),  # type: ignore[misc]
+            "end",
+        )
+        print(job.log())
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(
+    tiny_config: Path, training_shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same training on two processes that accelerate launch started, without Slurm."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    settings = [f"data.shards={training_shards}", f"train.total_steps={STEPS}"]
+    train(2, tiny_config, *settings, f"run.dir={run_dir}")
+    return run_dir

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from evaluating import add_snapshot, make_config, make_run
 
-from .conftest import MiniSlurm
+from .mini_slurm import MiniSlurm
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 NAME = "dcgan-fid-nightly"

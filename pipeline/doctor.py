@@ -1,0 +1,53 @@
+"""Check a cluster before a run: start it exactly as the training will be started.
+
+    python -m pipeline.doctor --config configs/dcgan_64.yaml
+    torchrun --nnodes 2 --nproc_per_node 8 ... -m pipeline.doctor --config configs/dcgan_64.yaml
+    sbatch --nodes=2 --gpus-per-node=8 slurm/preflight.sh      # the same on a Slurm allocation
+
+Prints one table: software, devices, batch, all-reduce with its bandwidth, clocks, run folder,
+shards, disk, W&B. Exit code 0: READY; 1: NOT READY, with what failed; 2: a mistake in the command.
+Nothing is left behind, except shards in the node's cache when they are remote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from pipeline.config import Config
+from pipeline.config_files import load
+from pipeline.errors import one_clear_message
+
+
+def diagnose(config: Config) -> bool:
+    """Print the table on rank 0; whether everything is ready, on every rank."""
+    from pipeline import distributed, preflight
+
+    precision = distributed.resolve_precision(config)
+    accelerator = distributed.start(precision)
+    findings = preflight.examine(config, accelerator, precision)
+    if accelerator.is_main_process:
+        print(preflight.table(findings), flush=True)
+    accelerator.end_training()
+    return all(finding.verdict != "FAILED" for finding in findings)
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.doctor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="values that win over the file"
+    )
+    options = parser.parse_args()
+    with one_clear_message():
+        ready = diagnose(load(options.config, options.overrides))
+    sys.exit(0 if ready else 1)
+
+
+if __name__ == "__main__":
+    main()

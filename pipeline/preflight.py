@@ -1,0 +1,335 @@
+"""What can go wrong on a cluster, looked at before the GPUs burn money: one finding per check.
+
+Every rank takes part in every check with the same collectives in the same order; a rank that cannot
+look at its part reports why instead of leaving the others waiting.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import shutil
+import socket
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from pipeline.config import Config, micro_batching
+from pipeline.dashboard import wandb_mode
+from pipeline.durable import sha256_of
+from pipeline.errors import UserError
+from pipeline.models import Discriminator, Generator
+from pipeline.reader import Cache
+from pipeline.shards import Index, read_index
+
+T = TypeVar("T")
+Verdict = Literal["ok", "note", "FAILED"]
+REDUCED_MIB = 64
+REPETITIONS = 5
+VISIBLE_SECONDS = 30.0  # how long a network file system may hide a new file from other nodes
+MAX_SKEW = 2.0  # seconds
+LOW_MIB_PER_S = 50  # slower than that a shared file system starves a GPU
+
+
+class Finding(NamedTuple):
+    """One line of the table."""
+
+    check: str
+    verdict: Verdict
+    found: str
+
+
+class Peers:
+    """All ranks, and what they say to each other."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.rank, self.count = accelerator.process_index, accelerator.num_processes
+        self.nodes = self.gather(os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+
+    def gather(self, fact: T) -> list[T]:
+        """The fact of every rank, on every rank."""
+        if self.count == 1:
+            return [fact]
+        facts: list[T | None] = [None] * self.count
+        dist.all_gather_object(facts, fact)
+        return facts  # type: ignore[return-value]
+
+    def where(self, facts: Sequence[T]) -> dict[T, str]:
+        """Which nodes each fact was found on: ``{fact: "n1, n2"}``."""
+        found: dict[T, list[str]] = {}
+        for node, fact in zip(self.nodes, facts, strict=True):
+            if node not in found.setdefault(fact, []):
+                found[fact].append(node)
+        return {fact: ", ".join(nodes) for fact, nodes in found.items()}
+
+    def faults(self, attempt: Callable[[], T]) -> tuple[T | None, list[str]]:
+        """What this rank's attempt gave, and ``node: reason`` of all that failed."""
+        result, reason = None, ""
+        try:
+            result = attempt()
+        except (UserError, OSError, RuntimeError) as error:
+            reason = str(error)
+        reasons = self.where(self.gather(reason))
+        reasons.pop("", None)
+        return result, [f"{nodes}: {reason}" for reason, nodes in reasons.items()]
+
+
+def examine(config: Config, accelerator: Accelerator, precision: str) -> list[Finding]:
+    """All checks of a launch; the same list on every rank.
+
+    Args:
+        config: of the run that shall start with the same number of nodes and processes.
+        accelerator: of this launch.
+        precision: what ``train.precision`` resolves to here.
+    """
+    peers = Peers(accelerator)
+    findings = [_software(peers), _devices(peers, precision), _batch(peers, config)]
+    findings += [_all_reduce(peers), _clocks(peers), _run_folder(peers, config)]
+    index, finding = _shards(peers, config)
+    return [*findings, finding, *_room(peers, config, index), _tracking(peers, config)]
+
+
+def table(findings: Sequence[Finding]) -> str:
+    """The findings as aligned text, the verdict over all of them in the last line."""
+    width = max(len(finding.check) for finding in findings)
+    lines = [
+        f"{finding.check:{width}}  {finding.verdict:6}  "
+        + finding.found.replace("\n", "\n" + " " * (width + 10))
+        for finding in findings
+    ]
+    failed = [finding.check for finding in findings if finding.verdict == "FAILED"]
+    return "\n".join([*lines, f"NOT READY: {', '.join(failed)}" if failed else "READY"])
+
+
+def _software(peers: Peers) -> Finding:
+    names = ("torch", "accelerate", "wandb", "numpy")
+    versions = [f"python {platform.python_version()}", *(f"{n} {version(n)}" for n in names)]
+    if torch.version.cuda:
+        versions.append(f"CUDA {torch.version.cuda}")
+    if torch.cuda.is_available():
+        versions.append(f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")  # type: ignore[no-untyped-call]
+    found = peers.where(peers.gather(", ".join(versions)))
+    if len(found) == 1:
+        nodes = len(set(peers.nodes))
+        text = f"{next(iter(found))}; the same on {nodes} nodes" if nodes > 1 else next(iter(found))
+        return Finding("software", "ok", text)
+    lines = [f"{nodes}: {text}" for text, nodes in found.items()]
+    lines.append("use one environment on all nodes: a shared .venv or an image")
+    return Finding("software", "FAILED", "\n".join(lines))
+
+
+def _devices(peers: Peers, precision: str) -> Finding:
+    device = peers.accelerator.device
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        kind = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
+    else:
+        cores = len(os.sched_getaffinity(0))
+        kind = f"no GPU in use, {cores} cores, {torch.get_num_threads()} threads per process"
+        if torch.cuda.is_available():
+            kind += ", although CUDA is there"
+    found = peers.where(peers.gather(f"{kind}, {precision}"))
+    places = peers.gather((peers.nodes[peers.rank], str(device)))
+    lines = [f"{nodes}: {text}" for text, nodes in found.items()]
+    if on_gpu and len(set(places)) < len(places):
+        lines.append("two processes share a GPU: start one process per GPU (NPROC_PER_NODE)")
+        return Finding("devices", "FAILED", "\n".join(lines))
+    return Finding("devices", "ok" if len(found) == 1 else "note", "\n".join(lines))
+
+
+def _batch(peers: Peers, config: Config) -> Finding:
+    try:
+        micro_batch, accumulation = micro_batching(config, peers.count)
+    except UserError as error:
+        return Finding("batch", "FAILED", str(error))
+    parts = f"{peers.count} processes x {accumulation} micro-batches x {micro_batch}"
+    return Finding("batch", "ok", f"data.batch_size {config.data.batch_size} = {parts}")
+
+
+def _all_reduce(peers: Peers) -> Finding:
+    """The real backend between the real nodes: is the sum right, and how fast is it."""
+    if peers.count == 1:
+        return Finding("all-reduce", "ok", "one process, nothing to exchange")
+    device = peers.accelerator.device
+    numbers = REDUCED_MIB * 2**20 // 4
+    seconds, right = [], True
+    for _ in range(REPETITIONS):
+        values = torch.full((numbers,), float(peers.rank + 1), device=device)
+        peers.accelerator.wait_for_everyone()
+        began = time.perf_counter()
+        dist.all_reduce(values)
+        right &= bool((values == peers.count * (peers.count + 1) / 2).all())  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    slowest = max(peers.gather(statistics.median(seconds)))
+    # What a ring moves over each link, comparable for any number of processes.
+    bus = 2 * (peers.count - 1) / peers.count * REDUCED_MIB / 1024 / slowest
+    text = f"{dist.get_backend()}: {REDUCED_MIB} MiB in {slowest * 1000:.1f} ms, {bus:.2f} GiB/s"
+    if not all(peers.gather(right)):
+        return Finding("all-reduce", "FAILED", f"{text}; the sum is wrong: check the network")
+    return Finding("all-reduce", "ok", f"{text} per link")
+
+
+def _clocks(peers: Peers) -> Finding:
+    skew = float("inf")
+    for _ in range(REPETITIONS):  # the least of several: leaving a barrier takes time too
+        peers.accelerator.wait_for_everyone()
+        times = peers.gather(time.time())
+        skew = min(skew, max(times) - min(times))
+    text = f"apart by {skew:.2f} s at most"
+    if skew > MAX_SKEW:
+        text += ": times in logs and W&B will disagree; start an NTP client on the nodes"
+    return Finding("clocks", "note" if skew > MAX_SKEW else "ok", text)
+
+
+def _run_folder(peers: Peers, config: Config) -> Finding:
+    """Every rank writes a file and must see all the others' files, and their content."""
+    folder = Path(config.run.dir).expanduser()
+    made = _missing_parents(folder) if peers.rank == 0 else []
+    mine = folder / f".preflight-{peers.rank}"
+    token = peers.gather(f"{os.urandom(8).hex()}")
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with mine.open("w") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise OSError(
+                    f"cannot lock files ({error.strerror}): two runs in one folder would not "
+                    "notice each other; mount the file system with locks"
+                ) from None
+            file.write(token[peers.rank])
+            file.flush()
+            os.fsync(file.fileno())
+
+    def see() -> None:
+        unseen, deadline = set(range(peers.count)), time.monotonic() + VISIBLE_SECONDS
+        while unseen:
+            for rank in sorted(unseen):
+                with suppress(OSError):
+                    if (folder / f".preflight-{rank}").read_text() == token[rank]:
+                        unseen.remove(rank)
+            if unseen and time.monotonic() > deadline:
+                nodes = sorted({peers.nodes[rank] for rank in unseen})
+                raise OSError(f"files from {', '.join(nodes)} are not seen: not a shared folder")
+            time.sleep(0.05)
+
+    try:
+        _, faults = peers.faults(write)
+        if not faults:
+            _, faults = peers.faults(see)
+    finally:
+        peers.accelerator.wait_for_everyone()
+        mine.unlink(missing_ok=True)
+        peers.accelerator.wait_for_everyone()
+        for path in made:  # what a check of a run that is yet to start must not leave
+            with suppress(OSError):
+                path.rmdir()
+    if faults:
+        return Finding("run folder", "FAILED", "\n".join([f"run.dir ({folder})", *faults]))
+    return Finding("run folder", "ok", f"{folder}: written, locked and seen by all processes")
+
+
+def _missing_parents(folder: Path) -> list[Path]:
+    return [path for path in (folder, *folder.parents) if not _there(path)]
+
+
+def _shards(peers: Peers, config: Config) -> tuple[Index | None, Finding]:
+    """The same index everywhere, and one whole shard per rank with the checksum it should have."""
+    where = config.data.shards
+
+    def look() -> tuple[Index, float]:
+        index = read_index(where)
+        shard = index.shards[peers.rank % len(index.shards)]
+        began = time.perf_counter()
+        path = Cache(index, config.data.cache_dir, config.data.cache_gib).path(shard)
+        if sha256_of(path) != shard.sha256:
+            raise OSError(f"{path}: its checksum differs from the index")
+        return index, shard.filesize / 2**20 / (time.perf_counter() - began)
+
+    seen, faults = peers.faults(look)
+    index, rate = seen if seen is not None else (None, 0.0)
+    fingerprints = peers.where(peers.gather(index.fingerprint if index else ""))
+    if faults:
+        return index, Finding("shards", "FAILED", "\n".join(faults))
+    assert index is not None
+    if len(fingerprints) > 1:
+        nodes = "; ".join(f"{text[:12]} on {nodes}" for text, nodes in fingerprints.items())
+        return index, Finding("shards", "FAILED", f"{where}: differs between nodes: {nodes}")
+    wanted = (config.model.image_size, config.model.image_size, config.model.channels)
+    if index.shape != wanted:
+        text = f"{where}: images of {index.shape}, the model wants {wanted}"
+        return index, Finding("shards", "FAILED", text)
+    slowest = min(peers.gather(rate))
+    text = (
+        f"{index.num_samples} samples in {len(index.shards)} shards, {index.fingerprint[:12]} "
+        f"everywhere, checksums right, {slowest:.0f} MiB/s a process"
+    )
+    return index, Finding("shards", "note" if slowest < LOW_MIB_PER_S else "ok", text)
+
+
+def _room(peers: Peers, config: Config, index: Index | None) -> list[Finding]:
+    """Free space against what the run will write, and against the shards each node copies."""
+    needed, one = checkpoint_bytes(config)
+    folder = Path(config.run.dir).expanduser()
+    free = min(peers.gather(shutil.disk_usage(_existing(folder)).free))
+    text = f"{folder}: {_gib(free)} free, checkpoints and snapshots to the end take {_gib(needed)}"
+    findings = [Finding("disk", "ok" if free > needed + one else "FAILED", text)]
+    if index is not None and index.is_remote:
+        cache = Path(config.data.cache_dir).expanduser()
+        total = sum(shard.filesize for shard in index.shards)
+        wanted = min(total, int(config.data.cache_gib * 2**30) or total)
+        held = sum(path.stat().st_size for path in cache.glob("*.tar")) if cache.is_dir() else 0
+        free = min(peers.gather(shutil.disk_usage(_existing(cache)).free + held))
+        text = f"{cache}: {_gib(free)} free or in use for shards, they take {_gib(wanted)}"
+        findings.append(Finding("shard cache", "ok" if free > wanted else "FAILED", text))
+    return findings
+
+
+def checkpoint_bytes(config: Config) -> tuple[int, int]:
+    """(bytes of all checkpoints and snapshots of a whole run, bytes of one checkpoint)."""
+    with torch.device("meta"):
+        g, d = (
+            sum(p.numel() for p in network.parameters())
+            for network in (Generator(config.model), Discriminator(config.model))
+        )
+    one = 4 * (2 * g + d) + 8 * (g + d)  # G, G_ema, D; two moments of Adam for G and D
+    train = config.train
+    kept = train.keep + (train.total_steps // train.keep_every if train.keep_every else 0)
+    snapshots = train.total_steps // train.checkpoint_every if train.checkpoint_every else 1
+    return kept * one + snapshots * 4 * g, one
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if _there(path))
+
+
+def _there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # below a folder that may not be looked into
+        return False
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def _tracking(peers: Peers, config: Config) -> Finding:
+    mode = peers.gather(wandb_mode(config))[0]  # only rank 0 logs
+    said = {
+        "online": "online: a key is configured, rank 0 logs",
+        "offline": "offline: no key; upload later with wandb sync",
+        "disabled": "disabled: metrics.jsonl only",
+    }
+    return Finding("W&B", "ok" if mode == "online" else "note", said[mode])

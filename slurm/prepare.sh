@@ -1,0 +1,34 @@
+#!/bin/bash
+# Pack a large source on many nodes: each task of the array packs its part of the shards, the task
+# that ends last writes the index. From the checkout, with the arguments of pipeline.prepare:
+#
+#   sbatch --array=0-7 --cpus-per-task=16 slurm/prepare.sh /data/photos --out /shared/shards --size 64
+#
+# A task that is killed or meets its time limit requeues itself; whatever else is missing, the same
+# line again packs it and nothing twice.
+#SBATCH --job-name=dcgan-prepare
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm/logs/%x-%A_%a.out
+#SBATCH --signal=TERM@60
+
+set -uo pipefail
+trap : TERM USR1 USR2
+# shellcheck source=slurm/launch.sh
+. slurm/launch.sh || { echo "$PWD: not the checkout; call sbatch there, or give --chdir"; exit 2; }
+
+if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
+  say "not an array: sbatch --array=0-7 slurm/prepare.sh SOURCE --out DIR ..."
+  exit 2
+fi
+# shellcheck disable=SC2153
+part=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))/$SLURM_ARRAY_TASK_COUNT
+say "part $part of job $SLURM_ARRAY_JOB_ID, restart $restarts, on $SLURM_JOB_NODELIST"
+alone -m pipeline.prepare "$@" --part "$part"
+status=$? now=$(state)
+say "srun ended with $status, job $now"
+# 2 is a mistake in the arguments or the source: it would be there the next time too.
+[ "$status" -ge 128 ] && [ "$now" = RUNNING ] && requeue 5 "part $part"
+exit "$status"

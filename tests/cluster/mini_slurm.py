@@ -1,0 +1,205 @@
+"""A real Slurm of two nodes on this machine: own munge key, sockets and ports; ended by pid."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+from launching import REPO, environment
+
+TIMEOUT = 240
+BINARIES = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "sinfo", "squeue")
+
+# cred_expire: Slurm holds a requeued job back until its credential has expired, 120 s by default.
+CONF = """
+ClusterName=mini
+SlurmctldHost=localhost
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={dir}/munge/sock,cred_expire=5
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+ReturnToService=2
+JobRequeue=1
+KillWait={kill_wait}
+SlurmdTimeout=15
+SchedulerParameters=sched_interval=2,bf_interval=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldPort={port}
+SlurmctldPidFile={dir}/slurmctld.pid
+SlurmdPidFile={dir}/slurmd-%n.pid
+SlurmdSpoolDir={dir}/spool-%n
+StateSaveLocation={dir}/state
+SlurmctldLogFile={dir}/log/slurmctld.log
+SlurmdLogFile={dir}/log/slurmd-%n.log
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+GresTypes=gpu
+NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={port1} CPUs=1 RealMemory=500 Gres=gpu:2
+NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={port2} CPUs=1 RealMemory=500 Gres=gpu:2
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
+PartitionName=high Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+"""
+KILL_WAIT = 15
+
+
+class MiniSlurm:
+    """Two nodes, n1 and n2, of one core each; partition ``high`` preempts ``main``."""
+
+    def __init__(self) -> None:
+        self.dir = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # a socket's path is short
+        self.env = {k: v for k, v in environment().items() if not k.startswith(("SLURM", "SBATCH"))}
+        self.env |= {"SLURM_CONF": str(self.dir / "slurm.conf"), "PYTHON": sys.executable}
+        port = 41000 + os.getpid() % 6000 * 3
+        for name in ("log", "state", "spool-n1", "spool-n2", "munge"):
+            (self.dir / name).mkdir(mode=0o755)
+        key = self.dir / "munge" / "key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o600)
+        ports = {"port": port, "port1": port + 1, "port2": port + 2}
+        conf = CONF.format(dir=self.dir, kill_wait=KILL_WAIT, **ports)
+        (self.dir / "slurm.conf").write_text(conf)
+        # Two files that Slurm hands out as GPUs; nothing ever opens them.
+        for name in ("gpu0", "gpu1"):
+            (self.dir / name).touch()
+        (self.dir / "gres.conf").write_text(f"Name=gpu File={self.dir}/gpu[0-1]\n")
+
+    # -- the daemons ------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._munged()
+        self._daemon("slurmctld", "-f", self.env["SLURM_CONF"])
+        for node in ("n1", "n2"):
+            self.start_node(node)
+        self.wait_until(lambda: self.idle_nodes() == {"n1", "n2"}, "two idle nodes", 40)
+
+    def stop(self) -> None:
+        if (self.dir / "slurmctld.pid").exists():
+            jobs = self.ask("squeue", "-h", "-o", "%A").split()
+            if jobs:
+                self.ask("scancel", *jobs)
+                with suppress(AssertionError):
+                    gone = f"the end of {jobs}"
+                    self.wait_until(lambda: not self.ask("squeue", "-h"), gone, KILL_WAIT + 30)
+        names = ("slurmd-n1", "slurmd-n2", "slurmctld", "munged")
+        for process in filter(None, map(self._process, names)):
+            process.terminate()
+            try:
+                process.wait(10)
+            except psutil.TimeoutExpired:
+                process.kill()
+        shutil.rmtree(self.dir, ignore_errors=True)
+
+    def start_node(self, node: str) -> None:
+        self._daemon("slurmd", "-f", self.env["SLURM_CONF"], "-N", node)
+
+    def lose_node(self, node: str, job: str) -> None:
+        """As if its power were cut: slurmd, its job steps and all their processes are gone."""
+        slurmd = self._process(f"slurmd-{node}")
+        assert slurmd
+        victims = {slurmd}
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                env, parent = process.environ(), process.parent()
+                if (env.get("SLURM_JOB_ID"), env.get("SLURMD_NODENAME")) == (job, node):
+                    victims.add(process)
+                    if parent and parent.name().startswith("slurmstepd"):
+                        victims.add(parent)
+        assert len(victims) > 2, victims
+        for process in victims:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def _munged(self) -> None:
+        files = {"key-file": "munge/key", "socket": "munge/sock", "seed-file": "munge/seed"}
+        files |= {"pid-file": "munged.pid", "log-file": "log/munged.log"}
+        words = [f"--{option}={self.dir / path}" for option, path in files.items()]
+        self._daemon("munged", *words, "--num-threads=2", "--force")
+
+    def _daemon(self, *words: str) -> None:
+        subprocess.run(words, env=self.env, check=True, timeout=30, stdout=subprocess.DEVNULL)
+
+    def _process(self, name: str) -> psutil.Process | None:
+        with suppress(OSError, ValueError, psutil.NoSuchProcess):
+            return psutil.Process(int((self.dir / f"{name}.pid").read_text()))
+        return None
+
+    def idle_nodes(self) -> set[str]:
+        return set(self.ask("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N").split())
+
+    # -- jobs -------------------------------------------------------------------------------
+
+    def ask(self, *words: str, **env: str) -> str:
+        """The output of a Slurm command, empty when it fails."""
+        done = subprocess.run(
+            words,
+            env=self.env | env,
+            cwd=REPO,
+            timeout=60,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        return done.stdout if done.returncode == 0 else ""
+
+    def submit(self, output: Path, *words: str, **env: str) -> str:
+        """Submit from the checkout; returns the job's id."""
+        answer = self.ask("sbatch", "--parsable", f"--output={output}", *words, **env)
+        assert answer, (words, self.logs())
+        return answer.strip()
+
+    def show(self, job: str) -> dict[str, str]:
+        """The job's fields as scontrol prints them."""
+        fields = self.ask("scontrol", "-o", "show", "job", job)
+        return dict(re.findall(r"(\w[\w/:]*)=(\S*)", fields))
+
+    def wait(self, job: str, state: str, seconds: float = TIMEOUT) -> dict[str, str]:
+        """Wait until the job is in ``state`` for good."""
+        final = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+
+        def there() -> bool:
+            found = self.show(job).get("JobState")
+            assert found == state or found not in final, f"job {job} is {found}, not {state}"
+            return found == state
+
+        self.wait_until(there, f"job {job} {state}", seconds)
+        return self.show(job)
+
+    def wait_until(
+        self, there: Callable[[], bool], what: str, seconds: float = TIMEOUT, every: float = 0.2
+    ) -> float:
+        """Seconds it took until ``there``."""
+        began = time.monotonic()
+        while not there():
+            waited = time.monotonic() - began
+            assert waited < seconds, f"no {what} in {waited:.0f} s\n{self.logs()}"
+            time.sleep(every)
+        return time.monotonic() - began
+
+    def rank(self, job: str, rank: int) -> psutil.Process:
+        """The training process of one rank; its data workers have the same environment."""
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                env, parent = process.environ(), process.parent()
+                mine = env.get("SLURM_JOB_ID") == job and env.get("RANK") == str(rank)
+                if mine and parent and "RANK" not in parent.environ():
+                    return process
+        raise AssertionError(f"job {job} has no rank {rank}")
+
+    def logs(self) -> str:
+        parts = [self.ask("squeue"), self.ask("sinfo", "-N", "-l")]
+        for path in sorted(self.dir.glob("log/slurm*.log")):
+            parts.append(f"== {path.name}\n{path.read_text()[-1500:]}")
+        return "\n".join(parts)
