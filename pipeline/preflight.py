@@ -117,7 +117,7 @@ def _software(peers: Peers) -> Finding:
     if torch.version.cuda:
         versions.append(f"CUDA {torch.version.cuda}")
     if torch.cuda.is_available():
-        versions.append(f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")  # type: ignore[no-untyped-call]
+        versions.append(f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
     found = peers.where(peers.gather(", ".join(versions)))
     if len(found) == 1:
         nodes = len(set(peers.nodes))

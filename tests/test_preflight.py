@@ -51,7 +51,7 @@ def test_what_is_wrong_is_named_and_the_exit_code_says_so(
     assert (code, complaints) == (1, "")
     assert "run.dir (/proc/runs)" in said
     assert f"{tmp_path / 'none'}" in said
-    assert said.splitlines()[-1] == "NOT READY: run folder, shards"
+    assert said.splitlines()[-1] == "NOT READY: run folder, shards, disk"
 
 
 def test_a_mistake_in_the_command_is_one_message(tiny_config: Path) -> None:
@@ -87,9 +87,9 @@ def test_two_nodes_that_do_not_share_what_they_should(
     on_ranks(2, two_ranks_look, str(tmp_path), str(training_shards))
 
     def found(name: str) -> dict[str, Finding]:
-        texts = [(tmp_path / f"{name}-{rank}.json").read_text() for rank in (0, 1)]
-        assert texts[0] == texts[1], "ranks disagree about the verdict"
-        return {row[0]: Finding(*row) for row in json.loads(texts[0])}
+        rows = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
+        assert [row[:2] for row in rows[0]] == [row[:2] for row in rows[1]], "ranks disagree"
+        return {row[0]: Finding(*row) for row in rows[0]}
 
     fine, apart = found("fine"), found("apart")
     assert {f.verdict for f in fine.values()} <= {"ok", "note"}, fine
