@@ -186,10 +186,12 @@ def test_a_lost_batch_host_is_made_up_for(
 def test_a_lost_node_is_done_without(
     submit: Submit, uninterrupted: Path, node_back: Callable[[str], None]
 ) -> None:
-    """--nodes=1-2: the run goes on with one process; batches and their order stay the same."""
-    job = submit("train.checkpoint_every=20", flags=("--nodes=1-2",))
+    """The waiting job is told to take one node; batches and their order stay the same."""
+    job = submit("train.checkpoint_every=20")
     job.reach(30)
     job.slurm.lose_node("n2", job.id)
+    job.slurm.wait_until(lambda: job.slurm.show(job.id)["JobState"] == "PENDING", "requeue")
+    job.slurm.ask("scontrol", "update", f"JobId={job.id}", "NumNodes=1")
     found = job.wait("COMPLETED")
     assert int(found["Restarts"]) >= 1
     assert "2 process(es) on n[1-2]" in job.log()
