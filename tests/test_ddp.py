@@ -234,8 +234,16 @@ print("threads", torch.get_num_threads())
     [
         (("--num_processes", "1"), {}, len(os.sched_getaffinity(0))),
         (("--num_processes", "1"), {"OMP_NUM_THREADS": "1"}, 1),
-        (("--num_processes", "1", "--num_cpu_threads_per_process", "1"), {}, 1),
-        (("--multi_gpu", "--num_processes", "2"), {}, max(1, len(os.sched_getaffinity(0)) // 2)),
+        pytest.param(
+            ("--num_processes", "1", "--num_cpu_threads_per_process", "1"),
+            *({}, 1),
+            marks=pytest.mark.faults,  # seconds that `make test` has better uses for
+        ),
+        pytest.param(
+            ("--multi_gpu", "--num_processes", "2"),
+            *({}, max(1, len(os.sched_getaffinity(0)) // 2)),
+            marks=pytest.mark.faults,
+        ),
     ],
     ids=["nothing said", "by environment", "by option", "two ranks"],
 )

@@ -149,6 +149,7 @@ def test_a_signal_during_the_imports_is_not_lost(
     assert (run_dir / "PREEMPTED").exists()
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_scheduler_may_ask_for_another_exit_code_of_a_stopped_run(
     processes: int,
