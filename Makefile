@@ -25,7 +25,8 @@ export UV_HTTP_TIMEOUT ?= 300
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-faults check bench lock clean fashion-mnist test-cluster slurm-programs
+.PHONY: help setup demo test test-faults check bench lock clean fashion-mnist test-cluster test-container \
+	slurm-programs container-programs
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
@@ -41,13 +42,16 @@ demo: $(RUN_READY)  ## Prepare Fashion-MNIST, train a small DCGAN on this machin
 	@echo "samples: $$(ls -t $(DEMO_RUN)/samples/*.png | head -n 1)"
 
 test: $(DEV_READY)  ## Every test that needs neither a cluster nor the network nor damage on purpose
-	$(BIN)/python -m pytest -m "not cluster and not faults"
+	$(BIN)/python -m pytest -m "not cluster and not container and not faults"
 
 test-faults: $(DEV_READY)  ## Full disks, damaged files, hopeless settings: what users and machines do
 	$(BIN)/python -m pytest -m faults
 
 test-cluster: $(DEV_READY) slurm-programs  ## The Slurm scripts on a two-node Slurm started for it (needs root)
 	$(BIN)/python -m pytest -m cluster --durations=0
+
+test-container: $(DEV_READY) container-programs  ## The image, built with buildah and run (root, 15 GB of disk)
+	$(BIN)/python -m pytest -m container --durations=0 -rP
 
 check: $(DEV_READY)  ## Format, lint, types, shell scripts, container files, length of the modules
 	$(BIN)/ruff format --check .
@@ -92,6 +96,12 @@ slurm-programs:
 		install="apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge"; \
 		$$install || { apt-get update -qq && $$install; }; \
 		test -z "$$made" || rm -f /usr/sbin/policy-rc.d; \
+	} </dev/null >/dev/null 2>&1 || true
+
+container-programs:
+	@test "$$(id -u)" != 0 || type buildah mmdebstrap >/dev/null || ! command -v apt-get >/dev/null || { \
+		install="apt-get install -y -qq --no-install-recommends buildah crun mmdebstrap"; \
+		$$install || { apt-get update -qq && $$install; }; \
 	} </dev/null >/dev/null 2>&1 || true
 
 # -- the environment ----------------------------------------------------------------------------

@@ -1,0 +1,122 @@
+"""The image, built from the shipped Dockerfile by buildah, which needs no engine and no daemon."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from launching import REPO
+
+PROGRAMS = ("buildah", "mmdebstrap")
+IMAGE, STANDIN = "localhost/dcgan-pipeline-test", "localhost/dcgan-standin-base"
+CHROOT = ["--isolation", "chroot"]
+UID = 1000
+# How this machine reaches its packages: settings of pip and uv, and certificates of a proxy.
+REACH = ("/etc/pip.conf", "/etc/uv/uv.toml", "/etc/ssl/certs")
+REACH_AT_HOME = (".config/pip/pip.conf", ".pip/pip.conf", ".config/uv/uv.toml")
+CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+
+
+def buildah(*words: object, timeout: float = 1500) -> str:
+    """Standard output of one command of buildah; its log is the failure's message."""
+    done = subprocess.run(
+        ["buildah", *map(str, words)],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, f"buildah {words[0]}: {done.returncode}\n{done.stderr[-4000:]}"
+    return done.stdout.strip()
+
+
+@dataclass(frozen=True)
+class Container:
+    """One working container of the image. ``work`` is its /runs, ``data`` its /data."""
+
+    name: str
+    work: Path
+    data: Path
+
+    def words(self, *words: object, **env: object) -> list[str]:
+        mounts = ["-v", f"{self.work}:/runs", "-v", f"{self.data}:/data"]
+        raw = Path("/usr/share/datasets")  # where Debian puts Fashion-MNIST
+        mounts += ["-v", f"{raw}:{raw}:ro"] if raw.is_dir() else []
+        settings = [f"--env={name}={value}" for name, value in env.items()]
+        return ["buildah", "run", *CHROOT, *mounts, *settings, self.name, "--", *map(str, words)]
+
+    def run(self, *words: object, **env: object) -> subprocess.CompletedProcess[str]:
+        """A command in the image, as its own user."""
+        return subprocess.run(
+            self.words(*words, **env),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+
+    def pipeline(self, *words: object, **env: object) -> subprocess.CompletedProcess[str]:
+        """What `docker run IMAGE words` does: buildah run knows no entry point."""
+        return self.run("/workspace/docker/entrypoint.sh", *words, **env)
+
+
+def first_process(runner: subprocess.Popen[str]) -> psutil.Process:
+    """The oldest process of the image's user: the one that `docker stop` would signal."""
+    inside = [
+        process
+        for process in psutil.Process(runner.pid).children(recursive=True)
+        if process.uids().real == UID and "buildah" not in process.cmdline()[0]
+    ]
+    return min(inside, key=lambda process: process.create_time())
+
+
+@pytest.fixture(scope="session")
+def image(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The Dockerfile's image on a Debian 12 with Python and pip in place of the hub's base."""
+    missing = [name for name in PROGRAMS if not shutil.which(name)]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}; see make test-container")
+    if os.geteuid() != 0:
+        pytest.skip("building in a chroot needs root")
+    if STANDIN not in buildah("images", "--format", "{{.Name}}"):
+        folder = tmp_path_factory.mktemp("base")
+        packages = "--include=python3,python3-pip,ca-certificates"
+        subprocess.run(
+            ["mmdebstrap", "--variant=minbase", packages, "bookworm", folder / "root.tar"],
+            check=True,
+            capture_output=True,
+            timeout=600,
+        )
+        (folder / "Dockerfile").write_text("FROM scratch\nADD root.tar /\n")
+        buildah("bud", *CHROOT, "--format", "docker", "-t", STANDIN, folder)
+        (folder / "root.tar").unlink()
+    reach = [*map(Path, REACH), *(Path.home() / path for path in REACH_AT_HOME)]
+    mounts = [word for path in reach if path.exists() for word in ("-v", f"{path}:{path}:ro")]
+    settings = ["--build-arg", f"BASE_IMAGE={STANDIN}"]
+    if CERTIFICATES.exists():
+        settings += ["--build-arg", f"SSL_CERT_FILE={CERTIFICATES}"]
+    kind = ["--layers", "--format", "docker", "--file", "docker/Dockerfile", "-t", IMAGE]
+    buildah("bud", *CHROOT, *settings, *mounts, *kind, REPO)
+    return IMAGE
+
+
+@pytest.fixture(scope="module")
+def container(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
+    folders = []
+    for name in ("runs", "data"):
+        folder = tmp_path_factory.mktemp(name)
+        os.chown(folder, UID, UID)
+        folders.append(folder)
+    for parent in folders[0].parents[:2]:  # pytest's folders are its user's own
+        parent.chmod(parent.stat().st_mode | 0o011)
+    made = Container(buildah("from", image), *folders)
+    yield made
+    buildah("rm", made.name)
