@@ -123,17 +123,17 @@ def our_batches(
             yield normalise(batch.images, CPU) if floats else batch.images
 
 
-def image_folder(root: Path, workers: int) -> Iterable[Any]:
+def image_folder(root: Path, workers: int, batch: int = BATCH) -> Iterable[Any]:
     return DataLoader(
         ImageFolder(str(root), TO_FLOAT),
-        batch_size=BATCH,
+        batch_size=batch,
         shuffle=True,
         num_workers=workers,
         drop_last=True,
     )
 
 
-def stock_webdataset(index: Index, workers: int) -> Iterable[Any]:
+def stock_webdataset(index: Index, workers: int, batch: int = BATCH) -> Iterable[Any]:
     urls = [str(Path(index.location) / shard.url) for shard in index.shards]
     dataset = (
         wds.WebDataset(urls, shardshuffle=len(urls))
@@ -141,7 +141,7 @@ def stock_webdataset(index: Index, workers: int) -> Iterable[Any]:
         .decode("pil")
         .to_tuple(index.field, "cls")
         .map_tuple(TO_FLOAT, int)
-        .batched(BATCH, partial=False)
+        .batched(batch, partial=False)
     )
     return wds.WebLoader(dataset, batch_size=None, shuffle=False, num_workers=workers)
 

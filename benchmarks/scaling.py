@@ -1,0 +1,180 @@
+"""What more processes cost: weak scaling on this machine, bytes on the wire, and what they allow.
+
+    python benchmarks/scaling.py               # two CPU minutes
+
+1. The training command on 1 and on 2 processes with one thread each and the same batch per process,
+   beside two separate trainings at once, which share the memory but nothing else.
+2. The bytes that a step sends, from the kernel's counters of the loopback interface, beside the
+   least that data parallelism can do: G's gradients and D's gradients once.
+3. On paper: the time of that all-reduce on 8 to 1024 GPUs for real links, and how many images per
+   GPU and step keep it below a tenth of the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from loader import fashion_mnist, machine, prepare, spread
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.config import Config, ModelConfig
+from pipeline.config_files import load
+from pipeline.models import Discriminator, Generator
+
+REPO = Path(__file__).resolve().parents[1]
+MODEL = ["model.ngf=64", "model.ndf=64", "model.kernel_size=4"]
+LINKS = {
+    "NVLink 4, 450 GB/s": 450e9,
+    "InfiniBand NDR, 400 Gb/s": 50e9,
+    "Ethernet, 25 Gb/s": 3.125e9,
+}
+LATENCY = 10e-6  # of one hop of a ring or level of a tree, launch included
+
+
+def start(shards: Path, run: Path, processes: int, batch: int, steps: int) -> subprocess.Popen[str]:
+    """The training command, one thread a process; its first row of metrics is at half its steps."""
+    settings = [f"data.shards={shards}", f"data.batch_size={batch}", f"run.dir={run}", *MODEL]
+    settings += ["tracking.wandb=disabled", "train.checkpoint_every=0", "train.sample_every=0"]
+    settings += [f"train.log_every={steps // 2}", f"train.total_steps={steps}", "data.workers=1"]
+    train = ["pipeline/train.py", "--config", "configs/dcgan_64.yaml", *settings]
+    launch = [] if processes == 1 else ["-m", "accelerate.commands.launch", "--multi_gpu"]
+    if launch:
+        launch += ["--num_machines", "1", "--num_processes", str(processes), "--quiet"]
+        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = [sys.executable, *launch, *train]
+    return subprocess.Popen(
+        words, cwd=REPO, env=env, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def rate(run: Path) -> float:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return float(rows[-1]["perf/images_per_sec"])
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+
+
+def weak_scaling(shards: Path, batch: int, steps: int, rounds: int) -> list[str]:
+    rates: dict[str, list[float]] = {"1 process": [], "2 processes": [], "2 apart": []}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            runs = {name: Path(folder) / name[0] for name in ("1 process", "2 processes")}
+            for count, name in enumerate(runs, 1):
+                end(start(shards, runs[name], count, count * batch, steps))
+                rates[name].append(rate(runs[name]))
+            pair = [Path(folder) / letter for letter in "ab"]
+            for process in [start(shards, run, 1, batch, steps) for run in pair]:
+                end(process)
+            rates["2 apart"].append(sum(map(rate, pair)))
+    shown = ["| processes, one thread each | images/s | of twice one process | of two apart |"]
+    shown += ["|---|---|---|---|"]
+    for name, values in rates.items():
+        twice = [v / one / 2 for v, one in zip(values, rates["1 process"], strict=True)]
+        apart = [v / two for v, two in zip(values, rates["2 apart"], strict=True)]
+        parts = (spread(twice, ".0%"), spread(apart, ".0%")) if name != "1 process" else ("", "")
+        shown.append(f"| {name} | {spread(values, '.1f')} | {parts[0]} | {parts[1]} |")
+    return shown
+
+
+def sent() -> int:
+    """Bytes that left through the loopback interface since the machine started."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, counters = line.partition(":")
+        if name.strip() == "lo":
+            return int(counters.split()[8])
+    raise SystemExit("no loopback interface in /proc/net/dev")
+
+
+def bytes_per_step(shards: Path, steps: int) -> float:
+    """Sent per step by two ranks: a long run less a short one, which leaves out start and end."""
+    totals = []
+    for count in (steps, 3 * steps):
+        with tempfile.TemporaryDirectory() as folder:
+            before = sent()
+            end(start(shards, Path(folder) / "run", 2, 32, count))
+            totals.append(sent() - before)
+    return (totals[1] - totals[0]) / (2 * steps)
+
+
+def gradient_bytes(config: Config) -> int:
+    networks = (Generator(config.model), Discriminator(config.model))
+    return sum(4 * p.numel() for network in networks for p in network.parameters())
+
+
+def flops_per_image(model: ModelConfig) -> float:
+    """Of a step: D on real and fake (forward, backward), D for G, G (forward, backward)."""
+    G, D = Generator(model), Discriminator(model)
+    with FlopCounterMode(display=False) as counter:
+        fake = G(torch.zeros(2, model.z_dim))
+        D(fake.detach()).sum().backward()
+        D(fake.detach()).sum().backward()
+        D.requires_grad_(False)
+        D(fake).sum().backward()
+    return counter.get_total_flops() / 2
+
+
+def on_paper(config: Config, tflops: float) -> list[str]:
+    """The all-reduce of a step alone, and the images per GPU that make it a tenth of the step."""
+    size, work = gradient_bytes(config), flops_per_image(config.model)
+    model = config.model
+    shown = [
+        f"configs/dcgan_64.yaml (ngf = ndf = {model.ngf}, kernel {model.kernel_size}): "
+        f"{size / 1e6:.1f} MB of float32 gradients and {work / 1e9:.2f} GFLOP per image and step. "
+        f"Assumed, not measured: {tflops:.0f} TFLOP/s a GPU, the whole link for the ring, "
+        f"{1e6 * LATENCY:.0f} us a level.",
+        "",
+        "| link | GPUs | all-reduce, ms | images per GPU and step to keep it below 10 % | batch |",
+        "|---|---|---|---|---|",
+    ]
+    for name, speed in LINKS.items():
+        for gpus in (8, 64, 1024):
+            if gpus > 8 and "NVLink" in name:
+                continue
+            levels = 2 * (gpus - 1).bit_length() * 2  # a reduce and a broadcast tree, for G and D
+            spent = 2 * (gpus - 1) / gpus * size / speed + levels * LATENCY
+            images = 9 * spent * tflops * 1e12 / work
+            row = f"{1000 * spent:.2f} | {images:,.0f} | {images * gpus:,.0f}"
+            shown.append(f"| {name} | {gpus} | {row} |")
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=32, help="per process")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--tflops", type=float, default=200, help="of a GPU, for the paper model")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    config = load(str(REPO / "configs" / "dcgan_64.yaml"), [])
+    small = load(str(REPO / "configs" / "dcgan_64.yaml"), MODEL)
+    with tempfile.TemporaryDirectory() as folder:
+        source = fashion_mnist(2048, Path(folder) / "raw")
+        shards = Path(prepare(source, Path(folder) / "npy", 64, "npy").location)
+        rows = weak_scaling(shards, options.batch, options.steps, options.rounds)
+        travelled = bytes_per_step(shards, 5)
+    # A ring of two: each rank sends every gradient once, half to be summed and half as the sum.
+    least = 2 * gradient_bytes(small)
+    print("\n".join([machine(), f"Batch {options.batch} a process, ngf = ndf = 64.", "", *rows]))
+    print("\n| bytes sent per step by two ranks | |\n|---|---|")
+    print(f"| counted on the interface | {travelled:,.0f} |")
+    print(f"| G's and D's gradients once | {least:,} |")
+    print(f"| more than that | {travelled / least - 1:.2%} |\n")
+    print("\n".join(on_paper(config, options.tflops)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Where the time of a training step goes, and how near it is to what the processor can do.
+
+    python benchmarks/step.py                  # one CPU minute: ngf = ndf = 64, 64x64x3, batch 128
+    python benchmarks/step.py --width 128 --kernel 5 --precision fp32
+
+Counts the floating-point operations of the step, times it, times a large matrix product as the
+ceiling, and the step's operators and convolutions one by one. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from accelerate import Accelerator
+from loader import machine
+from torch import Tensor
+from torch.nn.functional import conv2d
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.config import Config, DataConfig, ModelConfig, TrainConfig
+from pipeline.distributed import MIXED_PRECISION, native_bf16
+from pipeline.gan import GAN
+
+KINDS = (  # first match wins
+    ("convolutions, backward", ("convolution_backward",)),
+    ("convolutions, forward", ("conv",)),
+    ("BatchNorm", ("batch_norm",)),
+    ("ReLU, LeakyReLU, tanh", ("relu", "threshold", "tanh", "clamp")),
+    ("Adam", ("adam",)),
+    ("moving average", ("lerp",)),
+    ("casts and copies", ("copy_", "_to_copy", "fill_", "zero_", "empty", "contiguous", "clone")),
+)
+
+
+def seconds(work: Callable[[], object], repeat: int = 5) -> float:
+    """Median time of a call after one that is not counted."""
+    work()
+    spent = []
+    for _ in range(repeat):
+        wait()
+        began = time.perf_counter()
+        work()
+        wait()
+        spent.append(time.perf_counter() - began)
+    return median(spent)
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def ceiling(dtype: torch.dtype, device: torch.device) -> float:
+    """TFLOP/s of a square matrix product: what no convolution is likely to pass."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / seconds(lambda: a @ b) / 1e12
+
+
+def copy_speed(device: torch.device) -> float:
+    """GB/s read and written by a copy that no cache holds."""
+    a = torch.zeros(2**28 if device.type == "cuda" else 2**26, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.numel() * 4 / seconds(lambda: b.copy_(a)) / 1e9
+
+
+def by_kind(step: Callable[[], None], repeat: int) -> dict[str, float]:
+    """Share of the step's time by kind of operator, from torch's profiler."""
+    on_cuda = torch.cuda.is_available()
+    with torch.profiler.profile() as profile:
+        for _ in range(repeat):
+            step()
+        wait()
+    spent: dict[str, float] = defaultdict(float)
+    for event in profile.key_averages():
+        cost = event.self_device_time_total if on_cuda else event.self_cpu_time_total
+        kind = next((k for k, words in KINDS if any(w in event.key for w in words)), "the rest")
+        spent[kind] += cost
+    total = sum(spent.values())
+    return {kind: value / total for kind, value in spent.items()}
+
+
+def layers(config: Config, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """D's strided convolutions alone: TFLOP/s forward, for the input's, the weights' gradient."""
+    model, rows = config.model, []
+    sizes = [(model.channels, model.ndf, model.image_size)]
+    while sizes[-1][2] > 8:
+        _, width, size = sizes[-1]
+        sizes.append((width, 2 * width, size // 2))
+    for before, width, size in sizes:
+        nhwc = torch.channels_last
+        x, w = (
+            torch.randn(shape, device=device).to(dtype).to(memory_format=nhwc).requires_grad_()
+            for shape in (
+                (config.data.batch_size, before, size, size),
+                (width, before, model.kernel_size, model.kernel_size),
+            )
+        )
+
+        def forward(x: Tensor = x, w: Tensor = w) -> Tensor:
+            return conv2d(x, w, stride=2, padding=(model.kernel_size - 1) // 2)
+
+        y = forward()
+        g = torch.randn_like(y)
+        flops = 2 * y.numel() * before * model.kernel_size**2 / 1e12
+        parts = [seconds(forward)] + [
+            seconds(lambda wrt=wrt, y=y, g=g: torch.autograd.grad(y, wrt, g, retain_graph=True))
+            for wrt in (x, w)
+        ]
+        speeds = " | ".join(f"{flops / part:.3f} ({1000 * part:.1f} ms)" for part in parts)
+        rows.append(f"| {before} -> {width} at {size}x{size} | {speeds} |")
+    return rows
+
+
+def report(options: argparse.Namespace) -> str:
+    precision = options.precision
+    if precision == "auto":
+        precision = "bf16" if native_bf16() else "fp32"
+    accelerator = Accelerator(mixed_precision=MIXED_PRECISION[precision])
+    device = accelerator.device
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    config = Config(
+        model=ModelConfig(ngf=options.width, ndf=options.width, kernel_size=options.kernel),
+        data=DataConfig(batch_size=options.batch),
+        train=TrainConfig(micro_batch=options.batch),
+    )
+    gan = GAN(config, accelerator, 1)
+    x = torch.rand(options.batch, 3, 64, 64, device=device) * 2 - 1
+    real = [x.to(memory_format=torch.channels_last)]
+    noise = [torch.rand(options.batch, config.model.z_dim, device=device) * 2 - 1]
+
+    def step() -> None:
+        gan.update_D(real, noise, 1)
+        gan.update_G(noise, 1)
+        gan.update_average()
+
+    step()
+    with FlopCounterMode(display=False) as counter:
+        step()
+    flops = counter.get_total_flops() / 1e12
+    spent, best = seconds(step, options.repeat), ceiling(dtype, device)
+    shown = [
+        machine(),
+        f"{device.type}, {torch.get_num_threads()} threads, {precision}; 64x64x3, ngf = ndf = "
+        f"{options.width}, kernel {options.kernel}, batch {options.batch}; data in memory.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| step | {1000 * spent:.0f} ms, {options.batch / spent:,.0f} images/s |",
+        f"| operations in a step | {flops:.3f} TFLOP |",
+        f"| achieved | {flops / spent:.3f} TFLOP/s |",
+        f"| a {precision} matrix product | {best:.3f} TFLOP/s |",
+        f"| share of it | {flops / spent / best:.0%} |",
+        f"| copy | {copy_speed(device):.0f} GB/s |",
+        "",
+        "| operators | share of the step |",
+        "|---|---|",
+    ]
+    shares = sorted(by_kind(step, 2).items(), key=lambda pair: -pair[1])
+    shown += [f"| {kind} | {share:.1%} |" for kind, share in shares]
+    shown += ["", "| D's convolution | forward | gradient of the input | of the weights |"]
+    shown += ["|---|---|---|---|", *layers(config, dtype, device), "", "TFLOP/s, each alone."]
+    return "\n".join(shown)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--width", type=int, default=64, help="ngf and ndf")
+    parser.add_argument("--kernel", type=int, default=4, choices=(4, 5))
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.add_argument("--repeat", type=int, default=5)
+    print(report(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
