@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from pipeline import checkpoint
 from pipeline.config import DataConfig, ModelConfig
@@ -19,7 +20,6 @@ from pipeline.config_files import load
 from pipeline.decode import DecodeError
 from pipeline.errors import CheckpointError, EvaluationError
 from pipeline.features import Images
-from pipeline.models import Generator
 from pipeline.protocol import PURPOSE
 from pipeline.reader import Cache, Reader
 from pipeline.sampling import generate, image_grid, sampler, z_rows
@@ -76,16 +76,14 @@ def at(path: Path, weights: str) -> Candidate:
 
 def open_generator(
     candidate: Candidate, run_dir: Path, weights: str, device: torch.device
-) -> tuple[Generator, ModelConfig]:
+) -> tuple[nn.Module, ModelConfig]:
     """(G in eval mode with recomputed BatchNorm statistics, its architecture).
 
     Raises:
         CheckpointError: damaged, removed meanwhile, of another architecture, or diverged.
     """
     if candidate.is_snapshot:
-        network, config = checkpoint.load_snapshot(candidate.path, device)
-        assert isinstance(network, Generator)
-        G = network
+        G, config = checkpoint.load_snapshot(candidate.path, device)
     else:
         config = load(run_dir / "config.yaml")
         found = checkpoint.read(candidate.path).weights
@@ -100,12 +98,12 @@ def open_generator(
     return G, config.model
 
 
-def generated(G: Generator, model: ModelConfig, seed: int) -> Images:
+def generated(G: nn.Module, model: ModelConfig, seed: int) -> Images:
     """Images of G from the table of evaluation noise of a seed."""
     return lambda start, stop: generate(G, z_rows(model, seed, PURPOSE, start, stop - start))
 
 
-def grid(G: Generator, model: ModelConfig, seed: int) -> NDArray[np.uint8]:
+def grid(G: nn.Module, model: ModelConfig, seed: int) -> NDArray[np.uint8]:
     """One picture of images from z that are fixed for a run: those of its training samples."""
     return image_grid(generate(G, z_rows(model, seed, "grid", 0, GRID_IMAGES)))
 

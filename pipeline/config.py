@@ -13,6 +13,7 @@ from pipeline.errors import ConfigError
 
 T = TypeVar("T")
 EXTRACTORS = ("inception", "efficientnet-lite0")
+POLICIES = ("color", "translation", "cutout")  # of DiffAugment
 
 
 def _may_change(default: T) -> T:
@@ -30,8 +31,10 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    architecture: Literal["dcgan", "mlp"] = "dcgan"
+    """Networks of Radford et al. 2016, or the fully connected ones of Goodfellow et al. 2014."""
     image_size: int = 64
-    """Height and width in pixels: 32, 64, 128 or 256."""
+    """Height and width in pixels: 32, 64, 128 or 256; any up to 256 for mlp."""
     channels: int = 3
     """Image channels: 1 (gray) or 3 (RGB)."""
     z_dim: int = 100
@@ -39,13 +42,24 @@ class ModelConfig:
     z_distribution: Literal["uniform", "normal"] = "uniform"
     """Uniform on [-1, 1) or standard normal."""
     ngf: int = 64
-    """G's feature maps before the output layer; doubled at each lower resolution."""
+    """G's feature maps before the output layer; doubled at each lower resolution. mlp: the units
+    of each hidden layer."""
     ndf: int = 64
-    """D's feature maps after the first layer; doubled at each lower resolution."""
+    """D's feature maps after the first layer; doubled at each lower resolution. mlp: the units of
+    each hidden layer."""
     kernel_size: Literal[4, 5] = 4
     """Kernel of the strided convolutions: 5 in the paper's figure 1, 4 in most later code."""
-    loss: Literal["non_saturating", "minimax"] = "non_saturating"
-    """G's objective: maximise log D(G(z)), or minimise log(1 - D(G(z)))."""
+    num_classes: int = 0
+    """Classes to generate by the labels of the shards, 0 to num_classes - 1; 0 = labels unused."""
+    maxout: int = 0
+    """mlp: linear pieces of each of D's hidden units; 0 = ReLU units."""
+    dropout: float = 0.0
+    """mlp: share of D's hidden units left out at random in each pass of the training."""
+    spectral_norm: bool = False
+    """D's weights divided by their largest singular value, instead of BatchNorm in D."""
+    loss: Literal["non_saturating", "minimax", "hinge", "least_squares"] = "non_saturating"
+    """The objectives. D maximises V(D, G) of the 2014 paper, and G maximises log D(G(z)) or
+    minimises log(1 - D(G(z))); or both take the hinge or the least-squares ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +67,7 @@ class DataConfig:
     shards: str = _may_change("data/shards")
     """Folder or URL with index.json and the tar shards it lists."""
     batch_size: int = 128
-    """Images per optimizer step, over all ranks and micro-batches."""
+    """Images per optimizer step of D, over all ranks and micro-batches."""
     workers: int = _may_change(2)
     """Decoding processes per rank; 0 decodes in the training process."""
     prefetch: int = _may_change(4)
@@ -87,12 +101,14 @@ class OptimConfig:
     """Adam's decay of the first moment."""
     beta2: float = 0.999
     """Adam's decay of the second moment."""
+    d_steps: int = 1
+    """Updates of D before each one of G, every one with a batch of its own (k in algorithm 1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     total_steps: int = _may_change(100_000)
-    """Optimizer steps of G (and of D) in the whole run."""
+    """Optimizer steps of G in the whole run."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward and backward passes; weights stay fp32. auto = bf16 where the
     hardware multiplies it natively, else fp32; a resumed run keeps what it started with."""
@@ -119,6 +135,18 @@ class TrainConfig:
     """Steps between grids of images from fixed z; 0 = only at the end."""
     log_every: int = _may_change(50)
     """Steps between rows of metrics.jsonl: the loop's only wait for the device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StabilityConfig:
+    r1_gamma: float = 0.0
+    """R1: gamma / 2 times the squared gradient of D at real images joins D's loss; 0 = off."""
+    r1_every: int = 1
+    """R1 in one of this many steps, and that many times as strong."""
+    label_smoothing: float = 0.0
+    """D's target for real images is 1 minus this; 0.1 is usual."""
+    augment: list[str] = field(default_factory=list)
+    """DiffAugment, real and generated images alike: any of color, translation, cutout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,8 +206,14 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def images_per_step(self) -> int:
+        """Real images that a step of G, with its steps of D, has seen."""
+        return self.data.batch_size * self.optim.d_steps
 
 
 def flatten(config: Config) -> dict[str, Any]:

@@ -22,13 +22,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from pipeline.config import EXTRACTORS, Config, flatten
+from pipeline.config import EXTRACTORS, POLICIES, Config, flatten
 from pipeline.errors import ConfigError
 
 PATH_KEYS = (
     *("run.dir", "data.shards", "data.cache_dir"),
     *("eval.extractor_weights", "eval.reference", "eval.cache_dir"),
 )
+MLP_KEYS = ("model.maxout", "model.dropout")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -226,7 +227,10 @@ def _impossible(config: Config) -> list[str]:
     need("at least 1", lambda v: v >= 1, "eval.batch_size")
     need("a folder or URL, e.g. data/shards", bool, "data.shards")
     need("between 0 and 2**63 - 1", lambda v: 0 <= v < 2**63, "run.seed")
-    need("32, 64, 128 or 256", lambda v: v in (32, 64, 128, 256), "model.image_size")
+    if config.model.architecture == "dcgan":
+        need("32, 64, 128 or 256", lambda v: v in (32, 64, 128, 256), "model.image_size")
+        need("0: it belongs to model.architecture=mlp", lambda v: not v, *MLP_KEYS)
+    need("between 8 and 256", lambda v: 8 <= v <= 256, "model.image_size")
     need("1 (gray) or 3 (RGB)", lambda v: v in (1, 3), "model.channels")
     need("at least 1", lambda v: v >= 1, "model.z_dim", "model.ngf", "model.ndf")
     need("at least 1", lambda v: v >= 1, "data.batch_size", "data.prefetch", "data.block")
@@ -238,6 +242,19 @@ def _impossible(config: Config) -> list[str]:
     need("0 or more", lambda v: v >= 0, "tracking.timeout")
     need("above 0, e.g. 2e-4", lambda v: v > 0, "optim.g_lr", "optim.d_lr")
     need("in [0, 1)", lambda v: 0 <= v < 1, "optim.beta1", "optim.beta2", "train.ema_decay")
+    need("in [0, 1)", lambda v: 0 <= v < 1, "model.dropout")
+    need("0 or at least 2", lambda v: v == 0 or v >= 2, "model.maxout", "model.num_classes")
+    need("at least 1", lambda v: v >= 1, "optim.d_steps", "stability.r1_every")
+    need("0 or more", lambda v: v >= 0, "stability.r1_gamma")
+    need("in [0, 0.5)", lambda v: 0 <= v < 0.5, "stability.label_smoothing")
+    need(f"any of {', '.join(POLICIES)}", _are_policies, "stability.augment")
+    if config.stability.label_smoothing and config.model.loss == "hinge":
+        faults.append("stability.label_smoothing: must be 0 with model.loss=hinge, which has none")
+    if config.stability.r1_gamma and config.train.compile:
+        faults.append(
+            "train.compile (true): must be false with stability.r1_gamma: torch.compile has no "
+            "second derivatives"
+        )
     batch, micro = config.data.batch_size, config.train.micro_batch
     if micro is not None and (micro < 1 or batch % micro):
         faults.append(f"train.micro_batch ({micro}): must divide data.batch_size ({batch}) evenly")
@@ -251,6 +268,10 @@ def _names_an_extractor(name: str) -> bool:
     module, colon, attribute = name.partition(":")
     custom = bool(colon) and attribute.isidentifier()
     return name in EXTRACTORS or (custom and all(p.isidentifier() for p in module.split(".")))
+
+
+def _are_policies(names: list[str]) -> bool:
+    return len(set(names)) == len(names) and set(names) <= set(POLICIES)
 
 
 def _listed(path: Path, faults: list[str]) -> str:

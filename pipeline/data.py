@@ -67,6 +67,13 @@ def open_data(config: Config, accelerator: Accelerator) -> Index:
             f"{_shape(wanted)}: prepare them with --size {model.image_size} --channels "
             f"{model.channels}, or set model.image_size and model.channels."
         )
+    labels, classes = index.table["label"], model.num_classes
+    if classes and not ((labels >= 0) & (labels < classes)).all():
+        raise DataError(
+            f"data.shards ({data.shards}): labels {labels.min()} (-1: none) to {labels.max()}, but "
+            f"model.num_classes ({classes}) wants 0 to {classes - 1} for every sample: prepare "
+            "labelled shards, set model.num_classes to the number of their labels, or to 0."
+        )
     if accelerator.is_local_main_process:
         check_shards(index, data.verify)
         if config.data.window == 0:  # a uniform order needs every shard from the first batch on

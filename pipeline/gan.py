@@ -16,12 +16,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Adam
 
+from pipeline.augment import augment
 from pipeline.config import Config
 from pipeline.errors import NonFiniteLoss
 from pipeline.guard import FiniteGuard
-from pipeline.losses import GENERATOR_LOSSES, discriminator_loss
-from pipeline.models import Discriminator, Generator, init_weights, update_ema
+from pipeline.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, gradient_penalty
+from pipeline.models import init_weights, make_discriminator, make_generator, update_ema
 from pipeline.sampling import stream
+from pipeline.spectral import follow_weights
 
 
 class GAN:
@@ -35,7 +37,7 @@ class GAN:
 
     def __init__(self, config: Config, accelerator: Accelerator, accumulation: int) -> None:
         self.config, self.accelerator, self.accumulation = config, accelerator, accumulation
-        self.G, self.D = Generator(config.model), Discriminator(config.model)
+        self.G, self.D = make_generator(config.model), make_discriminator(config.model)
         init_weights(self.G, stream(config.run.seed, "weights of G"))
         init_weights(self.D, stream(config.run.seed, "weights of D"))
         layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
@@ -60,46 +62,75 @@ class GAN:
         if config.train.compile:
             self.G.compile()
             self.D.compile()
+        self._loss_D = DISCRIMINATOR_LOSSES[config.model.loss]
         self._loss_G = GENERATOR_LOSSES[config.model.loss]
+        self._policy = tuple(config.stability.augment)
         self._fakes: list[Tensor] = []
 
-    def update_D(self, real: Sequence[Tensor], z: Sequence[Tensor], step: int) -> Tensor:
-        """Step D up V(D, G): maximise log D(x) + log(1 - D(G(z))).
+    def update_D(
+        self,
+        real: Sequence[Tensor],
+        z: Sequence[Tensor],
+        step: int,
+        y: Sequence[Tensor] | None = None,
+        turn: int = 0,
+    ) -> Tensor:
+        """Step D up V(D, G): maximise log D(x) + log(1 - D(G(z))), or its configured objective.
 
         Args:
             real: micro-batches (m, C, S, S) float in [-1, 1].
-            z: noise of the same micro-batches, (m, z_dim) float.
-            step: for the message of a non-finite loss.
+            z: G's input for the same micro-batches, (m, z_dim + num_classes) float.
+            step: the step of G that it belongs to, from 1.
+            y: classes of the same micro-batches, (m,) int64 each; None without classes.
+            turn: which of the ``d_steps`` of this step, from 0.
 
         Returns:
-            (3,) float: loss, mean D(x), mean D(G(z)), over this rank's micro-batches.
+            (3,) float: loss, mean D(x), mean D(G(z)), over this rank's micro-batches; without R1.
         """
+        stability, smoothing = self.config.stability, self.config.stability.label_smoothing
+        penalised = stability.r1_gamma > 0 and turn == 0 and step % stability.r1_every == 0
         totals = torch.zeros(3, device=self.accelerator.device)
+        whole = torch.zeros((), device=self.accelerator.device)
         self._fakes.clear()
         for k, (x, noise) in enumerate(zip(real, z, strict=True)):
-            fake = self._fake_for_D(noise)
+            fake = self._fake_for_D(noise, turn)
+            draws, classes = self._draws("D", step, turn, k), y[k] if y else None
+            x.requires_grad_(penalised)
             with self._reduced_at_the_end(self._D, k):
                 # Separate passes: BatchNorm must not mix real with generated statistics.
-                real_logits, fake_logits = self._D(x).float(), self._D(fake.detach()).float()
-                loss = discriminator_loss(real_logits, fake_logits)
-                self.accelerator.backward(loss / self.accumulation)
+                real_logits = self._judge(self._D, x, classes, draws)
+                fake_logits = self._judge(self._D, fake.detach(), classes, draws)
+                loss = objective = self._loss_D(real_logits, fake_logits, smoothing)
+                if penalised:  # half of gamma, for all the steps that go without
+                    weight = stability.r1_gamma / 2 * stability.r1_every
+                    objective = loss + weight * gradient_penalty(real_logits, x)
+                self.accelerator.backward(objective / self.accumulation)
             with torch.no_grad():
                 scores = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
                 totals += torch.stack([loss, *scores]) / self.accumulation
-        self.guard.check(totals[0], "D", step)
+                whole += objective / self.accumulation
+        self.guard.check(whole, "D", step)
         self.opt_D.step()
         self.opt_D.zero_grad(set_to_none=True)
+        follow_weights(self.D)
         return totals
 
-    def update_G(self, z: Sequence[Tensor], step: int) -> Tensor:
-        """Step G against the updated D, by the configured objective; returns the loss, a scalar."""
+    def update_G(self, z: Sequence[Tensor], step: int, y: Sequence[Tensor] | None = None) -> Tensor:
+        """Step G against the updated D, by the configured objective; returns the loss, a scalar.
+
+        Args:
+            z: G's input of the last ``update_D``.
+            step: from 1.
+            y: its classes, as in ``update_D``.
+        """
         total = torch.zeros((), device=self.accelerator.device)
         # D only passes gradients through: its weight gradients are neither computed nor reduced.
         self.D.requires_grad_(False)
         for k, noise in enumerate(z):
+            draws, classes = self._draws("G", step, 0, k), y[k] if y else None
             with self._reduced_at_the_end(self._G, k):
                 fake = self._fakes.pop() if self._fakes else self._G(noise)
-                loss = self._loss_G(self.D(fake).float())
+                loss = self._loss_G(self._judge(self.D, fake, classes, draws))
                 self.accelerator.backward(loss / self.accumulation)
             total += loss.detach() / self.accumulation
         self.D.requires_grad_(True)
@@ -144,12 +175,33 @@ class GAN:
         for name, optimizer in self.optimizers().items():
             optimizer.load_state_dict(optimizers[name])
 
-    def _fake_for_D(self, noise: Tensor) -> Tensor:
+    def _judge(
+        self, D: nn.Module, images: Tensor, y: Tensor | None, draws: torch.Generator | None
+    ) -> Tensor:
+        """D's logits (m,) float32, of images as the configured augmentation changes them."""
+        if draws is not None and self._policy:
+            images = augment(images, self._policy, draws)
+        logits: Tensor = D(images, y, draws)
+        return logits.float()
+
+    def _draws(self, purpose: str, step: int, turn: int, k: int) -> torch.Generator | None:
+        """What augmentation and dropout of a micro-batch draw from; None where nothing is drawn.
+
+        A function of the micro-batch's place in the run, not of the rank that computes it.
+        """
+        if not (self._policy or self.config.model.dropout):
+            return None
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        place = (step * self.config.optim.d_steps + turn) * ranks * self.accumulation
+        index = place + rank * self.accumulation + k
+        return stream(self.config.run.seed, f"draws for {purpose}", index)
+
+    def _fake_for_D(self, noise: Tensor, turn: int) -> Tensor:
         """G(z), its graph kept for G's update when one micro-batch makes the step.
 
         With accumulation all graphs would have to live at once; there G runs again instead.
         """
-        if self.accumulation > 1:
+        if self.accumulation > 1 or turn + 1 < self.config.optim.d_steps:
             with torch.no_grad():
                 image: Tensor = self.G(noise)
             return image

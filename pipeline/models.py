@@ -17,16 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import ModelConfig
+from pipeline.mlp import D_RANGE, G_RANGE, MLPDiscriminator, MLPGenerator
+from pipeline.spectral import FIRST_ITERATIONS, follow_weights, normalise_weights, raw_weight
 
 LEAK = 0.2  # section 4: slope of the leak
 INIT_STD = 0.02  # section 4: zero-centred normal weights
 
 
 class Generator(nn.Module):
-    """G: (N, z_dim) float -> (N, C, S, S) float in [-1, 1].
+    """G: (N, z_dim + num_classes) float -> (N, C, S, S) float in [-1, 1].
 
     Args:
-        config: image size S, channels C, z_dim, ngf and kernel size.
+        config: image size S, channels C, z_dim, num_classes, ngf and kernel size.
         standing: keep BatchNorm statistics for sampling; False in training.
     """
 
@@ -35,7 +37,9 @@ class Generator(nn.Module):
         widths = [config.ngf * 2**k for k in reversed(range(num_halvings(config)))]
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         # Project and reshape: on a 1x1 map this convolution is the paper's matrix multiplication.
-        layers["project"] = nn.ConvTranspose2d(config.z_dim, widths[0], 4, 1, 0, bias=False)
+        layers["project"] = nn.ConvTranspose2d(
+            config.z_dim + config.num_classes, widths[0], 4, 1, 0, bias=False
+        )
         for index, width in enumerate(widths):
             size = 4 * 2**index
             layers[f"norm_{size}"] = nn.BatchNorm2d(width, track_running_stats=standing)
@@ -59,7 +63,13 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D: (N, C, S, S) float in [-1, 1] -> (N,) logits; sigmoid of a logit is D(x)."""
+    """D: (N, C, S, S) float in [-1, 1] -> (N,) logits; sigmoid of a logit is D(x).
+
+    With ``num_classes`` the class y is taken in by projection (Miyato & Koyama 2018, arXiv
+    1802.05637, equation 3, on the whole last feature map): D(x, y) = D(x) + <v_y, features(x)>.
+
+    With ``spectral_norm`` there are biases instead of BatchNorm, which would undo the norm.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -74,19 +84,42 @@ class Discriminator(nn.Module):
                 config.kernel_size,
                 stride=2,
                 padding=(config.kernel_size - 1) // 2,
-                bias=False,
+                bias=config.spectral_norm,
             )
-            if index > 0:  # no BatchNorm on D's input layer (section 3)
+            if (
+                index > 0 and not config.spectral_norm
+            ):  # no BatchNorm on D's input layer (section 3)
                 layers[f"norm_{size}"] = nn.BatchNorm2d(width, track_running_stats=False)
             layers[f"leaky_{size}"] = nn.LeakyReLU(LEAK, inplace=True)  # (N, width, size, size)
             before = width
         # The last feature map, flattened, feeds one output: a 4x4 convolution without padding.
-        layers["to_logit"] = nn.Conv2d(before, 1, 4, 1, 0, bias=False)
+        # With classes it has one more output, <v_y, features>, for each of them.
+        layers["to_logit"] = nn.Conv2d(before, 1 + config.num_classes, 4, 1, 0, bias=False)
         self.layers = nn.Sequential(layers)
 
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.layers(images)
-        return logits.reshape(-1)
+    def forward(self, images: Tensor, y: Tensor | None = None, _: object = None) -> Tensor:
+        """Logits; ``y`` (N,) int64 are the classes that the images should belong to."""
+        logits: Tensor = self.layers(images).flatten(1)
+        own = logits[:, 0]
+        return own if y is None else own + logits.gather(1, 1 + y[:, None])[:, 0]
+
+
+def make_generator(config: ModelConfig, *, standing: bool = False) -> nn.Module:
+    """G of the configured architecture; ``standing`` as for ``Generator``."""
+    if config.architecture == "mlp":
+        return MLPGenerator(config)
+    return Generator(config, standing=standing)
+
+
+def make_discriminator(config: ModelConfig) -> nn.Module:
+    """D of the configured architecture: ``D(images, y, draws)`` -> logits.
+
+    ``y`` and ``draws`` are None where no classes and no random choices (dropout) are asked for.
+    """
+    D = MLPDiscriminator(config) if config.architecture == "mlp" else Discriminator(config)
+    if config.spectral_norm:
+        normalise_weights(D)
+    return D
 
 
 def num_halvings(config: ModelConfig) -> int:
@@ -97,17 +130,27 @@ def num_halvings(config: ModelConfig) -> int:
 def init_weights(network: nn.Module, generator: torch.Generator) -> None:
     """N(0, 0.02) weights (section 4); BatchNorm gains N(1, 0.02), shifts 0, as the authors' code.
 
+    Matrices of the MLPs are uniform as their authors published. Biases are 0.
+
     Args:
         network: changed in place, on the CPU.
         generator: CPU generator; the weights are a function of its seed alone.
     """
+    reach = G_RANGE if isinstance(network, MLPGenerator) else D_RANGE
     with torch.no_grad():
         for module in network.modules():
-            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-                module.weight.normal_(0.0, INIT_STD, generator=generator)
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+                weight = raw_weight(module)
+                if isinstance(module, nn.Linear):
+                    weight.uniform_(-reach, reach, generator=generator)
+                else:
+                    weight.normal_(0.0, INIT_STD, generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
             elif isinstance(module, nn.BatchNorm2d):
                 module.weight.normal_(1.0, INIT_STD, generator=generator)
                 module.bias.zero_()
+    follow_weights(network, FIRST_ITERATIONS)
 
 
 def update_ema(averaged: nn.Module, network: nn.Module, decay: float) -> None:

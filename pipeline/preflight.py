@@ -27,7 +27,7 @@ from pipeline.config import Config, micro_batching
 from pipeline.dashboard import wandb_mode
 from pipeline.durable import sha256_of
 from pipeline.errors import UserError
-from pipeline.models import Discriminator, Generator
+from pipeline.models import make_discriminator, make_generator
 from pipeline.reader import Cache
 from pipeline.shards import Index, read_index
 
@@ -301,7 +301,7 @@ def checkpoint_bytes(config: Config) -> tuple[int, int]:
     with torch.device("meta"):
         g, d = (
             sum(p.numel() for p in network.parameters())
-            for network in (Generator(config.model), Discriminator(config.model))
+            for network in (make_generator(config.model), make_discriminator(config.model))
         )
     one = 4 * (2 * g + d) + 8 * (g + d)  # G, G_ema, D; two moments of Adam for G and D
     train = config.train

@@ -107,7 +107,7 @@ class Run:
             if self.is_main
             else NullTracker(self.config)
         )
-        self.meter = Meter(self.accelerator, self.config.data.batch_size)
+        self.meter = Meter(self.accelerator, self.config.images_per_step)
         self._saved_at = time.monotonic()
         return self
 
@@ -159,8 +159,8 @@ class Run:
             train = self.config.train
             state = {
                 "run_id": self.id,
-                "images_seen": step * self.config.data.batch_size,
-                "stream": self._stream | {"position": step * self.config.data.batch_size},
+                "images_seen": step * self.config.images_per_step,
+                "stream": self._stream | {"position": step * self.config.images_per_step},
                 "micro_batch": self._micro_batch,
                 "precision": self.precision,
                 "world_size": self.accelerator.num_processes,
@@ -213,7 +213,7 @@ class IdLog:
                 self._file.write("\n")  # a killed run may have left half a line
 
     def write(self, step: int, batch: Batch) -> None:
-        """Record the ids behind optimizer step ``step``."""
+        """Record the ids behind D's optimizer step ``step``."""
         if self._file:
             row = {"step": step, "world_size": self._world_size, "ids": batch.ids.tolist()}
             self._file.write(json.dumps(row) + "\n")
@@ -222,8 +222,8 @@ class IdLog:
 class Meter:
     """Means since the last row, summed on the device, and where the time went."""
 
-    def __init__(self, accelerator: Accelerator, batch_size: int) -> None:
-        self._accelerator, self._batch_size = accelerator, batch_size
+    def __init__(self, accelerator: Accelerator, images_per_step: int) -> None:
+        self._accelerator, self._images_per_step = accelerator, images_per_step
         self._reset()
 
     def _reset(self) -> None:
@@ -248,9 +248,9 @@ class Meter:
         elapsed = time.perf_counter() - self._since
         values = dict(zip(("loss/G", "loss/D", "scores/real", "scores/fake"), means, strict=True))
         values |= {
-            "perf/images_per_sec": self._steps * self._batch_size / elapsed,
+            "perf/images_per_sec": self._steps * self._images_per_step / elapsed,
             "perf/data_wait": self._waited / elapsed,
-            "progress/kimg": step * self._batch_size / 1000,
+            "progress/kimg": step * self._images_per_step / 1000,
         }
         if self._accelerator.device.type == "cuda":
             values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30

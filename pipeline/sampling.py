@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from pipeline.config import ModelConfig
-from pipeline.models import Generator
+from pipeline.models import make_generator
 
 BLOCK = 64
 """Images per forward pass and rows per noise stream when sampling."""
@@ -37,20 +38,30 @@ def draw_z(model: ModelConfig, count: int, generator: torch.Generator) -> Tensor
     return torch.randn(count, model.z_dim, generator=generator)
 
 
-def z_rows(model: ModelConfig, seed: int, purpose: str, start: int, count: int) -> Tensor:
-    """Rows [start, start + count) of an endless table of noise; (count, z_dim) float32.
+def with_classes(model: ModelConfig, z: Tensor, y: Tensor) -> Tensor:
+    """G's input for classes y (N,) int64: z (N, z_dim) with their one-hot rows appended.
 
-    Any cut of the table gives the same rows: each block of ``BLOCK`` has its own stream.
+    Mirza & Osindero 2014 (arXiv 1411.1784), section 3.2. Without ``num_classes`` z as it is.
+    """
+    return torch.cat([z, one_hot(y, model.num_classes).to(z)], 1) if model.num_classes else z
+
+
+def z_rows(model: ModelConfig, seed: int, purpose: str, start: int, count: int) -> Tensor:
+    """Rows [start, start + count) of an endless table; (count, z_dim + num_classes) float32.
+
+    Any cut of the table gives the same rows: each block of ``BLOCK`` has its own stream. With
+    ``num_classes`` row i is of class i mod num_classes: every class as often as the others.
     """
     first, last = start // BLOCK, -(-(start + count) // BLOCK)
     blocks = [draw_z(model, BLOCK, stream(seed, purpose, k)) for k in range(first, last)]
     table = torch.cat(blocks) if blocks else torch.empty(0, model.z_dim)
-    return table[start - first * BLOCK :][:count]
+    rows = table[start - first * BLOCK :][:count]
+    return with_classes(model, rows, torch.arange(start, start + count) % max(1, model.num_classes))
 
 
 def sampler(
     model: ModelConfig, weights: Mapping[str, Tensor], device: torch.device | str = "cpu"
-) -> Generator:
+) -> nn.Module:
     """A generator in eval mode from training weights, its BatchNorm statistics recomputed.
 
     The statistics are the mean over fixed-seed batches in fp32, hence a function of the weights;
@@ -65,7 +76,7 @@ def sampler(
         ValueError: the weights are of another architecture.
     """
     with torch.random.fork_rng(devices=[]):  # the first weights that torch draws are not kept
-        G = Generator(model, standing=True).to(device)
+        G = make_generator(model, standing=True).to(device)
     statistics = {name for name, _ in G.named_buffers()}
     expected = {name: value.shape for name, value in G.state_dict().items()}
     given = {name: value.shape for name, value in weights.items()}
@@ -73,12 +84,12 @@ def sampler(
         raise ValueError("the weights belong to another architecture than the configuration")
     G.load_state_dict(dict(weights), strict=False)
     G.requires_grad_(False)
-    if not statistics & set(weights):
+    if statistics and not statistics & set(weights):
         _recompute_statistics(G, model, device)
     return G.eval()
 
 
-def _recompute_statistics(G: Generator, model: ModelConfig, device: torch.device | str) -> None:
+def _recompute_statistics(G: nn.Module, model: ModelConfig, device: torch.device | str) -> None:
     norms = [module for module in G.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
@@ -89,8 +100,8 @@ def _recompute_statistics(G: Generator, model: ModelConfig, device: torch.device
             G(z_rows(model, 0, "standing", k * BLOCK, BLOCK).to(device))
 
 
-def generate(G: Generator, z: Tensor) -> NDArray[np.uint8]:
-    """Images of noise rows: (N, z_dim) float32 -> (N, S, S, C) uint8, the same for any cut of z.
+def generate(G: nn.Module, z: Tensor) -> NDArray[np.uint8]:
+    """Images of rows of G's input: (N, ...) float32 -> (N, S, S, C) uint8, the same for any cut.
 
     The last block is padded: convolution kernels may round differently for other batch sizes.
     """

@@ -30,16 +30,20 @@ from pipeline.errors import one_clear_message
 def train(config: Config) -> bool:
     """Run or resume the training that a configuration describes; False if it was stopped."""
     # torch takes seconds to import; --help and a mistyped key answer without it.
+    import torch
+    from torch import Tensor
+
     from pipeline import distributed, run_folder
     from pipeline.data import Loader, make_order, normalise, open_data
     from pipeline.gan import GAN
     from pipeline.run import IdLog, Run
-    from pipeline.sampling import draw_z, stream
+    from pipeline.sampling import draw_z, stream, with_classes
 
     precision = run_folder.precision_of(config) or distributed.resolve_precision(config)
     accelerator = distributed.start(precision)
     distributed.warn_of_a_lost_launch(accelerator)
-    rank, world_size = accelerator.process_index, accelerator.num_processes
+    device, rank = accelerator.device, accelerator.process_index
+    world_size, d_steps = accelerator.num_processes, config.optim.d_steps
     batch_size, total_steps = config.data.batch_size, config.train.total_steps
     micro_batch, accumulation = micro_batching(config, world_size)
     rows = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
@@ -49,24 +53,33 @@ def train(config: Config) -> bool:
     order = make_order(config, index)
     gan = GAN(config, accelerator, accumulation)
     step = run.resume(gan, index, order, micro_batch)
-    batches = Loader(config, index, order, rank, world_size).batches(step)
+    batches = Loader(config, index, order, rank, world_size).batches(step * d_steps)
     ids = IdLog(config, rank, world_size)
+
+    def cut(local: Tensor) -> tuple[Tensor, ...]:
+        parts: tuple[Tensor, ...] = local.to(device).split(micro_batch)
+        return parts
 
     with closing(batches), run.start(step):
         while step < total_steps and not run.stopping:
-            # Data and noise of this step: both drawn for the global batch and cut by rank.
-            with run.meter.waiting():
-                batch = next(batches)
-            real = normalise(batch.images, accelerator.device, config.train.channels_last)
-            z = draw_z(config.model, batch_size, stream(config.run.seed, "z", step))[rows]
-            x, noise = real.split(micro_batch), z.to(accelerator.device).split(micro_batch)
             step += 1
-            ids.write(step, batch)
+            d_terms = torch.zeros(3, device=device)
+            for turn in range(d_steps):
+                # Data and noise of this turn: both drawn for the global batch and cut by rank.
+                number = (step - 1) * d_steps + turn
+                with run.meter.waiting():
+                    batch = next(batches)
+                ids.write(number + 1, batch)
+                labels = torch.from_numpy(batch.labels)
+                z = draw_z(config.model, batch_size, stream(config.run.seed, "z", number))[rows]
+                noise = cut(with_classes(config.model, z, labels))
+                x = cut(normalise(batch.images, device, config.train.channels_last))
+                y = cut(labels) if config.model.num_classes else None
 
-            # Update D: maximise log D(x) + log(1 - D(G(z))).
-            d_terms = gan.update_D(x, noise, step)
+                # Update D: maximise log D(x) + log(1 - D(G(z))).
+                d_terms += gan.update_D(x, noise, step, y, turn) / d_steps
             # Update G: maximise log D(G(z)).
-            loss_G = gan.update_G(noise, step)
+            loss_G = gan.update_G(noise, step, y)
             gan.update_average()
             run.meter.add(loss_G, d_terms)
 

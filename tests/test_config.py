@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -187,7 +188,7 @@ def test_a_file_that_is_no_configuration_gets_one_clear_message(write, text):
 
 def test_a_section_given_one_value_names_its_keys(write):
     """``model: 3`` is answered with what a section holds."""
-    assert "model (3): must hold keys; keys of model: image_size" in refusal(write("model: 3\n"))
+    assert "model (3): must hold keys; keys of model: architecture" in refusal(write("model: 3\n"))
 
 
 def test_a_missing_file_names_the_configs_beside_it(write):
@@ -212,7 +213,10 @@ def test_a_folder_is_no_config(tmp_path):
         ("model.ngf=[1]", "it is of type int"),
         ("model.ngf.x=1", "it is of type int"),
         ("model.ngf=???", "model.ngf"),
-        ("model.loss=wgan", "expected one of ['non_saturating', 'minimax']"),
+        (
+            "model.loss=wgan",
+            "expected one of ['non_saturating', 'minimax', 'hinge', 'least_squares']",
+        ),
         ("train.precision=no", "expected one of ['auto', 'fp32', 'bf16', 'fp16']"),
         ("train.compile=maybe", "it is of type bool"),
         ("run.dir=null", "it is of type str"),
@@ -260,6 +264,15 @@ def test_a_wrong_type_or_form_is_refused(write, override, reason):
         ("train.micro_batch=1", "at least 2 images"),
         ("train.total_steps=0", "at least 1"),
         ("train.checkpoint_minutes=-1", "0 or more"),
+        ("optim.d_steps=0", "at least 1"),
+        ("model.num_classes=1", "0 or at least 2"),
+        ("model.dropout=0.5", "must be 0: it belongs to model.architecture=mlp"),
+        ("model.maxout=5", "must be 0: it belongs to model.architecture=mlp"),
+        ("stability.r1_gamma=-1", "0 or more"),
+        ("stability.r1_every=0", "at least 1"),
+        ("stability.label_smoothing=0.5", "in [0, 0.5)"),
+        ("stability.augment=[color,blur]", "any of color, translation, cutout"),
+        ("stability.augment=[color,color]", "any of color, translation, cutout"),
     ],
 )
 def test_an_impossible_value_is_refused(write, override, reason):
@@ -267,6 +280,21 @@ def test_an_impossible_value_is_refused(write, override, reason):
     message = refusal(write(""), override)
     assert override.partition("=")[0] in message
     assert reason in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["model.loss=hinge", "stability.label_smoothing=0.1"], "must be 0 with model.loss=hinge"),
+        (["train.compile=true", "stability.r1_gamma=1"], "must be false with stability.r1_gamma"),
+        (["model.architecture=mlp", "model.image_size=7"], "must be between 8 and 256"),
+    ],
+)
+def test_an_impossible_combination_is_refused(write, overrides, reason):
+    """The first value is allowed, the second not beside it."""
+    load(write(""), overrides[:1])
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        load(write(""), overrides)
 
 
 # -- interpolations -----------------------------------------------------------------------------
@@ -433,7 +461,7 @@ def test_what_may_not_change_is_written_down():
         "train.precision",
         "train.micro_batch",
         "train.ema_decay",
-        *(key for key in flatten(Config()) if key.startswith(("model.", "optim."))),
+        *(key for key in flatten(Config()) if key.startswith(("model.", "optim.", "stability."))),
     } <= fixed
     assert not {key for key in fixed if key.startswith("tracking.")}
 
