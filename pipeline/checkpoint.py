@@ -38,6 +38,8 @@ from pipeline.ledger import kept_steps
 from pipeline.sampling import sampler
 
 STATE, OPTIMIZERS, GENERATOR = "state.json", "optimizers.pt", "generator.safetensors"
+HUB_WEIGHTS = "model.safetensors"
+"""The name that the Hugging Face Hub gives to what is ``GENERATOR`` here."""
 
 
 @dataclass(frozen=True)
@@ -121,18 +123,25 @@ def export_snapshot(
 
 
 def load_snapshot(path: Path, device: Any = "cpu") -> tuple[nn.Module, Config]:
-    """(G in eval mode, its configuration) from a snapshot folder.
+    """(G in eval mode, its configuration) from a snapshot folder, or one made for the Hub.
 
     Raises:
         CheckpointError: not a snapshot, damaged, or of another architecture than its configuration.
     """
-    if not (path / GENERATOR).is_file():
+    file = weights_file(path)
+    if not (file.is_file() and (path / "config.yaml").is_file()):
         raise CheckpointError(f"{path}: not a snapshot; it must hold {GENERATOR} and config.yaml.")
     config = load(path / "config.yaml")
     try:
-        return sampler(config.model, load_file(path / GENERATOR), device), config
+        return sampler(config.model, load_file(file), device), config
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be used: {error}.") from None
+
+
+def weights_file(path: Path) -> Path:
+    """The file of G's weights in a snapshot folder, or in one made for the Hub."""
+    hub = path / HUB_WEIGHTS
+    return hub if hub.is_file() else path / GENERATOR
 
 
 def newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -43,6 +43,10 @@ class EvaluationError(UserError):
     """Weights, reference, images or settings from which no comparable score can be computed."""
 
 
+class GenerationError(UserError):
+    """Images, films or exports that cannot be made or written as asked."""
+
+
 class NonFiniteLoss(UserError):
     """A loss became NaN or infinite; no optimizer step was taken with it."""
 
@@ -57,7 +61,10 @@ def one_clear_message() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        shared = isinstance(error, ConfigError | CheckpointError | RunFolderError | EvaluationError)
+        shared = isinstance(
+            error,
+            ConfigError | CheckpointError | RunFolderError | EvaluationError | GenerationError,
+        )
         if not shared or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR_EXIT_CODE)

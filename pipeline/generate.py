@@ -1,0 +1,311 @@
+r"""Images from a snapshot: sets of any size, grids, films, arithmetic on z, exports.
+
+    python -m pipeline.generate images --run runs/x --num 1000 --out images        # PNG files
+    python -m pipeline.generate images --run runs/x --num 50000 --format npz --out images.npz
+    torchrun --nproc_per_node 2 pipeline/generate.py images --run runs/x \
+        --num 50000 --format shards --out data/drawn                   # or accelerate launch
+    python -m pipeline.generate grid --run runs/x --numbers --out grid.png
+    python -m pipeline.generate walk --run runs/x --rows 0-8 --out walk.gif        # and walk.png
+    python -m pipeline.generate arithmetic --run runs/x --a 3,17,42 --b 5,9,11 --c 1,2,8 --out y.png
+    python -m pipeline.generate onnx --run runs/x --out G.onnx
+    python -m pipeline.generate hub --run runs/x --out hub
+
+--snapshot DIR names one snapshot, and its folder is all that is needed; --run DIR takes the newest
+of a run. Every image is a row of the noise of --seed: the same in each command, on any number of
+processes, in a set of any size. After an interruption run the same command again: images goes on
+where it was, the others begin anew. Nothing that exists is replaced unasked.
+"""
+
+from __future__ import annotations
+
+from pipeline import signals
+
+if __name__ == "__main__":
+    signals.install()  # before the seconds of imports, in which a signal would be lost
+
+import argparse
+import contextlib
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import CheckpointError, GenerationError, one_clear_message
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from pipeline.latent import Table
+    from pipeline.models import Generator
+
+MOST_IMAGES = 10**8  # eight digits name an image
+COMMANDS = {
+    "images": "a set of images: PNG files, npz or WebDataset shards; on any number of processes",
+    "grid": "one picture of many images",
+    "walk": "a film (GIF) and a grid (PNG) of a smooth walk through z",
+    "arithmetic": "mean(a) - mean(b) + mean(c) in z, as section 6.3.2 of Radford et al.",
+    "onnx": "G as an ONNX file, compared with onnxruntime before it is written",
+    "hub": "a folder for the Hugging Face Hub: model card, safetensors, configuration, a grid",
+}
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Make what the command line names."""
+    _check_place(options)
+    path = _snapshot(options)
+    # torch takes seconds to import; --help and a mistyped path answer without it.
+    import torch
+
+    from pipeline import distributed
+    from pipeline.checkpoint import load_snapshot
+    from pipeline.latent import Table
+
+    accelerator = distributed.start("fp32")
+    distributed.warn_of_a_lost_launch(accelerator)
+    # On a GPU, too: the same bits every time, and as near to a CPU's as can be.
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    network, config = load_snapshot(
+        path, "cpu" if options.command == "onnx" else accelerator.device
+    )
+    G: Generator = network  # type: ignore[assignment]
+    if not all(bool(torch.isfinite(values).all()) for values in G.state_dict().values()):
+        raise CheckpointError(f"{path}: its weights are NaN or infinite: training had diverged.")
+    table = Table(config.model, options.seed, options.truncation)
+    if options.command == "images":
+        _images(options, path, G, table, accelerator)
+    else:
+        distributed.on_rank_zero(accelerator, lambda: _single(options, path, G, table))
+    accelerator.end_training()
+
+
+def _images(
+    options: argparse.Namespace, path: Path, G: Generator, table: Table, accelerator: Accelerator
+) -> None:
+    import torch
+
+    from pipeline import sampling
+    from pipeline.checkpoint import weights_file
+    from pipeline.durable import sha256_of
+    from pipeline.image_sets import ImageSet, write
+    from pipeline.spread import progress
+
+    model, is_main = table.model, accelerator.is_main_process
+    record = {
+        "source_kind": "generated",
+        "num": options.num,
+        "format": options.format,
+        "seed": options.seed,
+        "truncation": options.truncation,
+        "generator_sha256": sha256_of(weights_file(path)),
+        "snapshot": path.resolve().name,
+        "torch": torch.__version__,
+        "device": accelerator.device.type,
+    }
+    shape = (model.image_size, model.image_size, model.channels)
+    job = ImageSet(options.out, options.format, options.num, shape, record)
+    silent: contextlib.AbstractContextManager[Callable[[int], None]] = contextlib.nullcontext(
+        lambda _: None
+    )
+    with progress("generate", options.num) if is_main else silent as advance:
+        outcome = write(
+            job,
+            lambda start, stop: sampling.generate(G, table.cut(start, stop)),
+            accelerator,
+            advance,
+        )
+    if outcome == "stopped":
+        name = signals.received() or "SIGTERM"
+        if is_main:
+            again = "finished parts are kept, the same command continues"
+            print(f"stopped by {name}: {again}.", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.Signals[name])
+    if is_main:
+        said = "already complete, nothing to do" if outcome == "complete" else "written"
+        print(f"{said}: {options.num} images of {record['snapshot']} in {options.out}", flush=True)
+
+
+def _single(options: argparse.Namespace, path: Path, G: Generator, table: Table) -> None:
+    """What one process makes; no file appears before all of them are ready."""
+    from pipeline import figures
+    from pipeline.durable import publish
+    from pipeline.latent import interpolation, parse_rows
+
+    out: Path = options.out
+    files: dict[Path, bytes] = {}
+    if options.command == "grid":
+        rows = parse_rows(options.rows, "--rows")
+        files[out] = figures.grid(G, table, rows, options.columns, options.scale, options.numbers)
+    elif options.command == "walk":
+        rows = parse_rows(options.rows, "--rows")
+        files[out], files[out.with_suffix(".png")] = figures.walk(
+            *(G, table, rows),
+            **{name: getattr(options, name) for name in ("steps", "closed", "scale", "fps")},
+        )
+        between = f"{table.model.z_distribution} z"
+        print(f"{interpolation(table.model)} interpolation, the one for {between}")
+    elif options.command == "arithmetic":
+        concepts = [parse_rows(getattr(options, name), f"--{name}") for name in "abc"]
+        files[out] = figures.arithmetic(G, table, concepts, options.noise, options.scale)
+    elif options.command == "onnx":
+        files[out] = _onnx(path, G, table)
+    else:
+        _hub(options, path, G, table)
+    for file, content in files.items():
+        try:
+            publish(file, content)
+        except OSError as error:
+            raise GenerationError(f"--out ({file}): cannot be written: {error}.") from None
+        print(f"written: {file} ({len(content) / 1024:.0f} KiB)", flush=True)
+
+
+def _onnx(path: Path, G: Generator, table: Table) -> bytes:
+    from pipeline import export
+
+    remedy = "pip install 'dcgan-pipeline[onnx]'"
+    export.need(("onnx", "onnxscript", "onnxruntime"), "onnx", remedy)
+    content = export.onnx_bytes(G, table.model, _facts(path, table))
+    largest = export.onnx_difference(content, G, table.model, table.seed)
+    print(f"largest difference between onnxruntime and torch on random z: {largest:.2g}")
+    return content
+
+
+def _hub(options: argparse.Namespace, path: Path, G: Generator, table: Table) -> None:
+    from pipeline import export
+
+    out = options.out
+    if not (out.exists() and options.push):
+        z = table.cut(0, export.GRID_IMAGES)
+        facts = _facts(path, table) | {
+            "grid": f"rows 0-{export.GRID_IMAGES - 1} of seed {table.seed}"
+        }
+        export.write_hub_folder(out, G, table.model, z, facts, options.license)
+        print(f"written: {out}", flush=True)
+    if options.push:
+        print(f"uploaded: {export.push(out, options.push)}", flush=True)
+
+
+def _facts(path: Path, table: Table) -> dict[str, str]:
+    from pipeline.checkpoint import weights_file
+    from pipeline.durable import sha256_of
+
+    return {
+        "snapshot": path.resolve().name,
+        "sha256 of its weights": sha256_of(weights_file(path)),
+        "z": f"{table.model.z_dim} numbers, {table.model.z_distribution}",
+    }
+
+
+def _check_place(options: argparse.Namespace) -> None:
+    """Refuse an ``--out`` that cannot be written, or that would be replaced, before any work."""
+    out = options.out = options.out.expanduser().resolve()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GenerationError(f"--out ({out}): cannot be written: {error}.") from None
+    if options.command == "images" or (options.command == "hub" and options.push):
+        return  # they look themselves, and go on with what is there
+    for path in [out, out.with_suffix(".png")] if options.command == "walk" else [out]:
+        replaceable = path.is_file() and getattr(options, "overwrite", False)
+        if path.exists() and not replaceable:
+            remedy = "give another name" + (", or --overwrite" if path.is_file() else "")
+            raise GenerationError(f"--out ({path}): exists already; {remedy}.")
+
+
+def _snapshot(options: argparse.Namespace) -> Path:
+    if options.snapshot:
+        return Path(options.snapshot).expanduser()
+    found: list[Path] = [p for p in options.run.glob("snapshots/step_*") if p.name[5:].isdigit()]
+    if not found:
+        near = sorted(str(p.parent) for p in options.run.parent.glob("*/snapshots"))[:10]
+        raise GenerationError(
+            f"--run ({options.run}): no snapshot there; training writes one with each checkpoint. "
+            f"Runs with snapshots beside it: {', '.join(near) or 'none'}."
+        )
+    return max(found, key=lambda p: int(p.name[5:]))
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The checked command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    of = {name: commands.add_parser(name, help=said) for name, said in COMMANDS.items()}
+    for name, command in of.items():
+        add = command.add_argument
+        source = command.add_mutually_exclusive_group(required=True)
+        source.add_argument("--snapshot", type=Path, metavar="DIR", help="a snapshot folder")
+        source.add_argument("--run", type=Path, metavar="DIR", help="the newest snapshot of a run")
+        add("--out", type=Path, required=True, metavar="PATH", help="what to write")
+        add("--seed", type=int, default=0, help="of the noise (0)")
+        add("--truncation", type=float, default=1.0, help="z is multiplied by it, 0 to 1 (1)")
+        if name != "images" and name != "hub":
+            add("--overwrite", action="store_true", help="replace a file that exists")
+        if name in ("grid", "walk", "arithmetic"):
+            add("--scale", type=int, default=1, help="side of the square a pixel becomes (1)")
+    add = of["images"].add_argument
+    add("--num", type=int, required=True, help="number of images")
+    add("--format", choices=("png", "npz", "shards"), default="png", help="(png)")
+    add = of["grid"].add_argument
+    add("--rows", default="0-63", help="images to show, like 0-63 or 3,17 (0-63)")
+    add("--columns", type=int, default=8, help="images side by side (8)")
+    add("--numbers", action="store_true", help="write the row under each image")
+    add = of["walk"].add_argument
+    add("--rows", default="0-8", help="points of the walk, in this order (0-8)")
+    add("--steps", type=int, default=10, help="steps from one to the next (10)")
+    add("--closed", action="store_true", help="go back to the first: the film has no jump")
+    add("--fps", type=float, default=20.0, help="frames per second of the film (20)")
+    add = of["arithmetic"].add_argument
+    for name, said in {"a": "first", "b": "subtracted", "c": "added"}.items():
+        add(f"--{name}", required=True, metavar="ROWS", help=f"rows of the {said} concept: 3,17,42")
+    add("--noise", type=float, default=0.25, help="of the eight images around the result (0.25)")
+    add = of["hub"].add_argument
+    add("--license", default="", metavar="ID", help="of the weights, for the card: mit, ... (none)")
+    add("--push", metavar="USER/NAME", help="upload the folder; a new repository is private")
+    options = parser.parse_args(words)
+    for name, low, high in (
+        ("seed", 0, 2**63 - 1),
+        ("truncation", 1e-6, 1),
+        ("num", 1, MOST_IMAGES),
+        ("scale", 1, 64),
+        ("columns", 1, 10_000),
+        ("steps", 1, 10_000),
+        ("fps", 1, 50),
+        ("noise", 0, 100),
+    ):
+        value = getattr(options, name, low)
+        if not low <= value <= high:
+            of[options.command].error(f"--{name} ({value}): must be between {low} and {high}")
+    suffix = {"walk": ".gif", "grid": ".png", "arithmetic": ".png", "onnx": ".onnx"}.get(
+        options.command, ".npz" if getattr(options, "format", "") == "npz" else ""
+    )
+    if suffix and options.out.suffix != suffix:
+        of[options.command].error(f"--out ({options.out}): must end in {suffix}")
+    return options
+
+
+def _interrupt(number: int, _: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def main() -> None:
+    """Run a command; exit code 2 on a user's mistake, 128 + n after signal n."""
+    options = parse(sys.argv[1:])
+    try:
+        if options.command != "images":  # which has a state to leave behind, and ranks to agree
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, _interrupt)
+        with one_clear_message():
+            generate(options)
+    except KeyboardInterrupt as stop:
+        print("interrupted: nothing was written.", file=sys.stderr, flush=True)
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
+
+
+if __name__ == "__main__":
+    main()

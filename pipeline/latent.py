@@ -1,0 +1,138 @@
+"""The space of z: rows by number, truncation, smooth walks and vector arithmetic.
+
+Images are named by their row in the table of noise of a seed, so image 17 of a folder, cell 17 of a
+grid and row 17 of a walk are one image.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from pipeline.config import ModelConfig
+from pipeline.errors import GenerationError
+from pipeline.sampling import stream, z_rows
+
+PURPOSE = "generate"
+"""Name of the noise table: evaluations and training grids draw from others."""
+MOST_ROW = 2**40
+
+
+@dataclass(frozen=True)
+class Table:
+    """The endless table of noise of a seed, shrunk by ``truncation``.
+
+    Truncation multiplies z by a number in (0, 1]: images come nearer to what G draws for z = 0,
+    with fewer failures and less variety. 1 is what G was trained on.
+    """
+
+    model: ModelConfig
+    seed: int
+    truncation: float = 1.0
+
+    def cut(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop): (stop - start, z_dim) float32 on the CPU."""
+        return z_rows(self.model, self.seed, PURPOSE, start, stop - start) * self.truncation
+
+    def rows(self, numbers: Sequence[int]) -> Tensor:
+        """These rows, in this order: (len(numbers), z_dim) float32 on the CPU."""
+        return torch.cat([self.cut(number, number + 1) for number in numbers])
+
+
+def parse_rows(text: str, field: str) -> list[int]:
+    """Row numbers from ``3,17,40-43``.
+
+    Raises:
+        GenerationError: not such a list.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d{1,12})(?:-(\d{1,12}))?\s*", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if not first <= last < MOST_ROW or last - first >= 10_000:
+            raise GenerationError(
+                f"{field} ({text}): must be row numbers and ranges like 3,17,40-43; the command "
+                "grid --numbers shows which image has which number."
+            )
+        numbers += range(first, last + 1)
+    return numbers
+
+
+def interpolation(model: ModelConfig) -> str:
+    """``slerp`` for normal z, ``linear`` for uniform z.
+
+    The length of normal z is nearly constant, and the middle of a straight line between two of them
+    is shorter than any z that G was trained on; an arc is not. The cube of uniform z is convex: a
+    line stays inside, an arc would leave it.
+    """
+    return "slerp" if model.z_distribution == "normal" else "linear"
+
+
+def lerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """Points on the line from a to b, each (z_dim,), at t (n,) in [0, 1]: (n, z_dim)."""
+    return a + t[:, None] * (b - a)
+
+
+def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """Points on the arc from a to b, each (z_dim,), at t (n,) in [0, 1]: (n, z_dim).
+
+    Lengths go from that of a to that of b at an even pace; so do angles.
+    """
+    lengths = lerp(a.norm()[None], b.norm()[None], t)
+    u, v = a / a.norm(), b / b.norm()
+    angle = torch.arccos((u @ v).clamp(-1, 1))
+    if angle.sin().abs() < 1e-4:  # (nearly) the same or opposite directions: no arc is defined
+        return lerp(a, b, t)
+    weights = torch.stack([((1 - t) * angle).sin(), (t * angle).sin()], dim=1) / angle.sin()
+    return lengths * (weights @ torch.stack([u, v]))
+
+
+def walk(model: ModelConfig, points: Tensor, steps: int, *, closed: bool = False) -> Tensor:
+    """A smooth way through points of the z space (section 6.1, figure 4).
+
+    Args:
+        model: decides between lines and arcs, see ``interpolation``.
+        points: (n, z_dim), n at least 2.
+        steps: from one point to the next.
+        closed: go back to the first point, for a film that repeats without a jump.
+
+    Returns:
+        (legs, steps + 1, z_dim) float32: every leg holds both its ends.
+    """
+    between = slerp if interpolation(model) == "slerp" else lerp
+    t = torch.linspace(0, 1, steps + 1)
+    ends = torch.cat([points, points[:1]]) if closed else points
+    return torch.stack([between(a, b, t) for a, b in pairwise(ends)])
+
+
+def arithmetic(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """mean(a) - mean(b) + mean(c) (section 6.3.2).
+
+    A concept is the mean z of several exemplars: the paper found single ones unstable, three
+    enough. The result is not clipped to the cube of uniform z, as in the paper.
+
+    Args:
+        a: exemplars of the first concept, (n, z_dim); likewise b and c.
+        b: of what is taken away.
+        c: of what is added.
+
+    Returns:
+        the means (3, z_dim) and the result (z_dim,).
+    """
+    means = torch.stack([a.mean(0), b.mean(0), c.mean(0)])
+    return means, means[0] - means[1] + means[2]
+
+
+def neighbours(point: Tensor, noise: float, seed: int) -> Tensor:
+    """The point in the middle of eight others around it: (9, z_dim) float32.
+
+    Section 6.3.2: uniform noise in [-noise, noise], 0.25 in the paper, is added to the result.
+    """
+    around = torch.rand(9, len(point), generator=stream(seed, "arithmetic")) * 2 - 1
+    around[4] = 0
+    return point + noise * around

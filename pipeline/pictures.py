@@ -1,0 +1,94 @@
+"""Images put together for people: enlarged cells, numbered grids, films, the figure of a sum."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from pipeline.decode import encode
+from pipeline.sampling import image_grid
+
+Pixels = NDArray[np.uint8]
+CAPTION = 13  # pixels under a numbered cell
+SIGN = 24  # pixels between the columns of a sum
+WHITE = 255
+
+
+def enlarge(images: Pixels, scale: int) -> Pixels:
+    """(N, H, W, C) -> (N, scale * H, scale * W, C): every pixel a square."""
+    return images.repeat(scale, axis=1).repeat(scale, axis=2)
+
+
+def png(picture: Pixels) -> bytes:
+    """A PNG file of an (H, W, C) uint8 picture, C = 1 or 3."""
+    return encode(np.ascontiguousarray(picture), "png")
+
+
+def numbered(images: Pixels, numbers: Sequence[int]) -> Pixels:
+    """(N, H, W, C) -> (N, H + 13, W, C): its number on white below each image."""
+    count, height, width, channels = images.shape
+    cells = np.full((count, height + CAPTION, width, channels), WHITE, np.uint8)
+    cells[:, :height] = images
+    for cell, number in zip(cells, numbers, strict=True):
+        _write(cell, str(number), width / 2, height + CAPTION / 2, size=10)
+    return cells
+
+
+def gif(frames: Pixels, per_second: float) -> bytes:
+    """A GIF file of (N, H, W, C) uint8 frames that repeats for ever.
+
+    Gray frames keep every level; colours are reduced to the 256 best of each frame.
+    """
+    pictures = [
+        Image.fromarray(frame[:, :, 0] if frame.shape[2] == 1 else frame) for frame in frames
+    ]
+    if frames.shape[3] == 3:
+        # Dithering would flicker from frame to frame.
+        pictures = [picture.quantize(256, dither=Image.Dither.NONE) for picture in pictures]
+    out = io.BytesIO()
+    # Times in a GIF are hundredths of a second.
+    duration = 10 * max(2, round(100 / per_second))
+    pictures[0].save(
+        out, "GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0
+    )
+    return out.getvalue()
+
+
+def sum_figure(concepts: Sequence[Pixels], means: Pixels, results: Pixels) -> Pixels:
+    """The layout of the paper's figure 7: three columns of exemplars over their means, signs
+    between them, and the 3x3 grid of results, whose middle is the sum itself.
+
+    Args:
+        concepts: exemplars of A, B and C, each (n, H, W, C) uint8.
+        means: (3, H, W, C), the images of the mean z.
+        results: (9, H, W, C).
+    """
+    _, height, width, channels = means.shape
+    most = max(len(concept) for concept in concepts)
+    rows = max(most + 1, 3)
+    gap = max(4, height // 8)  # sets the means apart
+    total = rows * height + gap
+    columns: list[Pixels] = []
+    for concept, mean, sign in zip(concepts, means, "-+=", strict=True):
+        column = np.full((total, width, channels), WHITE, np.uint8)
+        column[: len(concept) * height] = image_grid(concept, columns=1)
+        column[-height:] = mean
+        strip = np.full((total, SIGN, channels), WHITE, np.uint8)
+        _write(strip, sign, SIGN / 2, total - height / 2, size=20)
+        columns += [column, strip]
+    grid = np.full((total, 3 * width, channels), WHITE, np.uint8)
+    grid[-3 * height :] = image_grid(results, columns=3)
+    return np.concatenate([*columns, grid], axis=1)
+
+
+def _write(cell: Pixels, text: str, x: float, y: float, size: int) -> None:
+    """Black text around a point of an (H, W, C) picture, in place."""
+    picture = Image.fromarray(cell[:, :, 0])
+    draw = ImageDraw.Draw(picture)
+    draw.text((x, y), text, fill=0, anchor="mm", font=ImageFont.load_default(size))
+    ink = np.asarray(picture) != cell[:, :, 0]
+    cell[ink] = np.asarray(picture)[ink][:, None]
