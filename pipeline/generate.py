@@ -2,7 +2,7 @@ r"""Images from a snapshot: sets of any size, grids, films, arithmetic on z, exp
 
     python -m pipeline.generate images --run runs/x --num 1000 --out images        # PNG files
     python -m pipeline.generate images --run runs/x --num 50000 --format npz --out images.npz
-    torchrun --nproc_per_node 2 pipeline/generate.py images --run runs/x \
+    torchrun --nproc_per_node 2 -- pipeline/generate.py images --run runs/x \
         --num 50000 --format shards --out data/drawn                   # or accelerate launch
     python -m pipeline.generate grid --run runs/x --numbers --out grid.png
     python -m pipeline.generate walk --run runs/x --rows 0-8 --out walk.gif        # and walk.png

@@ -1,0 +1,155 @@
+"""How much D learned: its features as input of a linear classifier (Radford et al., section 5.1).
+
+    python -m pipeline.prepare fashion-mnist --split test --out data/test-32 --size 32 --channels 1
+    python -m pipeline.probe --run runs/demo --test data/test-32
+    python -m pipeline.probe --run runs/demo --test data/test-32 --num-train 0     # every image
+
+A linear SVM is trained on the labelled images of data.shards and tested on others, with the
+features of D, with those of a D that was never trained, and with bare pixels. The difference of
+the rows is what the adversarial training brought. Needs scikit-learn (extra ``probe``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from pipeline.errors import CheckpointError, EvaluationError, one_clear_message
+
+
+def probe(options: argparse.Namespace) -> str:
+    """Measure what the command line names; returns the table."""
+    from importlib.util import find_spec
+
+    if find_spec("sklearn") is None:
+        raise EvaluationError(
+            "probe: needs scikit-learn; install with: pip install 'dcgan-pipeline[probe]'"
+        )
+    if options.out is not None and options.out.exists():
+        raise EvaluationError(f"--out ({options.out}): exists already; give another name.")
+    # torch takes seconds to import; --help and a mistyped path answer without it.
+    from pipeline import checkpoint
+    from pipeline.config_files import load
+    from pipeline.durable import publish
+    from pipeline.linear_probe import Outcome, conv_features, labelled, pixels, standing
+    from pipeline.linear_probe import probe as measure
+    from pipeline.models import Discriminator, init_weights
+    from pipeline.sampling import stream
+    from pipeline.shards import read_index
+
+    if not (options.run / "config.yaml").is_file():
+        raise EvaluationError(f"--run ({options.run}): holds no config.yaml; give a run folder.")
+    config = load(options.run / "config.yaml")
+    folder = options.checkpoint
+    found = checkpoint.read(folder) if folder else checkpoint.newest(options.run)[0]
+    if found is None:
+        raise CheckpointError(
+            f"--run ({options.run}): no checkpoint there; D is not in a snapshot. Training writes "
+            "one after train.checkpoint_every steps."
+        )
+    size, channels = config.model.image_size, config.model.channels
+    sets = []
+    for field, location, count in (
+        ("--train", options.train or config.data.shards, options.num_train),
+        ("--test", options.test, options.num_test),
+    ):
+        index = read_index(location)
+        if index.shape != (size, size, channels):
+            raise EvaluationError(
+                f"{field} ({location}): images of shape {index.shape}, D takes "
+                f"{(size, size, channels)}; prepare them with --size {size} --channels {channels}."
+            )
+        sets.append(labelled(index, count, options.seed, field))
+    (train, train_labels), (test, test_labels) = sets
+    trained, random = Discriminator(config.model), Discriminator(config.model)
+    try:
+        trained.load_state_dict(found.weights["D"])
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{found.path}: D cannot be used: {error}.") from None
+    init_weights(random, stream(options.seed, "probe"))
+
+    outcomes: list[Outcome] = []
+    for name, D in (("D", trained), ("random D", random), ("pixels", None)):
+        begun = time.monotonic()
+        if D is not None:
+            standing(D, train)
+            features = [conv_features(D, images) for images in (train, test)]
+        else:
+            features = [pixels(images) for images in (train, test)]
+        ready = (features[0], train_labels), (features[1], test_labels)
+        outcomes.append(measure(name, *ready, options.C))
+        print(f"{name}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+
+    if options.out is not None:
+        document = {
+            "checkpoint": str(found.path.name),
+            "train_images": len(train),
+            "test_images": len(test),
+            "seed": options.seed,
+            "outcomes": [vars(outcome) for outcome in outcomes],
+        }
+        try:
+            publish(options.out, json.dumps(document, indent=1).encode())
+        except OSError as error:
+            raise EvaluationError(f"--out ({options.out}): cannot be written: {error}.") from None
+    lines = [f"{'features':<10}{'numbers':>9}{'C':>8}{'accuracy':>10}"]
+    for one in outcomes:
+        late = "" if one.converged else "  (not converged)"
+        lines.append(f"{one.name:<10}{one.dim:>9}{one.C:>8g}{one.accuracy:>10.2%}{late}")
+    lines.append(f"{found.path.name}; {len(train)} training, {len(test)} test images")
+    return "\n".join(lines)
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The checked command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.probe",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--run", type=Path, required=True, metavar="DIR", help="run folder")
+    add("--checkpoint", type=Path, metavar="DIR", help="this one of checkpoints/ (the newest)")
+    add("--test", required=True, metavar="SHARDS", help="labelled shards to test on")
+    add("--train", metavar="SHARDS", help="labelled shards to learn from (data.shards)")
+    add("--num-train", type=int, default=5000, help="training images, 0 = all (5000)")
+    add("--num-test", type=int, default=0, help="test images, 0 = all (0)")
+    add(
+        "--C",
+        default="0.3,1,3,10",
+        metavar="C,...",
+        help="the SVM's, (0.3,1,3,10); of several, held-out images choose",
+    )
+    add("--seed", type=int, default=0, help="of the choice of images and of the random D (0)")
+    add("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
+    options = parser.parse_args(words)
+    for name, low, high in (
+        ("num_train", 0, 2**40),
+        ("num_test", 0, 2**40),
+        ("seed", 0, 2**63 - 1),
+    ):
+        value = getattr(options, name)
+        if not low <= value <= high:
+            field = name.replace("_", "-")
+            parser.error(f"--{field} ({value}): must be between {low} and {high}")
+    try:
+        options.C = [float(word) for word in options.C.split(",")]
+    except ValueError:
+        options.C = []
+    if not options.C or not all(0 < C < float("inf") for C in options.C):
+        parser.error("--C: must be positive numbers, like 1 or 0.3,1,3")
+    return options
+
+
+def main() -> None:
+    """Parse the command line and probe; exit code 2 on a user's mistake."""
+    options = parse(sys.argv[1:])
+    with one_clear_message():
+        print(probe(options), flush=True)
+
+
+if __name__ == "__main__":
+    main()
