@@ -75,7 +75,7 @@ bench: $(DEV_READY)  ## Tables of benchmarks/README.md: training, step, loader, 
 lock: | $(filter .venv-uv/%,$(UV))  ## requirements*.txt from pyproject.toml; pins change only where they must
 	$(PIP) compile --quiet $(LOCK) --extra offline-eval -o requirements.txt pyproject.toml
 	$(PIP) compile --quiet $(LOCK) -c requirements.txt --extra dev --extra cluster --extra offline-eval \
-		-o requirements-dev.txt pyproject.toml
+		--extra probe --extra figures --extra onnx -o requirements-dev.txt pyproject.toml
 LOCK := --universal --generate-hashes --python-version 3.11 --no-header \
 	--no-emit-index-url --no-emit-find-links --annotation-style line
 

@@ -192,6 +192,8 @@ class EvalConfig:
     """Arithmetic of the extractor. auto = bf16 where extractor and hardware do it natively."""
     cache_dir: str = _may_change("~/.cache/dcgan-pipeline/references")
     """Folder for reference files that were computed."""
+    parzen_shards: str = _may_change("")
+    """Folder or URL of shards that were not trained on, for --metrics parzen."""
     keep_best: bool = _may_change(False)
     """Training keeps the best evaluated checkpoint and removes none that is not yet evaluated:
     only with an evaluation that runs beside it, else they fill the disk."""

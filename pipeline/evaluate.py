@@ -8,6 +8,8 @@
     python -m pipeline.evaluate reference --config configs/dcgan_64.yaml --out FILE
     python -m pipeline.evaluate fetch-weights --to DIR         # Inception's, for offline nodes
     python -m pipeline.evaluate --run runs/x eval.extractor=efficientnet-lite0   # no download
+    python -m pipeline.evaluate --run runs/x --metrics parzen eval.parzen_shards=DIR   # as in 2014
+    python -m pipeline.evaluate probe --run runs/x --test DIR  # what D learned: pipeline.probe
 
 Settings are the section eval: of the run's configuration; the command line wins over it. Rows go to
 evaluations.jsonl in the run folder, then to W&B. What is there already is not computed again, so
@@ -38,24 +40,22 @@ if TYPE_CHECKING:
     from pipeline.evaluator import Evaluator
 
 
+METRICS = ("fidelity", "parzen")
+
+
 def evaluate(options: argparse.Namespace, config: Config) -> None:
     """Score what the command line names."""
     if options.run and not options.images:
         _something_to_evaluate(options, config)
     # torch takes seconds to import; --help and a mistyped path answer without it.
     from pipeline import distributed
-    from pipeline.evaluator import Evaluator, Stopped
+    from pipeline.evaluator import Stopped
 
     accelerator = distributed.start("fp32")
     distributed.warn_of_a_lost_launch(accelerator)
-    evaluator = Evaluator(config, accelerator)
+    evaluator = _evaluator(options.metrics)(config, accelerator)
     if accelerator.is_main_process:
-        print(evaluator.protocol.describe(), flush=True)
-        if not evaluator.protocol.has_fid:
-            print(
-                f"no Frechet distance: {evaluator.extractor.dim} numbers need at least "
-                f"{2 * evaluator.extractor.dim} images of either kind; KID decides instead"
-            )
+        print(evaluator.describe(), flush=True)
     try:
         if options.command == "reference":
             evaluator.write_reference(options.out)
@@ -71,6 +71,16 @@ def evaluate(options: argparse.Namespace, config: Config) -> None:
             print(f"stopped by {reason}; run the same command again to go on", file=sys.stderr)
     evaluator.close()
     accelerator.end_training()
+
+
+def _evaluator(metrics: str) -> type[Evaluator]:
+    if metrics == "parzen":
+        from pipeline.parzen import ParzenEvaluator
+
+        return ParzenEvaluator
+    from pipeline.evaluator import Evaluator
+
+    return Evaluator
 
 
 def _score_run(options: argparse.Namespace, evaluator: Evaluator) -> None:
@@ -152,7 +162,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = ("reference", "fetch-weights")
+    commands = ("reference", "fetch-weights")  # and probe, which has a command line of its own
     command = words.pop(0) if words[:1] and words[0] in commands else ""
     add = parser.add_argument
     if command == "fetch-weights":
@@ -170,13 +180,14 @@ def parse(words: list[str]) -> argparse.Namespace:
             help="this folder of snapshots/ or checkpoints/",
         )
         add("--images", metavar="DIR", help="score a folder, zip or tars of images instead")
+        add("--metrics", choices=METRICS, default=METRICS[0], help="what to compute (fidelity)")
         add("--pending", action="store_true", help="every step that has no score yet")
         add("--watch", action="store_true", help="as --pending, until the training has finished")
         add("--every", type=float, default=30.0, metavar="S", help="seconds between looks (30)")
     add("overrides", nargs="*", metavar="section.key=value", help="values that win over the file")
     options = parser.parse_args(words)
     options.command = command
-    for name in ("checkpoint", "images", "pending", "watch", "out"):
+    for name in ("checkpoint", "images", "pending", "watch", "out", "metrics"):
         setattr(options, name, getattr(options, name, None))
     if options.checkpoint and not options.run:
         # runs/x/snapshots/step_N: the run's ledger gets the row; elsewhere the scores are printed.
@@ -211,6 +222,10 @@ def configuration(options: argparse.Namespace) -> Config:
 
 def main() -> None:
     """Parse the command line and evaluate."""
+    if sys.argv[1:2] == ["probe"]:
+        from pipeline import probe
+
+        return probe.main(sys.argv[2:])
     options = parse(sys.argv[1:])
     with one_clear_message():
         if options.command == "fetch-weights":

@@ -151,6 +151,7 @@ class RunEvaluation:
             "protocol": protocol,
             "scores": scores,
             "headline": self.protocol.headline,
+            "higher_is_better": self.protocol.higher_is_better,
             "source": f"{candidate.path.parent.name}/{candidate.path.name}",
             "settings": dataclasses.asdict(self.protocol),
             "processes": self.evaluator.accelerator.num_processes,

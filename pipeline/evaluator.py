@@ -30,7 +30,7 @@ from pipeline.scores import (
     read_reference,
     write_reference,
 )
-from pipeline.shards import read_index
+from pipeline.shards import Index, read_index
 
 POLL_SECONDS = 1.0
 
@@ -55,17 +55,37 @@ class Evaluator:
         self.is_main = accelerator.is_main_process
         self._agreement = signals.Agreement(accelerator.num_processes)
         self._said = ""
-        self.index = read_index(config.data.shards)
-        model = config.model
-        if self.index.shape != (model.image_size, model.image_size, model.channels):
+        self.index = self._read_index("data.shards", config.data.shards)
+        self._open(self.index)
+
+    def _read_index(self, field: str, location: str) -> Index:
+        index, model = read_index(location), self.config.model
+        wanted = (model.image_size, model.image_size, model.channels)
+        if index.shape != wanted:
+            remedy = "name the shards that the run was trained on"
+            if field != "data.shards":
+                remedy = f"prepare them with --size {wanted[0]} --channels {wanted[2]}"
             raise EvaluationError(
-                f"data.shards ({config.data.shards}): images of shape {self.index.shape}, the "
-                f"model makes {(model.image_size, model.image_size, model.channels)}; name the "
-                "shards that the run was trained on."
+                f"{field} ({location}): images of shape {index.shape}, the model makes {wanted}; "
+                f"{remedy}."
             )
-        self.extractor = load_extractor(config.eval, accelerator)
-        self.protocol: Protocol = make_protocol(config.eval, self.extractor, self.index)
+        return index
+
+    def _open(self, index: Index) -> None:
+        """Set extractor, protocol and reference."""
+        self.extractor = load_extractor(self.config.eval, self.accelerator)
+        self.protocol: Protocol = make_protocol(self.config.eval, self.extractor, index)
         self.reference: Reference | None = None  # on rank 0, after ``load_reference``
+
+    def describe(self) -> str:
+        """What is measured, for people."""
+        dim, said = self.extractor.dim, self.protocol.describe()
+        if self.protocol.has_fid:
+            return said
+        return (
+            f"{said}\nno Frechet distance: {dim} numbers need at least {2 * dim} images of either "
+            "kind; KID decides instead"
+        )
 
     def load_reference(self) -> None:
         """The features of the real images: from ``eval.reference``, the cache, or computed now."""

@@ -20,15 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.checkpoint import HUB_WEIGHTS
 from pipeline.config import ModelConfig
 from pipeline.durable import publish, sync_folder
 from pipeline.errors import GenerationError
-from pipeline.models import Generator
 from pipeline.pictures import png
-from pipeline.sampling import draw_z, generate, image_grid, stream
+from pipeline.sampling import generate, image_grid, z_rows
 
 OPSET = 20
 TOLERANCE = 1e-4  # of values in [-1, 1]: a grey level is 0.0078
@@ -48,10 +47,11 @@ def need(modules: tuple[str, ...], what: str, remedy: str) -> None:
         raise GenerationError(f"{what}: needs {', '.join(missing)}; install with: {remedy}")
 
 
-def onnx_bytes(G: Generator, model: ModelConfig, description: dict[str, str]) -> bytes:
-    """G as an ONNX model: ``z`` (n, z_dim) float32 -> ``images`` (n, C, S, S) float32 in [-1, 1].
+def onnx_bytes(G: nn.Module, model: ModelConfig, description: dict[str, str]) -> bytes:
+    """G as an ONNX model: ``z`` (n, z_dim + num_classes) float32 -> ``images`` (n, C, S, S).
 
-    Any n. BatchNorm uses the standing statistics, so images do not depend on their batch.
+    Images are float32 in [-1, 1], n is any. BatchNorm uses the standing statistics, so images do
+    not depend on their batch.
 
     Args:
         G: on the CPU, in eval mode.
@@ -60,7 +60,7 @@ def onnx_bytes(G: Generator, model: ModelConfig, description: dict[str, str]) ->
     """
     import onnx
 
-    z = draw_z(model, 2, stream(0, "onnx example"))
+    z = z_rows(model, 0, "onnx example", 0, 2)
     # The exporter reports its stages and its own deprecations, none of which a user can act on.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -86,7 +86,7 @@ def onnx_bytes(G: Generator, model: ModelConfig, description: dict[str, str]) ->
     return content
 
 
-def onnx_difference(content: bytes, G: Generator, model: ModelConfig, seed: int) -> float:
+def onnx_difference(content: bytes, G: nn.Module, model: ModelConfig, seed: int) -> float:
     """The largest difference between onnxruntime and torch over random z, of values in [-1, 1].
 
     Raises:
@@ -97,7 +97,7 @@ def onnx_difference(content: bytes, G: Generator, model: ModelConfig, seed: int)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     largest = 0.0
     for count in CHECKED_BATCHES:
-        z = draw_z(model, count, stream(seed, "onnx check", count))
+        z = z_rows(model, seed, "onnx check", 0, count)
         with torch.no_grad():
             ours = G(z).numpy()
         largest = max(largest, float(np.abs(session.run(None, {"z": z.numpy()})[0] - ours).max()))
@@ -110,7 +110,7 @@ def onnx_difference(content: bytes, G: Generator, model: ModelConfig, seed: int)
 
 
 def write_hub_folder(
-    out: Path, G: Generator, model: ModelConfig, z: Tensor, facts: dict[str, str], licence: str
+    out: Path, G: nn.Module, model: ModelConfig, z: Tensor, facts: dict[str, str], licence: str
 ) -> None:
     """A folder as the Hugging Face Hub shows it: model card, weights, configuration, a grid.
 
@@ -189,23 +189,28 @@ def _card(
     noise = "torch.rand(64, c['z_dim']) * 2 - 1"
     if model.z_distribution == "normal":
         noise = "torch.randn(64, c['z_dim'])"
+    size, kind, paper = model.image_size, "Fully connected GAN", ""
+    if model.architecture == "dcgan":
+        kind, paper = "DCGAN", " as in Radford et al. 2016"
+    classes = f" and a class as {model.num_classes} one-hot numbers" if model.num_classes else ""
     front = "".join(
         [
             "---\n",
             f"license: {licence}\n" if licence else "",
             "pipeline_tag: unconditional-image-generation\n",
-            "tags:\n- dcgan\n- gan\n- pytorch\n- safetensors\n",
+            f"tags:\n- {model.architecture}\n- gan\n- pytorch\n- safetensors\n",
             "---\n",
         ]
     )
-    plain = PLAIN.format(noise=noise) if "layers.project.weight" in weights else ""
+    simple = model.architecture == "dcgan" and not model.num_classes
+    plain = PLAIN.format(noise=noise) if simple else ""
     return f"""{front}
-# DCGAN generator, {model.image_size}x{model.image_size}
+# {kind} generator, {size}x{size}
 
 ![64 images, not chosen](grid.png)
 
-G of a GAN (Goodfellow et al. 2014) as in Radford et al. 2016: {numbers:,} parameters,
-{model.z_dim} {model.z_distribution} numbers z in, {model.image_size}x{model.image_size} images with
+G of a GAN (Goodfellow et al. 2014){paper}: {numbers:,} parameters,
+{model.z_dim} {model.z_distribution} numbers z{classes} in, {size}x{size} images with
 {model.channels} channel{"s" if model.channels > 1 else ""} out.
 
 | | |
@@ -229,10 +234,11 @@ PLAIN = """
 With torch and safetensors alone:
 
 ```python
-import json, torch
+import json, pathlib, torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
-c, w, size = json.load(open("config.json")), load_file("model.safetensors"), 4
+c, size = json.loads(pathlib.Path("config.json").read_text()), 4
+w = load_file("model.safetensors")
 z = {noise}
 x, k = F.conv_transpose2d(z[:, :, None, None], w["layers.project.weight"]), c["kernel_size"]
 while size < c["image_size"]:

@@ -6,25 +6,25 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from pipeline import latent, pictures
 from pipeline.errors import GenerationError
 from pipeline.latent import Table
-from pipeline.models import Generator
 from pipeline.sampling import generate, image_grid
 
 
 def grid(
-    G: Generator, table: Table, rows: Sequence[int], columns: int, scale: int, numbers: bool
+    G: nn.Module, table: Table, rows: Sequence[int], columns: int, scale: int, numbers: bool
 ) -> bytes:
     """A PNG of these rows' images, left to right; with ``numbers`` its row below each."""
     images = pictures.enlarge(generate(G, table.rows(rows)), scale)
     cells = pictures.numbered(images, rows) if numbers else images
-    return pictures.png(image_grid(cells, columns))
+    return pictures.png(image_grid(cells, min(columns, len(rows))))
 
 
 def walk(
-    G: Generator,
+    G: nn.Module,
     table: Table,
     rows: Sequence[int],
     *,
@@ -41,7 +41,7 @@ def walk(
     if len(rows) < 2:
         raise GenerationError(f"--rows ({rows[0]}): must be two rows or more for a walk.")
     legs = latent.walk(table.model, table.rows(rows), steps, closed=closed)
-    images = generate(G, legs.reshape(-1, table.model.z_dim))
+    images = generate(G, legs.flatten(0, 1))
     # The end of one leg is the start of the next: shown once in the film.
     film = images.reshape(len(legs), steps + 1, *images.shape[1:])[:, :-1]
     film = film.reshape(-1, *images.shape[1:])
@@ -52,12 +52,12 @@ def walk(
 
 
 def arithmetic(
-    G: Generator, table: Table, concepts: Sequence[Sequence[int]], noise: float, scale: int
+    G: nn.Module, table: Table, concepts: Sequence[Sequence[int]], noise: float, scale: int
 ) -> bytes:
     """A PNG like the paper's figure 7: mean(a) - mean(b) + mean(c), and images around it."""
     exemplars = [table.rows(rows) for rows in concepts]
     means, result = latent.arithmetic(*exemplars)
-    around = latent.neighbours(result, noise, table.seed)
+    around = latent.neighbours(table.model, result, noise, table.seed)
     images = pictures.enlarge(generate(G, torch.cat([*exemplars, means, around])), scale)
     ends = np.cumsum([*map(len, exemplars), 3])
     *parts, of_means, results = np.split(images, ends)

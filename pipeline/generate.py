@@ -35,9 +35,9 @@ from pipeline.errors import CheckpointError, GenerationError, one_clear_message
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import nn
 
     from pipeline.latent import Table
-    from pipeline.models import Generator
 
 MOST_IMAGES = 10**8  # eight digits name an image
 COMMANDS = {
@@ -67,13 +67,14 @@ def generate(options: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
-    network, config = load_snapshot(
-        path, "cpu" if options.command == "onnx" else accelerator.device
-    )
-    G: Generator = network  # type: ignore[assignment]
+    G, config = load_snapshot(path, "cpu" if options.command == "onnx" else accelerator.device)
     if not all(bool(torch.isfinite(values).all()) for values in G.state_dict().values()):
         raise CheckpointError(f"{path}: its weights are NaN or infinite: training had diverged.")
-    table = Table(config.model, options.seed, options.truncation)
+    classes = config.model.num_classes
+    if options.of_class is not None and not options.of_class < classes:
+        there = f"classes 0 to {classes - 1}" if classes else "no classes (model.num_classes is 0)"
+        raise GenerationError(f"--class ({options.of_class}): this G has {there}.")
+    table = Table(config.model, options.seed, options.truncation, options.of_class)
     if options.command == "images":
         _images(options, path, G, table, accelerator)
     else:
@@ -82,7 +83,7 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def _images(
-    options: argparse.Namespace, path: Path, G: Generator, table: Table, accelerator: Accelerator
+    options: argparse.Namespace, path: Path, G: nn.Module, table: Table, accelerator: Accelerator
 ) -> None:
     import torch
 
@@ -99,6 +100,7 @@ def _images(
         "format": options.format,
         "seed": options.seed,
         "truncation": options.truncation,
+        "class": options.of_class,
         "generator_sha256": sha256_of(weights_file(path)),
         "snapshot": path.resolve().name,
         "torch": torch.__version__,
@@ -127,7 +129,7 @@ def _images(
         print(f"{said}: {options.num} images of {record['snapshot']} in {options.out}", flush=True)
 
 
-def _single(options: argparse.Namespace, path: Path, G: Generator, table: Table) -> None:
+def _single(options: argparse.Namespace, path: Path, G: nn.Module, table: Table) -> None:
     """What one process makes; no file appears before all of them are ready."""
     from pipeline import figures
     from pipeline.durable import publish
@@ -161,7 +163,7 @@ def _single(options: argparse.Namespace, path: Path, G: Generator, table: Table)
         print(f"written: {file} ({len(content) / 1024:.0f} KiB)", flush=True)
 
 
-def _onnx(path: Path, G: Generator, table: Table) -> bytes:
+def _onnx(path: Path, G: nn.Module, table: Table) -> bytes:
     from pipeline import export
 
     remedy = "pip install 'dcgan-pipeline[onnx]'"
@@ -172,7 +174,7 @@ def _onnx(path: Path, G: Generator, table: Table) -> bytes:
     return content
 
 
-def _hub(options: argparse.Namespace, path: Path, G: Generator, table: Table) -> None:
+def _hub(options: argparse.Namespace, path: Path, G: nn.Module, table: Table) -> None:
     from pipeline import export
 
     out = options.out
@@ -244,6 +246,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         add("--out", type=Path, required=True, metavar="PATH", help="what to write")
         add("--seed", type=int, default=0, help="of the noise (0)")
         add("--truncation", type=float, default=1.0, help="z is multiplied by it, 0 to 1 (1)")
+        add("--class", dest="of_class", type=int, metavar="N", help="images of one class (of all)")
         if name != "images" and name != "hub":
             add("--overwrite", action="store_true", help="replace a file that exists")
         if name in ("grid", "walk", "arithmetic"):
@@ -270,6 +273,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     options = parser.parse_args(words)
     for name, low, high in (
         ("seed", 0, 2**63 - 1),
+        ("of_class", 0, 2**31),
         ("truncation", 1e-6, 1),
         ("num", 1, MOST_IMAGES),
         ("scale", 1, 64),
@@ -279,8 +283,9 @@ def parse(words: list[str]) -> argparse.Namespace:
         ("noise", 0, 100),
     ):
         value = getattr(options, name, low)
-        if not low <= value <= high:
-            of[options.command].error(f"--{name} ({value}): must be between {low} and {high}")
+        if value is not None and not low <= value <= high:
+            word = name.removeprefix("of_")
+            of[options.command].error(f"--{word} ({value}): must be between {low} and {high}")
     suffix = {"walk": ".gif", "grid": ".png", "arithmetic": ".png", "onnx": ".onnx"}.get(
         options.command, ".npz" if getattr(options, "format", "") == "npz" else ""
     )

@@ -29,18 +29,27 @@ class Table:
 
     Truncation multiplies z by a number in (0, 1]: images come nearer to what G draws for z = 0,
     with fewer failures and less variety. 1 is what G was trained on.
+
+    A G with ``num_classes`` takes the class as one-hot numbers behind z: row i is of class i mod
+    num_classes, or all are of ``of_class``.
     """
 
     model: ModelConfig
     seed: int
     truncation: float = 1.0
+    of_class: int | None = None
 
     def cut(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop): (stop - start, z_dim) float32 on the CPU."""
-        return z_rows(self.model, self.seed, PURPOSE, start, stop - start) * self.truncation
+        """Rows [start, stop): (stop - start, z_dim + num_classes) float32 on the CPU."""
+        rows = z_rows(self.model, self.seed, PURPOSE, start, stop - start)
+        rows[:, : self.model.z_dim] *= self.truncation
+        if self.of_class is not None:
+            rows[:, self.model.z_dim :] = 0
+            rows[:, self.model.z_dim + self.of_class] = 1
+        return rows
 
     def rows(self, numbers: Sequence[int]) -> Tensor:
-        """These rows, in this order: (len(numbers), z_dim) float32 on the CPU."""
+        """These rows, in this order: (len(numbers), z_dim + num_classes) float32 on the CPU."""
         return torch.cat([self.cut(number, number + 1) for number in numbers])
 
 
@@ -97,17 +106,22 @@ def walk(model: ModelConfig, points: Tensor, steps: int, *, closed: bool = False
 
     Args:
         model: decides between lines and arcs, see ``interpolation``.
-        points: (n, z_dim), n at least 2.
+        points: (n, z_dim + num_classes), n at least 2.
         steps: from one point to the next.
         closed: go back to the first point, for a film that repeats without a jump.
 
+    Classes behind z change on lines.
+
     Returns:
-        (legs, steps + 1, z_dim) float32: every leg holds both its ends.
+        (legs, steps + 1, width of points) float32: every leg holds both its ends.
     """
-    between = slerp if interpolation(model) == "slerp" else lerp
+    between, n = slerp if interpolation(model) == "slerp" else lerp, model.z_dim
     t = torch.linspace(0, 1, steps + 1)
     ends = torch.cat([points, points[:1]]) if closed else points
-    return torch.stack([between(a, b, t) for a, b in pairwise(ends)])
+    legs = [
+        torch.cat([between(a[:n], b[:n], t), lerp(a[n:], b[n:], t)], 1) for a, b in pairwise(ends)
+    ]
+    return torch.stack(legs)
 
 
 def arithmetic(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,11 +142,12 @@ def arithmetic(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     return means, means[0] - means[1] + means[2]
 
 
-def neighbours(point: Tensor, noise: float, seed: int) -> Tensor:
-    """The point in the middle of eight others around it: (9, z_dim) float32.
+def neighbours(model: ModelConfig, point: Tensor, noise: float, seed: int) -> Tensor:
+    """The point in the middle of eight others around it: (9, len(point)) float32.
 
     Section 6.3.2: uniform noise in [-noise, noise], 0.25 in the paper, is added to the result.
     """
     around = torch.rand(9, len(point), generator=stream(seed, "arithmetic")) * 2 - 1
     around[4] = 0
+    around[:, model.z_dim :] = 0
     return point + noise * around

@@ -65,13 +65,20 @@ def key_of(row: Row) -> Key:
 
 
 def best(rows: Collection[Row]) -> Row | None:
-    """The row of lowest headline score (FID, or KID where there is no FID); the earliest of equals.
+    """The row of the best headline score; the earliest of equals.
+
+    Lower is better (FID, or KID where there is no FID) unless the row says otherwise.
 
     Args:
         rows: of one protocol.
     """
     scored = [row for row in rows if row["scores"].get(row["headline"]) is not None]
-    return min(scored, key=lambda r: (r["scores"][r["headline"]], r["step"]), default=None)
+    return min(scored, key=_rank, default=None)
+
+
+def _rank(row: Row) -> tuple[float, int]:
+    score = float(row["scores"][row["headline"]])
+    return (-score if row.get("higher_is_better") else score), int(row["step"])
 
 
 def kept_steps(run_dir: Path, steps: Collection[int]) -> set[int]:

@@ -53,6 +53,11 @@ def labelled(index: Index, count: int, seed: int, field: str) -> tuple[NDArray[n
     """
     if (index.table["label"] < 0).any():
         raise EvaluationError(f"{field} ({index.location}): every sample must have a label (.cls).")
+    return chosen(index, count, seed)
+
+
+def chosen(index: Index, count: int, seed: int) -> tuple[NDArray[np.uint8], Labels]:
+    """As ``labelled``, with -1 for samples without a label."""
     ids = permutation(index.num_samples, f"probe|{seed}")[: count or None]
     images = np.empty((len(ids), *index.shape), np.uint8)
     return images, Reader(index, Cache(index, "")).read(ids, images)

@@ -1,8 +1,8 @@
 """How much D learned: its features as input of a linear classifier (Radford et al., section 5.1).
 
     python -m pipeline.prepare fashion-mnist --split test --out data/test-32 --size 32 --channels 1
-    python -m pipeline.probe --run runs/demo --test data/test-32
-    python -m pipeline.probe --run runs/demo --test data/test-32 --num-train 0     # every image
+    python -m pipeline.evaluate probe --run runs/demo --test data/test-32
+    python -m pipeline.evaluate probe --run runs/demo --test data/test-32 --num-train 0   # all
 
 A linear SVM is trained on the labelled images of data.shards and tested on others, with the
 features of D, with those of a D that was never trained, and with bare pixels. The difference of
@@ -16,8 +16,15 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.errors import CheckpointError, EvaluationError, one_clear_message
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pipeline.checkpoint import Checkpoint
+    from pipeline.config import Config
 
 
 def probe(options: argparse.Namespace) -> str:
@@ -31,25 +38,12 @@ def probe(options: argparse.Namespace) -> str:
     if options.out is not None and options.out.exists():
         raise EvaluationError(f"--out ({options.out}): exists already; give another name.")
     # torch takes seconds to import; --help and a mistyped path answer without it.
-    from pipeline import checkpoint
-    from pipeline.config_files import load
     from pipeline.durable import publish
     from pipeline.linear_probe import Outcome, conv_features, labelled, pixels, standing
     from pipeline.linear_probe import probe as measure
-    from pipeline.models import Discriminator, init_weights
-    from pipeline.sampling import stream
     from pipeline.shards import read_index
 
-    if not (options.run / "config.yaml").is_file():
-        raise EvaluationError(f"--run ({options.run}): holds no config.yaml; give a run folder.")
-    config = load(options.run / "config.yaml")
-    folder = options.checkpoint
-    found = checkpoint.read(folder) if folder else checkpoint.newest(options.run)[0]
-    if found is None:
-        raise CheckpointError(
-            f"--run ({options.run}): no checkpoint there; D is not in a snapshot. Training writes "
-            "one after train.checkpoint_every steps."
-        )
+    config, found, trained, random = open_pair(options.run, options.checkpoint, options.seed)
     size, channels = config.model.image_size, config.model.channels
     sets = []
     for field, location, count in (
@@ -64,13 +58,6 @@ def probe(options: argparse.Namespace) -> str:
             )
         sets.append(labelled(index, count, options.seed, field))
     (train, train_labels), (test, test_labels) = sets
-    trained, random = Discriminator(config.model), Discriminator(config.model)
-    try:
-        trained.load_state_dict(found.weights["D"])
-    except (KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{found.path}: D cannot be used: {error}.") from None
-    init_weights(random, stream(options.seed, "probe"))
-
     outcomes: list[Outcome] = []
     for name, D in (("D", trained), ("random D", random), ("pixels", None)):
         begun = time.monotonic()
@@ -103,10 +90,46 @@ def probe(options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def open_pair(
+    run: Path, folder: Path | None, seed: int
+) -> tuple[Config, Checkpoint, nn.Module, nn.Module]:
+    """(configuration, checkpoint, its D, a D with first weights), the networks on the CPU.
+
+    Args:
+        run: the run folder.
+        folder: of the checkpoint; None = the newest.
+        seed: of the first weights.
+
+    Raises:
+        EvaluationError, CheckpointError: no run, no checkpoint, or one that cannot be used.
+    """
+    from pipeline import checkpoint
+    from pipeline.config_files import load
+    from pipeline.models import init_weights, make_discriminator
+    from pipeline.sampling import stream
+
+    if not (run / "config.yaml").is_file():
+        raise EvaluationError(f"--run ({run}): holds no config.yaml; give a run folder.")
+    config = load(run / "config.yaml")
+    found = checkpoint.read(folder) if folder else checkpoint.newest(run)[0]
+    if found is None:
+        raise CheckpointError(
+            f"--run ({run}): no checkpoint there; D is not in a snapshot. Training writes one "
+            "after train.checkpoint_every steps."
+        )
+    trained, random = make_discriminator(config.model), make_discriminator(config.model)
+    try:
+        trained.load_state_dict(found.weights["D"])
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{found.path}: D cannot be used: {error}.") from None
+    init_weights(random, stream(seed, "probe"))
+    return config, found, trained, random
+
+
 def parse(words: list[str]) -> argparse.Namespace:
     """The checked command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.probe",
+        prog="python -m pipeline.evaluate probe",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -144,12 +167,12 @@ def parse(words: list[str]) -> argparse.Namespace:
     return options
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Parse the command line and probe; exit code 2 on a user's mistake."""
-    options = parse(sys.argv[1:])
+    options = parse(words)
     with one_clear_message():
         print(probe(options), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -57,6 +57,9 @@ class Protocol:
     dim: int
     sampling: str = "z-table blocks of 64, standing BatchNorm, round and clamp to uint8: v1"
 
+    columns = ("fid", "is", "kid", "precision", "recall")
+    higher_is_better = False
+
     @property
     def id(self) -> str:
         """12 hex digits; equal exactly when all fields are."""
@@ -88,6 +91,10 @@ class Protocol:
             count = self.num_images
             parts.append(f"{count // 1000}k" if count % 1000 == 0 else str(count))
         return "eval/" + "_".join(parts)
+
+    def title(self, score: str) -> str:
+        """A score's name in tables for people."""
+        return self.key(score).removeprefix("eval/").split("_")[0].upper()
 
     @property
     def headline(self) -> str:

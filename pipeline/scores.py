@@ -158,13 +158,10 @@ def compute_scores(
     return {protocol.key(name): float(value) for name, value in found.items()}
 
 
-COLUMNS = ("fid", "is", "kid", "precision", "recall")
-
-
 def table(rows: list[dict[str, Any]], protocol: Protocol, best_step: int | None) -> str:
     """Ledger rows of one protocol as a table for people; the best step is marked."""
-    names = [n for n in COLUMNS if any(protocol.key(n) in row["scores"] for row in rows)]
-    titles = [protocol.key(n).removeprefix("eval/").split("_")[0].upper() for n in names]
+    names = [n for n in protocol.columns if any(protocol.key(n) in row["scores"] for row in rows)]
+    titles = [protocol.title(n) for n in names]
     lines = ["    step" + "".join(f"{title:>12}" for title in titles)]
     for row in rows:
         values = [row["scores"].get(protocol.key(n), math.nan) for n in names]

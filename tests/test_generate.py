@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import webdataset as wds
 from accelerate import Accelerator
 from evaluating import MODEL, add_snapshot, generator_of, make_config
 from launching import REPO, environment, free_port, kill, rank_process
@@ -82,6 +81,16 @@ def process(*words: object, ranks: int = 1) -> subprocess.Popen[str]:
     )
 
 
+def stock_samples(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """{key: decoded sample} of a tar by webdataset's own stages, which leave no file open."""
+    from webdataset import autodecode, tariterators
+
+    decode = autodecode.Decoder([autodecode.imagehandler("rgb8")])
+    with path.open("rb") as file:
+        files = tariterators.tar_file_expander([{"url": str(path), "stream": file}])
+        return {s["__key__"]: decode(s) for s in tariterators.group_by_keys(files)}
+
+
 def bytes_in(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
@@ -112,11 +121,10 @@ def test_the_formats_hold_the_same_images(
     out = np.empty_like(expected)
     Reader(index, Cache(index, "")).read(np.arange(NUM), out)
     assert np.array_equal(out, expected)
-    urls = [str(shards / shard.url) for shard in index.shards]
-    stock = list(wds.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("__key__", "png"))
-    assert [key for key, _ in stock] == [f"{row:08d}" for row in range(NUM)]
-    read = np.stack([np.asarray(image.convert("L")) for _, image in stock])
-    assert np.array_equal(read[..., None], expected)
+    stock = {k: v for shard in index.shards for k, v in stock_samples(shards / shard.url).items()}
+    assert list(stock) == [f"{row:08d}" for row in range(NUM)]
+    read = np.stack([sample["png"] for sample in stock.values()])
+    assert np.array_equal(read[..., :1], expected)
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -159,7 +167,7 @@ def test_a_signal_to_one_rank_stops_all_and_leaves_nothing_complete(
         kill(running)
     assert running.returncode != 0
     assert "stopped by" in output
-    assert "Traceback" not in output.partition("torch.distributed")[0]
+    assert 'generate.py", line' not in output  # torchrun adds a traceback of its own
     assert not out.exists()
 
 
@@ -225,9 +233,8 @@ def test_a_begun_set_of_other_settings_is_refused(snapshot: Path, tmp_path: Path
 def test_two_commands_on_one_set_do_not_mix(snapshot: Path, tmp_path: Path) -> None:
     lock = tmp_path / "x.tmp" / ".generate" / "lock"
     lock.parent.mkdir(parents=True)
-    code = (
-        "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), 2); print(1, flush=True); input()"
-    )
+    code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, 2)"
+    code += "; print(1, flush=True); input()"
     words = [sys.executable, "-c", code, str(lock)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout
@@ -250,7 +257,27 @@ def test_truncation_shrinks_z_and_so_the_variety(snapshot: Path, tmp_path: Path)
     assert torch.equal(half.cut(3, 9), table.cut(3, 9) / 2)
     wide = pixels_in(made("images", snapshot, tmp_path / "1", "--num", 32)).astype(float)
     narrow = made("images", snapshot, tmp_path / "2", "--num", 32, "--truncation", 0.3)
-    assert pixels_in(narrow).astype(float).std(0).mean() < wide.std(0).mean() / 2
+    assert pixels_in(narrow).astype(float).std(0).mean() < 0.7 * wide.std(0).mean()
+
+
+def test_classes_go_round_or_are_one() -> None:
+    """Row i is of class i mod num_classes; with ``of_class`` the same z, of that class."""
+    model = ModelConfig(z_dim=4, num_classes=3)
+    rows = Table(model, 0, truncation=0.5).cut(62, 68)
+    assert rows[:, 4:].argmax(1).tolist() == [2, 0, 1, 2, 0, 1]
+    assert rows[:, 4:].sum(1).tolist() == [1] * 6
+    plain = ModelConfig(z_dim=4)
+    assert torch.equal(rows[:, :4], Table(plain, 0, truncation=0.5).cut(62, 68))
+    one = Table(model, 0, of_class=1).cut(62, 68)
+    assert one[:, 4:].argmax(1).tolist() == [1] * 6
+    assert torch.equal(one[:, :4], Table(plain, 0).cut(62, 68))
+    between = latent.walk(model, Table(model, 0).rows([0, 1]), 2)[0, 1]
+    assert between[4:].tolist() == [0.5, 0.5, 0]
+
+
+def test_a_class_that_g_does_not_have_is_refused(snapshot: Path, tmp_path: Path) -> None:
+    with pytest.raises(GenerationError, match=r"--class \(3\): this G has no classes"):
+        made("grid", snapshot, tmp_path / "g.png", "--class", 3)
 
 
 def test_rows_have_the_same_z_by_number_and_by_cut() -> None:
@@ -289,12 +316,12 @@ def test_arithmetic_is_that_of_the_means() -> None:
     means, result = latent.arithmetic(a, b, c)
     assert means[:, 0].tolist() == [3, 2, 10]
     assert result.tolist() == [11] * 4
-    around = latent.neighbours(result, 0.25, seed=0)
+    around = latent.neighbours(ModelConfig(z_dim=4), result, 0.25, seed=0)
     assert torch.equal(around[4], result)
     away = (around - result).abs()
     assert away.max() <= 0.25
     assert (away[[0, 1, 2, 3, 5, 6, 7, 8]].max(1).values > 0).all()
-    assert torch.equal(around, latent.neighbours(result, 0.25, seed=0))
+    assert torch.equal(around, latent.neighbours(ModelConfig(z_dim=4), result, 0.25, seed=0))
 
 
 # -- pictures -----------------------------------------------------------------------------------
@@ -329,7 +356,8 @@ def test_a_film_repeats_and_its_frames_are_the_images(
     assert len(frames) == 7
     for frame, row in ((0, 0), (3, 4), (6, 2)):
         assert np.array_equal(frames[frame], expected[row, :, :, 0])
-    assert Image.open(tmp_path / "w.png").size == (4 * 32, 2 * 32)
+    with Image.open(tmp_path / "w.png") as grid:
+        assert grid.size == (4 * 32, 2 * 32)
     made("walk", snapshot, tmp_path / "c.gif", "--rows", "0,4,2", "--steps", 3, "--closed")
     with Image.open(tmp_path / "c.gif") as film:
         assert film.n_frames == 9  # type: ignore[attr-defined]
@@ -402,7 +430,7 @@ def test_the_hub_folder_works_with_this_pipeline_and_without(
     monkeypatch.chdir(hub)
     found = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     assert found
-    assert len(found[1].splitlines()) < 15
+    assert len(found[1].splitlines()) < 20
     names: dict[str, torch.Tensor] = {}
     exec(found[1], names)
     assert torch.allclose(names["images"], generator()(names["z"]), atol=1e-5)

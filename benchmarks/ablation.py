@@ -1,0 +1,186 @@
+"""Which options make a DCGAN on Fashion-MNIST better: one at a time over the paper's, equal budget.
+
+    python benchmarks/ablation.py --work runs/ablation         # an hour or two on two cores
+
+Every run is the real `pipeline/train.py` and `pipeline/evaluate.py` at the demo's scale (32x32, the
+same steps and images for all); the *last* snapshot is scored, not the best. Option values are those
+of the papers they come from; none was tuned. Two scores are taken of each: against 10,000
+training images, which alone may choose options, and against the 10,000 test images, which is what
+is reported. Finished runs are not repeated; the same command goes on after an interruption. Prints
+Markdown; --plot writes a picture, --json the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from loader import machine
+
+from pipeline.shards import read_index
+
+REPO = Path(__file__).resolve().parents[1]
+CONFIG = "configs/demo.yaml"
+VARIANTS: dict[str, list[str]] = {
+    "paper": [],
+    "least squares": ["model.loss=least_squares"],
+    "hinge": ["model.loss=hinge"],
+    "label smoothing 0.1": ["stability.label_smoothing=0.1"],
+    "TTUR 1e-4, 4e-4": ["optim.g_lr=1e-4", "optim.d_lr=4e-4"],
+    "DiffAugment": ["stability.augment=[color,translation,cutout]"],
+    "translation only": ["stability.augment=[translation]"],
+    "R1, gamma 1": ["stability.r1_gamma=1"],
+    "spectral norm": ["model.spectral_norm=true"],
+    "spectral norm, hinge": ["model.spectral_norm=true", "model.loss=hinge"],
+}
+EVALUATION = ["eval.num_images=2000", "eval.reference_images=10000", "tracking.wandb=disabled"]
+SPLITS = ("train", "test")
+SEEDS = 3
+
+
+class Score(NamedTuple):
+    """FD and KID (x 1000) of one run."""
+
+    fd: float
+    kid: float
+
+
+def shards(work: Path, split: str) -> Path:
+    """Prepared Fashion-MNIST at 32x32, made once."""
+    folder = work / split
+    if not (folder / "index.json").is_file():
+        words = ["fashion-mnist", "--split", split, "--out", folder, "--size", 32, "--channels", 1]
+        run("-m", "pipeline.prepare", *words)
+    return folder
+
+
+def run(*words: object, log: Path | None = None) -> None:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True)
+    if log is not None:
+        log.write_text(done.stdout + done.stderr)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def experiment(work: Path, name: str, options: list[str], seed: int, steps: int) -> Path:
+    """The folder of a finished and scored run."""
+    slug = "".join(c if c.isalnum() else "-" for c in name)
+    folder = work / f"{slug}-{seed}"
+    same = [f"run.dir={folder}", f"run.seed={seed}", "tracking.wandb=disabled"]
+    budget = [f"train.total_steps={steps}", "train.checkpoint_every=0", "train.sample_every=0"]
+    if not (folder / "FINISHED").is_file():
+        train = ["pipeline/train.py", "--config", CONFIG, *same, *budget]
+        run(*train, f"data.shards={work / 'train'}", *options, log=work / f"{slug}-{seed}.log")
+    for split in SPLITS:
+        where = [f"data.shards={work / split}", f"eval.cache_dir={work / 'references'}"]
+        run("-m", "pipeline.evaluate", "--run", folder, *where, *EVALUATION)
+        if name == "paper":  # of the same training: what G is worth without the average
+            checkpoint = max((folder / "checkpoints").glob("step_*"))
+            raw = ["--checkpoint", checkpoint, "eval.weights=raw"]
+            run("-m", "pipeline.evaluate", *raw, *where, *EVALUATION)
+    return folder
+
+
+def score(folder: Path, weights: str, reference: str) -> Score:
+    """Of the last step, against the images with this fingerprint."""
+    rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    (scores,) = [
+        row["scores"]
+        for row in rows
+        if row["weights"] == weights and row["settings"]["reference"]["data"] == reference
+    ]
+    fd = next(value for key, value in scores.items() if key.startswith("eval/fd_"))
+    kid = next(v for k, v in scores.items() if k.startswith("eval/kd_") and "_std" not in k)
+    return Score(fd, 1000 * kid)
+
+
+def said(values: list[float]) -> str:
+    return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--work", type=Path, required=True, metavar="DIR", help="for data and runs; kept")
+    add("--steps", type=int, default=1800, help="of every run (1800, the demo's)")
+    add("--seeds", type=int, default=SEEDS, help="runs of each variant (3)")
+    add("--jobs", type=int, default=2, help="runs at a time (2)")
+    add("--only", nargs="*", metavar="NAME", help="these variants")
+    add("--also", action="append", default=[], metavar="NAME:OPTION,...", help="one more variant")
+    add("--plot", type=Path, metavar="FILE.png")
+    add("--json", type=Path, metavar="FILE.json")
+    options = parser.parse_args()
+    work = options.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    references = {split: read_index(str(shards(work, split))).fingerprint for split in SPLITS}
+    variants = {k: v for k, v in VARIANTS.items() if not options.only or k in options.only}
+    for word in options.also:
+        name, _, settings = word.partition(":")
+        variants[name] = settings.split(";")
+    jobs = [(name, seed) for seed in range(options.seeds) for name in variants]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        folders = dict(
+            zip(
+                jobs,
+                pool.map(
+                    lambda j: experiment(work, j[0], variants[j[0]], j[1], options.steps), jobs
+                ),
+                strict=True,
+            )
+        )
+    table: dict[str, dict[str, list[Score]]] = {}
+    for name in variants:
+        for weights in ("raw", "ema") if name == "paper" else ("ema",):
+            label = f"{name}, no average" if weights == "raw" else name
+            table[label] = {
+                split: [
+                    score(folders[name, seed], weights, references[split])
+                    for seed in range(options.seeds)
+                ]
+                for split in SPLITS
+            }
+    print(machine())
+    print(f"{options.steps} steps of `{CONFIG}`, {options.seeds} seeds, mean ± std\n")
+    print("| variant | FD, training images | FD, test images | KID x 1000, test images |")
+    print("|---|---|---|---|")
+    for label, scores in table.items():
+        cells = [[s.fd for s in scores["train"]], [s.fd for s in scores["test"]]]
+        cells.append([s.kid for s in scores["test"]])
+        print(f"| {label} | {' | '.join(map(said, cells))} |")
+    if options.json:
+        options.json.write_text(json.dumps(table, indent=1) + "\n")
+    if options.plot:
+        plot(table, options.plot)
+
+
+def plot(table: dict[str, dict[str, list[Score]]], path: Path) -> None:
+    """Every run a point, every variant's mean a bar; the paper's as a line through all."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 0.38 * len(table) + 1), layout="constrained")
+    axes = figure.subplots()
+    names = sorted(table, key=lambda n: -mean(s.fd for s in table[n]["test"]))
+    for row, name in enumerate(names):
+        values = [s.fd for s in table[name]["test"]]
+        axes.barh(row, mean(values), color="#bcd2ee" if name != "paper" else "#f3c98b", height=0.7)
+        axes.plot(values, [row] * len(values), "o", color="#24508f", ms=4)
+    axes.axvline(mean(s.fd for s in table["paper"]["test"]), color="0.4", lw=1, ls="--")
+    axes.set(yticks=range(len(names)), yticklabels=names)
+    axes.set_xlabel("Fréchet distance to the test images at the last step (lower is better)")
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    main()

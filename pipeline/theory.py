@@ -1,0 +1,331 @@
+"""Figure 1 of Goodfellow et al. 2014 from a real training, and its theorems in numbers.
+
+    python -m pipeline.theory --out theory.png          # and theory.json
+
+In one dimension p_data is a Gaussian, G and D are small networks trained by ``pipeline.losses``, and
+everything is measured by numeric integration: the value function V(D, G) of equation 1, the best
+D* = p_data / (p_data + p_g) of proposition 1, and C(G) = -log 4 + 2 JSD(p_data, p_g) of theorem 1,
+whose minimum -log 4 is reached where p_g = p_data and D = 1/2 everywhere. Needs matplotlib (extra
+``figures``); no data, a minute on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.errors import GenerationError, one_clear_message
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    Values = NDArray[np.float64]
+
+MEAN, STD = 0.0, 0.5  # of p_data
+LEFT, RIGHT, BINS = -2.5, 2.5, 500  # where densities are integrated
+SUPPORT = 0.02  # of the highest density: D is undefined where there is nothing
+BATCH, D_STEPS = 1024, 4  # samples of each kind in an update, and k of algorithm 1
+G_LR, D_LR = 1e-3, 2e-3
+TITLES = (
+    "(a) at first",
+    "(b) D trained alone: D = D*",
+    "(c) G follows the slope of D",
+    "(d) at the end: D = 1/2",
+)
+
+
+class Moment(NamedTuple):
+    """What is measured of a pair (G, D); curves are (BINS,) over the bins' centres."""
+
+    title: str
+    p_g: Values
+    D: Values
+    best_D: Values
+    from_z: Values
+    """G(z) of 21 equidistant z."""
+    value: float
+    jsd: float
+    """Jensen-Shannon divergence in nats."""
+    off_best: float
+    """max |D - D*| where p_data or p_g is."""
+    off_half: float
+    """max |D - 1/2| where p_data or p_g is."""
+
+
+def centres() -> Values:
+    """(BINS,): the middle of each bin."""
+    import numpy as np
+
+    edges = np.linspace(LEFT, RIGHT, BINS + 1)
+    middles: Values = (edges[1:] + edges[:-1]) / 2
+    return middles
+
+
+def p_data() -> Values:
+    """(BINS,): the density of the data."""
+    import numpy as np
+
+    density: Values = np.exp(-((centres() - MEAN) ** 2) / (2 * STD**2)) / math.sqrt(
+        2 * math.pi * STD**2
+    )
+    return density
+
+
+def measure(title: str, G: nn.Module, D: nn.Module) -> Moment:
+    """Densities and theorems of a pair; p_g from 200,000 equidistant z through G."""
+    import numpy as np
+    import torch
+
+    width, real = (RIGHT - LEFT) / BINS, p_data()
+    count = 200_000
+    with torch.no_grad():
+        z = (torch.arange(count) + 0.5) / count * 2 - 1
+        x = G(z[:, None])[:, 0].numpy()
+        judged = D(torch.from_numpy(centres()).float()[:, None])[:, 0].sigmoid().double().numpy()
+        from_z = G(torch.linspace(-1, 1, 21)[:, None])[:, 0].double().numpy()
+    drawn = np.histogram(x, BINS, (LEFT, RIGHT))[0] / count / width
+    both = real + drawn
+    there = np.maximum(real, drawn) > SUPPORT * real.max()
+    best = np.divide(real, both, out=np.full(BINS, 0.5), where=both > 0)
+
+    def mean_log(weights: Values, values: Values) -> float:
+        return float((weights * np.log(np.maximum(values, 1e-300))).sum() * width)
+
+    half = both / 2
+    jsd = mean_log(real, real / half) / 2 + (
+        mean_log(drawn, np.divide(drawn, half, out=np.ones(BINS), where=drawn > 0)) / 2
+    )
+    return Moment(
+        *(title, drawn, judged, best, from_z),
+        value=mean_log(real, judged) + mean_log(drawn, 1 - judged),
+        jsd=jsd,
+        off_best=float(np.abs(judged - best)[there].max()),
+        off_half=float(np.abs(judged - 0.5)[there].max()),
+    )
+
+
+class Pair:
+    """G and D in one dimension, and their updates; every draw is a function of (seed, number)."""
+
+    def __init__(self, seed: int) -> None:
+        from torch.optim import Adam
+
+        self.seed, self.drawn = seed, 0
+        self.G, self.D = _network(seed, "G", scale=0.6), _network(seed, "D")
+        self.opt_G = Adam(self.G.parameters(), lr=G_LR, betas=(0.5, 0.99), fused=True)
+        self.opt_D = Adam(self.D.parameters(), lr=D_LR, betas=(0.5, 0.99), fused=True)
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """(x, z), each (BATCH, 1): x from p_data, z uniform on [-1, 1)."""
+        import torch
+
+        from pipeline.sampling import stream
+
+        draws = stream(self.seed, "theory", self.drawn)
+        self.drawn += 1
+        x = torch.randn(BATCH, 1, generator=draws) * STD + MEAN
+        return x, torch.rand(BATCH, 1, generator=draws) * 2 - 1
+
+    def update_D(self) -> None:
+        """One step up V(D, G)."""
+        from pipeline.losses import discriminator_loss
+
+        x, z = self.batch()
+        self.opt_D.zero_grad()
+        discriminator_loss(self.D(x)[:, 0], self.D(self.G(z).detach())[:, 0]).backward()
+        self.opt_D.step()
+
+    def update_G(self) -> None:
+        """One step of the non-saturating objective (section 3)."""
+        from pipeline.losses import non_saturating
+
+        _, z = self.batch()
+        self.opt_G.zero_grad()
+        non_saturating(self.D(self.G(z))[:, 0]).backward()
+        self.opt_G.step()
+
+    def at_rate(self, share: float) -> None:
+        """Set both learning rates to a share of the first ones."""
+        for optimizer, rate in ((self.opt_G, G_LR), (self.opt_D, D_LR)):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * share
+
+
+def _network(seed: int, name: str, scale: float = 1.0) -> torch.nn.Sequential:
+    """1 -> 1 with two hidden layers of 64 tanh units; weights a function of the seed."""
+    import torch
+    from torch import nn
+
+    from pipeline.sampling import stream
+
+    draws = stream(seed, f"theory: weights of {name}")
+    layers = [nn.Linear(1, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)]
+    with torch.no_grad():
+        for layer in layers[::2]:
+            assert isinstance(layer, nn.Linear)
+            layer.weight.normal_(0, scale * layer.in_features**-0.5, generator=draws)
+            layer.bias.zero_()
+    return nn.Sequential(*layers)
+
+
+def play(seed: int, steps: int) -> list[Moment]:
+    """The four moments of the figure; the last after ``steps`` steps of G."""
+    pair = Pair(seed)
+    moments: list[Moment] = []
+
+    def look() -> None:
+        moments.append(measure(TITLES[len(moments)], pair.G, pair.D))
+
+    for _ in range(30):
+        pair.update_D()
+    look()
+    for number in range(2000):
+        pair.at_rate(1 - number / 2000)
+        pair.update_D()
+    look()
+    pair.at_rate(1)
+    for _ in range(30):
+        pair.update_G()
+    look()
+    for step in range(steps):
+        pair.at_rate(1 - step / steps)  # else both circle around the end
+        for _ in range(D_STEPS):
+            pair.update_D()
+        pair.update_G()
+    look()
+    return moments
+
+
+# -- what people see ----------------------------------------------------------------------------
+
+
+def draw(moments: list[Moment]) -> bytes:
+    """A PNG like the paper's figure 1: densities and D above, the map from z to x below."""
+    import io
+
+    import matplotlib as mpl
+    import numpy as np
+    from matplotlib.figure import Figure
+    from matplotlib.patches import ConnectionPatch
+
+    x, z = centres(), np.linspace(-1, 1, 21)
+    with mpl.rc_context({"font.size": 9, "svg.hashsalt": "theory"}):
+        figure = Figure(figsize=(12, 3.9), layout="constrained")
+        above, below = figure.subplots(2, len(moments), sharey="row", height_ratios=(5, 1.6))
+        for top, low, moment in zip(above, below, moments, strict=True):
+            top.plot(x, p_data(), "k:", lw=1.8, label="$p_{data}$")
+            top.plot(x, moment.p_g, "-", color="#2a9d3a", lw=1.6, label="$p_g$")
+            top.plot(x, moment.D, "--", color="#1f5fd0", lw=1.6, label="$D$")
+            top.plot(x, moment.best_D, "-", color="#1f5fd0", lw=5, alpha=0.15, label="$D^*$")
+            top.axhline(0.5, color="0.8", lw=0.8, zorder=0)
+            top.set(title=moment.title, xlim=(-1.9, 1.9), ylim=(0, 1.65), xticks=[])
+            top.text(
+                *(0.02, 0.97),
+                f"V = {moment.value:.3f}\nJSD = {moment.jsd:.4f}\n|D-½| < {moment.off_half:.3f}",
+                transform=top.transAxes,
+                va="top",
+                fontsize=8,
+            )
+            low.set(xlim=(-1.9, 1.9), ylim=(0, 1), xticks=[], yticks=[])
+            low.axis("off")
+            for start, end in zip(z, moment.from_z, strict=True):
+                low.add_patch(
+                    ConnectionPatch(
+                        *((start, 0.08), (float(np.clip(end, -1.9, 1.9)), 0.95)),
+                        *("data", "data"),
+                        axesA=low,
+                        axesB=low,
+                        arrowstyle="-|>",
+                        mutation_scale=6,
+                        lw=0.7,
+                        color="0.25",
+                    )
+                )
+            low.plot([-1, 1], [0.06, 0.06], "k-", lw=1.2)
+            low.plot([-1.9, 1.9], [0.97, 0.97], "k-", lw=1.2)
+        below[0].text(-1.85, 0.03, "z", fontsize=10)
+        below[0].text(-1.85, 0.72, "x", fontsize=10)
+        above[0].legend(loc="upper right", frameon=False, fontsize=8)
+        out = io.BytesIO()
+        figure.savefig(out, dpi=110, metadata={"Software": None})
+    return out.getvalue()
+
+
+def table(moments: list[Moment]) -> str:
+    """The theorems in numbers: V against C(G), which is V at D*, and what is left to the ends."""
+    lines = [f"{'':<30}{'V(D, G)':>10}{'C(G)':>10}{'JSD':>10}{'max|D-D*|':>11}{'max|D-1/2|':>12}"]
+    for one in moments:
+        lines.append(
+            f"{one.title:<30}{one.value:>10.4f}{_best_value(one):>10.4f}{one.jsd:>10.5f}"
+            f"{one.off_best:>11.4f}{one.off_half:>12.4f}"
+        )
+    lines.append(f"-log 4 = {-math.log(4):.4f}; C(G) = -log 4 + 2 JSD (equation 6)")
+    return "\n".join(lines)
+
+
+def _best_value(moment: Moment) -> float:
+    return -math.log(4) + 2 * moment.jsd
+
+
+def summary(moments: list[Moment], seed: int, steps: int) -> dict[str, Any]:
+    """The numbers of the figure as JSON."""
+    names = ("title", "value", "jsd", "off_best", "off_half")
+    rows = [
+        {name: getattr(one, name) for name in names} | {"C": _best_value(one)} for one in moments
+    ]
+    return {"seed": seed, "steps": steps, "minus_log_4": -math.log(4), "moments": rows}
+
+
+def main() -> None:
+    """Parse the command line, train and draw; exit code 2 on a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.theory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the figure")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and samples (0)")
+    parser.add_argument("--steps", type=int, default=3000, help="steps of G to the end (3000)")
+    options = parser.parse_args()
+    if options.out.suffix != ".png":
+        parser.error(f"--out ({options.out}): must end in .png")
+    if not (options.steps >= 1 and 0 <= options.seed < 2**63):
+        parser.error("--steps must be at least 1, --seed between 0 and 2**63 - 1")
+    with one_clear_message():
+        make(options.out, options.seed, options.steps)
+
+
+def make(out: Path, seed: int, steps: int) -> None:
+    """Train and write the figure and, beside it, its numbers as JSON."""
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise GenerationError(
+            "theory: needs matplotlib; install with: pip install 'dcgan-pipeline[figures]'"
+        )
+    import torch
+
+    from pipeline.durable import publish
+
+    torch.set_num_threads(1)  # so small that more threads only wait for each other
+    moments = play(seed, steps)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        publish(out, draw(moments))
+        numbers = json.dumps(summary(moments, seed, steps), indent=1)
+        publish(out.with_suffix(".json"), f"{numbers}\n".encode())
+    except OSError as error:
+        raise GenerationError(f"--out ({out}): cannot be written: {error}.") from None
+    print(table(moments), flush=True)
+    print(f"written: {out} and {out.with_suffix('.json').name}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
