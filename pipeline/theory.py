@@ -2,7 +2,7 @@
 
     python -m pipeline.theory --out theory.png          # and theory.json
 
-In one dimension p_data is a Gaussian, G and D are small networks trained by ``pipeline.losses``, and
+In one dimension p_data is a Gaussian, G and D are small networks, the losses the pipeline's, and
 everything is measured by numeric integration: the value function V(D, G) of equation 1, the best
 D* = p_data / (p_data + p_g) of proposition 1, and C(G) = -log 4 + 2 JSD(p_data, p_g) of theorem 1,
 whose minimum -log 4 is reached where p_g = p_data and D = 1/2 everywhere. Needs matplotlib (extra
