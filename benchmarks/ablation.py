@@ -2,12 +2,13 @@
 
     python benchmarks/ablation.py --work runs/ablation         # an hour or two on two cores
 
-Every run is the real `pipeline/train.py` and `pipeline/evaluate.py` at the demo's scale (32x32, the
-same steps and images for all); the *last* snapshot is scored, not the best. Option values are those
-of the papers they come from; none was tuned. Options are compared by their distance to training
-images, which alone may choose among them; the paper's set and the sets given by --also are scored
-against the 10,000 test images too, and that is what is reported. Finished runs are not repeated; the same command goes on after an interruption. Prints
-Markdown; --plot writes a picture, --json the numbers.
+Every run is the real `pipeline/train.py` and `pipeline/evaluate.py` on the demo's networks (32x32,
+the same steps and images for all); the *last* snapshot is scored, not the best. Option values are
+those of the papers they come from; none was tuned. Options are compared by their distance to
+training images, which alone may choose among them; the paper's set and the sets given by --also are
+scored against the 10,000 test images too, and that is what is reported. Finished runs are not
+repeated; the same command goes on after an interruption. Prints Markdown; --plot writes a picture,
+--json the numbers.
 """
 
 from __future__ import annotations
