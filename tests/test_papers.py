@@ -49,17 +49,19 @@ def test_nothing_overflows_in_many_dimensions() -> None:
     torch.testing.assert_close(found, apart, rtol=1e-12, atol=0)
 
 
-def test_a_known_gaussian_scores_its_entropy() -> None:
-    """Data N(0.5, 0.2^2) in 2 dimensions, 20,000 samples: the window's mean log-likelihood is near
-    minus the entropy, -log(2 pi e sigma^2), and its error bar is right; never above by much.
+def test_a_known_gaussian_scores_what_calculus_says() -> None:
+    """Many samples of N(0.5, 0.2^2) in 2 dimensions: the window tends to N(0.5, v), v = 0.2^2 +
+    sigma^2, whose mean log-likelihood is -log(2 pi v) - 0.2^2 / v, with deviation 0.2^2 / v.
     """
-    draw = lambda name, n: torch.randn(n, 2, generator=stream(0, name)) * 0.2 + 0.5  # noqa: E731
-    mean, error, sigma = parzen(draw("s", 20_000), draw("v", 500), draw("t", 4_000))
-    entropy = math.log(2 * math.pi * math.e * 0.2**2)
-    assert mean == pytest.approx(-entropy, abs=0.15)
-    assert mean < -entropy + 3 * error
-    assert error == pytest.approx(1 / math.sqrt(4_000), rel=0.1)  # log p has variance D / 2 = 1
+    drawn = {
+        name: torch.randn(n, 2, generator=stream(0, name)) * 0.2 + 0.5
+        for name, n in (("samples", 20_000), ("validation", 200), ("test", 2_000))
+    }
+    mean, error, sigma = parzen(*drawn.values())
     assert sigma == SIGMAS[0]  # so many samples: the narrowest
+    v = 0.2**2 + sigma**2
+    assert error == pytest.approx(0.2**2 / v / math.sqrt(2_000), rel=0.1)
+    assert mean == pytest.approx(-math.log(2 * math.pi * v) - 0.2**2 / v, abs=3 * error)
 
 
 def test_sigma_is_the_best_of_the_range_for_the_validation_images() -> None:
