@@ -123,6 +123,8 @@ class TrainConfig:
     """NHWC memory layout for the convolutions."""
     compile: bool = _may_change(False)
     """torch.compile both networks."""
+    cuda_graph: bool = _may_change(False)
+    """Replay each update as one CUDA graph (one GPU, bf16 or fp32, no random draws in D)."""
     checkpoint_every: int = _may_change(1000)
     """Steps between checkpoints; 0 = only at the end, on a signal and by the clock."""
     checkpoint_minutes: float = _may_change(15.0)

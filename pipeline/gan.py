@@ -18,10 +18,11 @@ from torch.optim import Adam
 
 from pipeline.augment import augment
 from pipeline.config import Config
-from pipeline.errors import NonFiniteLoss
+from pipeline.errors import ConfigError, NonFiniteLoss
 from pipeline.guard import FiniteGuard
 from pipeline.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, gradient_penalty
 from pipeline.models import init_weights, make_discriminator, make_generator, update_ema
+from pipeline.replay import Replayed
 from pipeline.sampling import stream
 from pipeline.spectral import follow_weights
 
@@ -47,9 +48,13 @@ class GAN:
         if config.train.sync_batchnorm and accelerator.device.type == "cuda":
             self.G = nn.SyncBatchNorm.convert_sync_batchnorm(self.G)
             self.D = nn.SyncBatchNorm.convert_sync_batchnorm(self.D)
-        betas = (config.optim.beta1, config.optim.beta2)
-        opt_G = Adam(self.G.parameters(), lr=config.optim.g_lr, betas=betas, fused=True)
-        opt_D = Adam(self.D.parameters(), lr=config.optim.d_lr, betas=betas, fused=True)
+        adam: dict[str, Any] = {
+            "betas": (config.optim.beta1, config.optim.beta2),
+            "capturable": config.train.cuda_graph and accelerator.device.type == "cuda",
+            "fused": True,
+        }
+        opt_G = Adam(self.G.parameters(), lr=config.optim.g_lr, **adam)
+        opt_D = Adam(self.D.parameters(), lr=config.optim.d_lr, **adam)
         scaled = accelerator.scaler is not None
         self.guard = FiniteGuard(
             [] if scaled else [opt_G, opt_D],
@@ -66,6 +71,17 @@ class GAN:
         self._loss_G = GENERATOR_LOSSES[config.model.loss]
         self._policy = tuple(config.stability.augment)
         self._fakes: list[Tensor] = []
+        if config.train.cuda_graph:
+            if accelerator.num_processes > 1:
+                raise ConfigError(
+                    "train.cuda_graph (true): works with one process only; must be false with "
+                    f"{accelerator.num_processes}."
+                )
+            pool = torch.cuda.graph_pool_handle() if accelerator.device.type == "cuda" else None
+            self._replay_D, self._replay_G = (
+                Replayed(lambda x, z, y: self._step_D(x, z, y, 0, 0), pool),
+                Replayed(lambda z, y: self._step_G(z, y, 0), pool),
+            )
 
     def update_D(
         self,
@@ -87,33 +103,10 @@ class GAN:
         Returns:
             (3,) float: loss, mean D(x), mean D(G(z)), over this rank's micro-batches; without R1.
         """
-        stability, smoothing = self.config.stability, self.config.stability.label_smoothing
-        penalised = stability.r1_gamma > 0 and turn == 0 and step % stability.r1_every == 0
-        totals = torch.zeros(3, device=self.accelerator.device)
-        whole = torch.zeros((), device=self.accelerator.device)
-        self._fakes.clear()
-        for k, (x, noise) in enumerate(zip(real, z, strict=True)):
-            fake = self._fake_for_D(noise, turn)
-            draws, classes = self._draws("D", step, turn, k), y[k] if y else None
-            x.requires_grad_(penalised)
-            with self._reduced_at_the_end(self._D, k):
-                # Separate passes: BatchNorm must not mix real with generated statistics.
-                real_logits = self._judge(self._D, x, classes, draws)
-                fake_logits = self._judge(self._D, fake.detach(), classes, draws)
-                loss = objective = self._loss_D(real_logits, fake_logits, smoothing)
-                if penalised:  # half of gamma, for all the steps that go without
-                    weight = stability.r1_gamma / 2 * stability.r1_every
-                    objective = loss + weight * gradient_penalty(real_logits, x)
-                self.accelerator.backward(objective / self.accumulation)
-            with torch.no_grad():
-                scores = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
-                totals += torch.stack([loss, *scores]) / self.accumulation
-                whole += objective / self.accumulation
-        self.guard.check(whole, "D", step)
-        self.opt_D.step()
-        self.opt_D.zero_grad(set_to_none=True)
-        follow_weights(self.D)
-        return totals
+        self.guard.begin(step)
+        if self.config.train.cuda_graph:
+            return self._replay_D(real, z, y)
+        return self._step_D(real, z, y, step, turn)
 
     def update_G(self, z: Sequence[Tensor], step: int, y: Sequence[Tensor] | None = None) -> Tensor:
         """Step G against the updated D, by the configured objective; returns the loss, a scalar.
@@ -123,21 +116,10 @@ class GAN:
             step: from 1.
             y: its classes, as in ``update_D``.
         """
-        total = torch.zeros((), device=self.accelerator.device)
-        # D only passes gradients through: its weight gradients are neither computed nor reduced.
-        self.D.requires_grad_(False)
-        for k, noise in enumerate(z):
-            draws, classes = self._draws("G", step, 0, k), y[k] if y else None
-            with self._reduced_at_the_end(self._G, k):
-                fake = self._fakes.pop() if self._fakes else self._G(noise)
-                loss = self._loss_G(self._judge(self.D, fake, classes, draws))
-                self.accelerator.backward(loss / self.accumulation)
-            total += loss.detach() / self.accumulation
-        self.D.requires_grad_(True)
-        self.guard.check(total, "G", step)
-        self.opt_G.step()
-        self.opt_G.zero_grad(set_to_none=True)
-        return total
+        self.guard.begin(step)
+        if self.config.train.cuda_graph:
+            return self._replay_G(z, y)
+        return self._step_G(z, y, step)
 
     def update_average(self) -> None:
         """G_ema <- decay * G_ema + (1 - decay) * G."""
@@ -174,6 +156,59 @@ class GAN:
             network.load_state_dict(weights[name])
         for name, optimizer in self.optimizers().items():
             optimizer.load_state_dict(optimizers[name])
+
+    def _step_D(
+        self,
+        real: Sequence[Tensor],
+        z: Sequence[Tensor],
+        y: Sequence[Tensor] | None,
+        step: int,
+        turn: int,
+    ) -> Tensor:
+        stability, smoothing = self.config.stability, self.config.stability.label_smoothing
+        penalised = stability.r1_gamma > 0 and turn == 0 and step % stability.r1_every == 0
+        totals = torch.zeros(3, device=self.accelerator.device)
+        whole = torch.zeros((), device=self.accelerator.device)
+        self._fakes.clear()
+        for k, (x, noise) in enumerate(zip(real, z, strict=True)):
+            fake = self._fake_for_D(noise, turn)
+            draws, classes = self._draws("D", step, turn, k), y[k] if y else None
+            x.requires_grad_(penalised)
+            with self._reduced_at_the_end(self._D, k):
+                # Separate passes: BatchNorm must not mix real with generated statistics.
+                real_logits = self._judge(self._D, x, classes, draws)
+                fake_logits = self._judge(self._D, fake.detach(), classes, draws)
+                loss = objective = self._loss_D(real_logits, fake_logits, smoothing)
+                if penalised:  # half of gamma, for all the steps that go without
+                    weight = stability.r1_gamma / 2 * stability.r1_every
+                    objective = loss + weight * gradient_penalty(real_logits, x)
+                self.accelerator.backward(objective / self.accumulation)
+            with torch.no_grad():
+                scores = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
+                totals += torch.stack([loss, *scores]) / self.accumulation
+                whole += objective / self.accumulation
+        self.guard.check(whole, "D")
+        self.opt_D.step()
+        self.opt_D.zero_grad(set_to_none=True)
+        follow_weights(self.D)
+        return totals
+
+    def _step_G(self, z: Sequence[Tensor], y: Sequence[Tensor] | None, step: int) -> Tensor:
+        total = torch.zeros((), device=self.accelerator.device)
+        # D only passes gradients through: its weight gradients are neither computed nor reduced.
+        self.D.requires_grad_(False)
+        for k, noise in enumerate(z):
+            draws, classes = self._draws("G", step, 0, k), y[k] if y else None
+            with self._reduced_at_the_end(self._G, k):
+                fake = self._fakes.pop() if self._fakes else self._G(noise)
+                loss = self._loss_G(self._judge(self.D, fake, classes, draws))
+                self.accelerator.backward(loss / self.accumulation)
+            total += loss.detach() / self.accumulation
+        self.D.requires_grad_(True)
+        self.guard.check(total, "G")
+        self.opt_G.step()
+        self.opt_G.zero_grad(set_to_none=True)
+        return total
 
     def _judge(
         self, D: nn.Module, images: Tensor, y: Tensor | None, draws: torch.Generator | None

@@ -35,16 +35,24 @@ class FiniteGuard:
         self.rank, self.world_size = rank, world_size
         self._tripped = torch.zeros((), device=device)
         self._first = torch.full((2,), -1.0, device=device)  # step and network of the first fault
+        self._step = torch.zeros((), device=device)
+        self._names = {name: torch.tensor(float(ord(name)), device=device) for name in "DG"}
         for optimizer in optimizers:
             optimizer.found_inf = self._tripped  # type: ignore[attr-defined]
 
-    def check(self, loss: Tensor, name: str, step: int) -> None:
-        """Look at a loss (scalar) before the backward pass is applied."""
+    def begin(self, step: int) -> None:
+        """The step that the losses to come belong to."""
+        self._step.fill_(step)
+
+    def check(self, loss: Tensor, name: str) -> None:
+        """Look at a loss (scalar) of network ``D`` or ``G`` before its gradients are applied.
+
+        Everything it reads and writes stays in its place, so a CUDA graph may hold it.
+        """
         bad = (~torch.isfinite(loss.detach())).float()
-        here = torch.tensor([step, ord(name)], dtype=torch.float32)
-        self._first = torch.where(
-            (bad > 0) & (self._first[0] < 0), here.to(bad.device, non_blocking=True), self._first
-        )
+        here = torch.stack([self._step, self._names[name]])
+        first = (bad > 0) & (self._first[0] < 0)
+        self._first.copy_(torch.where(first, here, self._first))
         self._tripped.copy_(torch.maximum(self._tripped, bad))
         if self.world_size > 1:
             dist.all_reduce(self._tripped, dist.ReduceOp.MAX)

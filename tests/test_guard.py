@@ -104,8 +104,9 @@ def test_the_fused_kernel_skips_the_update(first_step: bool) -> None:
     before = [p.detach().clone() for p in parameters]
     if not first_step:
         before = step(1.0)
+    guard.begin(5)
     with pytest.raises(NonFiniteLoss):
-        guard.check(torch.tensor(float("nan")), "D", 5)
+        guard.check(torch.tensor(float("nan")), "D")
     for gradient in (float("nan"), float("inf"), 1.0):
         after = step(gradient)
         if first_step:  # Adam has made its state of zeros by now
@@ -119,7 +120,7 @@ def test_finite_losses_pass() -> None:
     """However large: only NaN and infinity stop a run."""
     guard = FiniteGuard([], torch.device("cpu"), 0, 1)
     for loss in (0.0, -1.0, 1e38, -1e38):
-        guard.check(torch.tensor(loss), "G", 1)
+        guard.check(torch.tensor(loss), "G")
     guard.raise_if_tripped()
 
 
@@ -127,8 +128,9 @@ def test_the_first_fault_is_the_one_named() -> None:
     """Later faults follow from the first; they do not replace it in the message."""
     guard = FiniteGuard([], torch.device("cpu"), 3, 1)
     for name, step in (("G", 7), ("D", 8)):
+        guard.begin(step)
         with pytest.raises(NonFiniteLoss, match=r"loss/G .* at step 7 on rank 3;"):
-            guard.check(torch.tensor(float("inf")), name, step)
+            guard.check(torch.tensor(float("inf")), name)
 
 
 def _fault_on_rank_1(folder: str) -> None:
