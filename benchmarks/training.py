@@ -155,6 +155,8 @@ OURS: dict[str, list[str]] = {
     "ours": [],
     "ours, fp32": ["train.precision=fp32"],
 }
+if torch.cuda.is_available():
+    OURS["ours, CUDA graphs"] = ["train.cuda_graph=true"]
 BASELINES = {"reference loop": "png", "webdataset": "jpg", "Accelerate": "png"}
 
 
