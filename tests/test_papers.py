@@ -225,7 +225,9 @@ def test_a_short_game_shows_the_theorems(tmp_path: Path) -> None:
             1, abs=0.02
         )
     pytest.importorskip("matplotlib", reason="the extra figures is not installed")
-    assert theory.draw(moments)[:8] == b"\x89PNG\r\n\x1a\n"
+    from pipeline.theory_figure import draw
+
+    assert draw(moments)[:8] == b"\x89PNG\r\n\x1a\n"
     numbers = theory.summary(moments, 0, 400)
     assert json.loads(json.dumps(numbers))["moments"][3]["value"] == last.value
 
