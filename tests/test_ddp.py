@@ -225,7 +225,8 @@ SAY_THREADS = """
 import torch
 from pipeline import distributed
 distributed.start("fp32")
-print("threads", torch.get_num_threads())
+# One write, so that the lines of two ranks cannot interleave.
+print(f"threads {torch.get_num_threads()}\\n", end="")
 """
 
 
