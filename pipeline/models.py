@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import ModelConfig
+from pipeline.convolution import Down, Up
 from pipeline.mlp import D_RANGE, G_RANGE, MLPDiscriminator, MLPGenerator
 from pipeline.spectral import FIRST_ITERATIONS, follow_weights, normalise_weights, raw_weight
 
@@ -45,14 +46,8 @@ class Generator(nn.Module):
             layers[f"norm_{size}"] = nn.BatchNorm2d(width, track_running_stats=standing)
             layers[f"relu_{size}"] = nn.ReLU(inplace=True)  # (N, width, size, size)
             last = index + 1 == len(widths)
-            layers["to_image" if last else f"up_{2 * size}"] = nn.ConvTranspose2d(
-                width,
-                config.channels if last else widths[index + 1],
-                config.kernel_size,
-                stride=2,
-                padding=(config.kernel_size - 1) // 2,
-                output_padding=config.kernel_size % 2,  # exactly doubles the size for 4 and 5
-                bias=False,
+            layers["to_image" if last else f"up_{2 * size}"] = Up(
+                width, config.channels if last else widths[index + 1], config.kernel_size
             )
         layers["tanh"] = nn.Tanh()
         self.layers = nn.Sequential(layers)
@@ -78,17 +73,11 @@ class Discriminator(nn.Module):
         before = config.channels
         for index, width in enumerate(widths):
             size = config.image_size // 2 ** (index + 1)
-            layers[f"down_{size}"] = nn.Conv2d(
-                before,
-                width,
-                config.kernel_size,
-                stride=2,
-                padding=(config.kernel_size - 1) // 2,
-                bias=config.spectral_norm,
+            layers[f"down_{size}"] = Down(
+                before, width, config.kernel_size, bias=config.spectral_norm
             )
-            if (
-                index > 0 and not config.spectral_norm
-            ):  # no BatchNorm on D's input layer (section 3)
+            # No BatchNorm on D's input layer (section 3).
+            if index > 0 and not config.spectral_norm:
                 layers[f"norm_{size}"] = nn.BatchNorm2d(width, track_running_stats=False)
             layers[f"leaky_{size}"] = nn.LeakyReLU(LEAK, inplace=True)  # (N, width, size, size)
             before = width

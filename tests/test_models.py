@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.config import ModelConfig
+from pipeline.convolution import Down, Up
 from pipeline.models import Discriminator, Generator, init_weights, num_halvings, update_ema
 from pipeline.sampling import stream
 
@@ -94,11 +95,12 @@ def test_the_architecture_guidelines(size: int) -> None:
     """No pooling, no dense layer, no bias before BatchNorm; BatchNorm and activations in place."""
     config = small(image_size=size)
     n = num_halvings(config)
-    up = [nn.ConvTranspose2d, nn.BatchNorm2d, nn.ReLU]
-    down = [nn.Conv2d, nn.BatchNorm2d, nn.LeakyReLU]
+    assert issubclass(Up, nn.ConvTranspose2d)
+    assert issubclass(Down, nn.Conv2d)
+    up, down = [nn.BatchNorm2d, nn.ReLU, Up], [Down, nn.BatchNorm2d, nn.LeakyReLU]
     g, d = (list(network(config).layers) for network in (Generator, Discriminator))
-    assert [type(layer) for layer in g] == up * n + [nn.ConvTranspose2d, nn.Tanh]
-    assert [type(layer) for layer in d] == [down[0], down[2]] + down * (n - 1) + [nn.Conv2d]
+    assert [type(layer) for layer in g] == [nn.ConvTranspose2d, *up * n, nn.Tanh]
+    assert [type(layer) for layer in d] == [Down, nn.LeakyReLU, *down * (n - 1), nn.Conv2d]
     convolutions = [layer for layer in g + d if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)]
     assert all(layer.bias is None for layer in convolutions)
     strides = [layer.stride for layer in convolutions]

@@ -1,0 +1,122 @@
+"""The strided convolutions of both networks, and a faster gradient of their weights on CPUs.
+
+oneDNN's gradient of a weight spreads the positions of a map over registers. On the 4x4 map, which
+every size of these networks has, there are too few: in bf16 it runs at a quarter to two thirds of
+the speed of a matrix product (``benchmarks/step.py``). There the gradient is computed as one
+product instead: the same sums, of bf16 factors, in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, conv_transpose2d, pad
+
+MAX_POSITIONS = 16  # of the smaller map; from 8x8 on oneDNN is as fast or faster
+
+
+class Down(nn.Conv2d):
+    """``nn.Conv2d`` that halves a map: stride 2, padding (kernel - 1) // 2."""
+
+    def __init__(self, before: int, width: int, kernel: int, *, bias: bool = False) -> None:
+        super().__init__(before, width, kernel, 2, (kernel - 1) // 2, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, before, 2h, 2w) float -> (N, width, h, w)."""
+        positions = x.shape[2] * x.shape[3] // 4
+        if self.bias is not None or not _as_a_product(self.weight, x, positions):
+            return super().forward(x)
+        y: Tensor = _Down.apply(x.bfloat16(), self.weight.bfloat16())
+        return y
+
+
+class Up(nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` that exactly doubles a map, for kernels of 4 and 5."""
+
+    def __init__(self, before: int, width: int, kernel: int) -> None:
+        padding = (kernel - 1) // 2
+        super().__init__(before, width, kernel, 2, padding, kernel % 2, bias=False)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(N, before, h, w) float -> (N, width, 2h, 2w)."""
+        if not _as_a_product(self.weight, x, x.shape[2] * x.shape[3]):
+            return super().forward(x, output_size)
+        y: Tensor = _Up.apply(x.bfloat16(), self.weight.bfloat16())
+        return y
+
+
+def _as_a_product(weight: Tensor, x: Tensor, positions: int) -> bool:
+    return (
+        positions <= MAX_POSITIONS
+        and x.device.type == "cpu"
+        and weight.requires_grad
+        and torch.is_grad_enabled()
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and not torch.compiler.is_compiling()
+    )
+
+
+class _Down(torch.autograd.Function):
+    """(N, C, 2h, 2w), weight (O, C, k, k) -> (N, O, h, w)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _down(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, weight = ctx.saved_tensors
+        of_x = _up(gradient, weight) if ctx.needs_input_grad[0] else None
+        return of_x, weight_gradient(x, gradient, weight.shape[-1])
+
+
+class _Up(torch.autograd.Function):
+    """(N, O, h, w), weight (O, C, k, k) -> (N, C, 2h, 2w): the transpose of ``_Down``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _up(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, weight = ctx.saved_tensors
+        of_x = _down(gradient, weight) if ctx.needs_input_grad[0] else None
+        return of_x, weight_gradient(gradient, x, weight.shape[-1])
+
+
+def _down(x: Tensor, weight: Tensor) -> Tensor:
+    return conv2d(x, weight, stride=2, padding=(weight.shape[-1] - 1) // 2)
+
+
+def _up(x: Tensor, weight: Tensor) -> Tensor:
+    kernel = weight.shape[-1]
+    return conv_transpose2d(
+        x, weight, stride=2, padding=(kernel - 1) // 2, output_padding=kernel % 2
+    )
+
+
+def weight_gradient(large: Tensor, small: Tensor, kernel: int) -> Tensor:
+    """Gradient of the weight between two maps, one side's values by the other side's gradients.
+
+    Args:
+        large: (N, C, 2h, 2w): input of ``Down``, or gradient of the output of ``Up``.
+        small: (N, O, h, w): gradient of the output of ``Down``, or input of ``Up``.
+        kernel: k, 4 or 5.
+
+    Returns:
+        (O, C, k, k): sum over n, y, x of small[n, o, y, x] * large[n, c, 2y+i-p, 2x+j-p], where
+        p = (k - 1) // 2. Differentiable.
+    """
+    channels, width, before = large.shape[1], small.shape[1], (kernel - 1) // 2
+    after = kernel - 2 - before
+    rows = pad(large.permute(0, 2, 3, 1), (0, 0, before, after, before, after))
+    # (N, h, w, k, k, C): the windows that the positions of the small map have seen.
+    windows = rows.unfold(1, kernel, 2).unfold(2, kernel, 2).permute(0, 1, 2, 4, 5, 3)
+    seen = windows.reshape(-1, kernel * kernel * channels)
+    product = small.permute(0, 2, 3, 1).reshape(-1, width).t() @ seen
+    return product.view(width, kernel, kernel, channels).permute(0, 3, 1, 2)

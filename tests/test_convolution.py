@@ -1,0 +1,82 @@
+"""The gradient of a weight as one matrix product against PyTorch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline import convolution
+from pipeline.convolution import Down, Up
+from pipeline.sampling import stream
+
+KERNELS = pytest.mark.parametrize("kernel", [4, 5])
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    made = torch.randn(shape, generator=stream(0, "test", sum(shape)), dtype=dtype)
+    return made.requires_grad_()
+
+
+@KERNELS
+@pytest.mark.parametrize("way", ["_Down", "_Up"])
+def test_first_and_second_derivatives(kernel: int, way: str) -> None:
+    """Both gradients, and the gradients of those (R1 needs them), by finite differences."""
+    x = numbers(2, *((3, 8, 8) if way == "_Down" else (4, 4, 4)), dtype=torch.double)
+    weight = numbers(4, 3, kernel, kernel, dtype=torch.double)
+    function = getattr(convolution, way).apply
+    assert torch.autograd.gradcheck(function, (x, weight), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, (x, weight), fast_mode=True)
+
+
+def ours_and_theirs(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A layer of ours, and PyTorch's own class with the same weight."""
+    kind = nn.Conv2d if isinstance(layer, Down) else nn.ConvTranspose2d
+    options = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride)
+    more = {"output_padding": layer.output_padding} if isinstance(layer, Up) else {}
+    theirs = kind(*options, layer.padding, bias=layer.bias is not None, **more)
+    theirs.load_state_dict(layer.state_dict())
+    return layer, theirs
+
+
+@KERNELS
+@pytest.mark.parametrize("edge", [4, 8])
+@pytest.mark.parametrize("make", [Down, lambda *a: Down(*a, bias=True), Up])
+def test_a_layer_is_that_of_pytorch(kernel: int, edge: int, make: type[Down]) -> None:
+    """Same images bit for bit in bf16; gradients as near to float32's as PyTorch's bf16 ones."""
+    layers = ours_and_theirs(make(16, 24, kernel))
+    x = numbers(8, 16, *[2 * edge if isinstance(layers[0], Down) else edge] * 2)
+    images, gradients = [], []
+    for layer, precise in ((layers[0], False), (layers[1], False), (layers[1], True)):
+        layer.zero_grad()
+        x.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+            y = layer(x)
+        y.float().square().sum().backward()
+        images.append(y.detach())
+        gradients.append([x.grad.clone(), *(p.grad.clone() for p in layer.parameters())])
+    assert images[0].dtype == torch.bfloat16
+    assert torch.equal(images[0], images[1])
+    for ours, theirs, exact in zip(*gradients, strict=True):
+        assert ours.dtype == torch.float32
+        scale = exact.abs().max()
+        assert (ours - exact).abs().max() <= (theirs - exact).abs().max() + 0.004 * scale
+
+
+def test_where_the_product_is_used() -> None:
+    """On 4x4 maps in bf16 while weights are learnt; not with biases, a frozen D, float32."""
+    layer, x = Down(3, 4, 4), numbers(2, 3, 8, 8)
+
+    def way(size: int = 8) -> str:
+        return str(layer(x if size == 8 else numbers(2, 3, size, size)).grad_fn)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "_Down" in way()
+        assert "_Down" not in way(16)
+        assert "_Down" not in str(Down(3, 4, 4, bias=True)(x).grad_fn)
+        with torch.no_grad():
+            assert layer(x).grad_fn is None
+        layer.requires_grad_(False)
+        assert "_Down" not in way()
+        layer.requires_grad_(True)
+    assert "_Down" not in way()
