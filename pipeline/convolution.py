@@ -1,9 +1,10 @@
 """The strided convolutions of both networks, and a faster gradient of their weights on CPUs.
 
 oneDNN's gradient of a weight spreads the positions of a map over registers. On the 4x4 map, which
-every size of these networks has, there are too few: in bf16 it runs at a quarter to two thirds of
-the speed of a matrix product (``benchmarks/step.py``). There the gradient is computed as one
-product instead: the same sums, of bf16 factors, in float32.
+every size of these networks has, there are too few of them; and where both sides are wide, weights
+fall out of the caches. In bf16 it then runs at a quarter to three quarters of the speed of a matrix
+product (``benchmarks/step.py``), so that is what computes it here: the same sums, of bf16 factors,
+in float32.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv_transpose2d, pad
 
-MAX_POSITIONS = 16  # of the smaller map; from 8x8 on oneDNN is as fast or faster
+# Where the product was faster on a Zen 4 processor; elsewhere copying the windows costs more.
+FEW_POSITIONS = 16  # of the smaller map
+MANY_CHANNELS = 512  # of the smaller map
 
 
 class Down(nn.Conv2d):
@@ -49,7 +52,7 @@ class Up(nn.ConvTranspose2d):
 
 def _as_a_product(weight: Tensor, x: Tensor, positions: int) -> bool:
     return (
-        positions <= MAX_POSITIONS
+        (positions <= FEW_POSITIONS or weight.shape[0] >= MANY_CHANNELS)
         and x.device.type == "cpu"
         and weight.requires_grad
         and torch.is_grad_enabled()

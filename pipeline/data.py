@@ -216,6 +216,33 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
+class ToDevice:
+    """The inputs of a step on their way to the device, while the step before is still computed.
+
+    On a GPU the copies run on a stream of their own: the computing stream waits for them, the host
+    for nothing. A plain ``tensor.to(device)`` makes the host wait until the GPU has caught up, and
+    the GPU then idles until the next kernels are launched.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        """The same tensors on the device; on a GPU those given may be overwritten at once."""
+        if self._copies is None:
+            return [tensor.to(self._device) for tensor in tensors]
+        with torch.cuda.stream(self._copies):
+            # Page-locked copies; the allocator keeps each until its transfer has ended.
+            locked = [tensor.pin_memory() for tensor in tensors]
+            moved = [tensor.to(self._device, non_blocking=True) for tensor in locked]
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_stream(self._copies)
+        for tensor in moved:
+            tensor.record_stream(computing)  # not to be reused before the computation is done
+        return moved
+
+
 def normalise(images: Tensor, device: torch.device, channels_last: bool = True) -> Tensor:
     """(n, H, W, C) uint8 -> (n, C, H, W) float32 in [-1, 1] on the device (x / 127.5 - 1).
 

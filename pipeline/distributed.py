@@ -62,6 +62,20 @@ def start(precision: str) -> Accelerator:
     return accelerator
 
 
+def choose_kernels(accelerator: Accelerator, deterministic: bool) -> None:
+    """On a GPU: kernels that repeat a run bit for bit, or the fastest, which cuDNN finds by trial.
+
+    Two trials may choose two kernels, and some of the fastest sum in the order that threads
+    happen to arrive in. On CPUs every kernel in use repeats itself.
+    """
+    if accelerator.device.type != "cuda":
+        return
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at first use
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def resolve_precision(config: Config) -> str:
     """``auto`` made concrete: bf16 where the hardware multiplies it natively, else fp32."""
     if config.train.precision != "auto":

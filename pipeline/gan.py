@@ -48,9 +48,10 @@ class GAN:
         if config.train.sync_batchnorm and accelerator.device.type == "cuda":
             self.G = nn.SyncBatchNorm.convert_sync_batchnorm(self.G)
             self.D = nn.SyncBatchNorm.convert_sync_batchnorm(self.D)
+        self._captured = config.train.cuda_graph and accelerator.device.type == "cuda"
         adam: dict[str, Any] = {
             "betas": (config.optim.beta1, config.optim.beta2),
-            "capturable": config.train.cuda_graph and accelerator.device.type == "cuda",
+            "capturable": self._captured,
             "fused": True,
         }
         opt_G = Adam(self.G.parameters(), lr=config.optim.g_lr, **adam)
@@ -77,7 +78,7 @@ class GAN:
                     "train.cuda_graph (true): works with one process only; must be false with "
                     f"{accelerator.num_processes}."
                 )
-            pool = torch.cuda.graph_pool_handle() if accelerator.device.type == "cuda" else None
+            pool = torch.cuda.graph_pool_handle() if self._captured else None
             self._replay_D, self._replay_G = (
                 Replayed(lambda x, z, y: self._step_D(x, z, y, 0, 0), pool),
                 Replayed(lambda z, y: self._step_G(z, y, 0), pool),
@@ -156,6 +157,10 @@ class GAN:
             network.load_state_dict(weights[name])
         for name, optimizer in self.optimizers().items():
             optimizer.load_state_dict(optimizers[name])
+        for optimizer in (self.opt_G, self.opt_D):
+            for group in optimizer.param_groups:
+                # A checkpoint brings the value it was written with; train.cuda_graph may change.
+                group["capturable"] = self._captured
 
     def _step_D(
         self,

@@ -34,7 +34,7 @@ def train(config: Config) -> bool:
     from torch import Tensor
 
     from pipeline import distributed, run_folder
-    from pipeline.data import Loader, make_order, normalise, open_data
+    from pipeline.data import Loader, ToDevice, make_order, normalise, open_data
     from pipeline.gan import GAN
     from pipeline.run import IdLog, Run
     from pipeline.sampling import draw_z, stream, with_classes
@@ -42,6 +42,7 @@ def train(config: Config) -> bool:
     precision = run_folder.precision_of(config) or distributed.resolve_precision(config)
     accelerator = distributed.start(precision)
     distributed.warn_of_a_lost_launch(accelerator)
+    distributed.choose_kernels(accelerator, config.train.deterministic)
     device, rank = accelerator.device, accelerator.process_index
     world_size, d_steps = accelerator.num_processes, config.optim.d_steps
     batch_size, total_steps = config.data.batch_size, config.train.total_steps
@@ -54,10 +55,10 @@ def train(config: Config) -> bool:
     gan = GAN(config, accelerator, accumulation)
     step = run.resume(gan, index, order, micro_batch)
     batches = Loader(config, index, order, rank, world_size).batches(step * d_steps)
-    ids = IdLog(config, rank, world_size)
+    ids, to_device = IdLog(config, rank, world_size), ToDevice(device)
 
     def cut(local: Tensor) -> tuple[Tensor, ...]:
-        parts: tuple[Tensor, ...] = local.to(device).split(micro_batch)
+        parts: tuple[Tensor, ...] = local.split(micro_batch)
         return parts
 
     with closing(batches), run.start(step):
@@ -72,9 +73,10 @@ def train(config: Config) -> bool:
                 ids.write(number + 1, batch)
                 labels = torch.from_numpy(batch.labels)
                 z = draw_z(config.model, batch_size, stream(config.run.seed, "z", number))[rows]
-                noise = cut(with_classes(config.model, z, labels))
-                x = cut(normalise(batch.images, device, config.train.channels_last))
-                y = cut(labels) if config.model.num_classes else None
+                z = with_classes(config.model, z, labels)
+                images, z, labels = to_device(batch.images, z, labels)
+                x = cut(normalise(images, device, config.train.channels_last))
+                noise, y = cut(z), cut(labels) if config.model.num_classes else None
 
                 # Update D: maximise log D(x) + log(1 - D(G(z))).
                 d_terms += gan.update_D(x, noise, step, y, turn) / d_steps

@@ -64,7 +64,7 @@ def test_a_layer_is_that_of_pytorch(kernel: int, edge: int, make: type[Down]) ->
 
 
 def test_where_the_product_is_used() -> None:
-    """On 4x4 maps in bf16 while weights are learnt; not with biases, a frozen D, float32."""
+    """On 4x4 maps or wide ones in bf16 while weights are learnt; not with biases, frozen, float32."""
     layer, x = Down(3, 4, 4), numbers(2, 3, 8, 8)
 
     def way(size: int = 8) -> str:
@@ -73,6 +73,7 @@ def test_where_the_product_is_used() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert "_Down" in way()
         assert "_Down" not in way(16)
+        assert "_Down" in str(Down(3, 512, 4)(numbers(1, 3, 16, 16)).grad_fn)
         assert "_Down" not in str(Down(3, 4, 4, bias=True)(x).grad_fn)
         with torch.no_grad():
             assert layer(x).grad_fn is None

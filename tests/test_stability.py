@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -222,6 +223,18 @@ def test_replayed_updates_compute_what_direct_ones_do(micro_batch: int | None) -
     replayed = replace(plain, train=replace(plain.train, cuda_graph=True))
     expected, found = trained(plain), trained(replayed)
     assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_a_checkpoint_does_not_decide_about_graphs() -> None:
+    """Adam's groups carry ``capturable``; what a resumed run captures, its configuration says."""
+    plain = replace(CONFIG, model=DCGAN, stability=StabilityConfig())
+    gan = GAN(plain, distributed.start("fp32"), 1)
+    weights = {name: network.state_dict() for name, network in gan.networks().items()}
+    optimizers = copy.deepcopy({n: o.state_dict() for n, o in gan.optimizers().items()})
+    for state in optimizers.values():
+        state["param_groups"][0]["capturable"] = True  # as a run with CUDA graphs leaves it
+    gan.load(weights, optimizers)
+    assert not any(o.param_groups[0]["capturable"] for o in gan.optimizers().values())
 
 
 def test_replayed_inputs_stay_in_their_place() -> None:
