@@ -23,12 +23,14 @@ from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import Config, DataConfig, ModelConfig, TrainConfig
+from pipeline.convolution import weight_gradient
 from pipeline.distributed import MIXED_PRECISION, native_bf16
 from pipeline.gan import GAN
 
 KINDS = (  # first match wins
     ("convolutions, backward", ("convolution_backward",)),
     ("convolutions, forward", ("conv",)),
+    ("weights' gradients as products", ("aten::mm",)),
     ("BatchNorm", ("batch_norm",)),
     ("ReLU, LeakyReLU, tanh", ("relu", "threshold", "tanh", "clamp")),
     ("Adam", ("adam",)),
@@ -86,7 +88,10 @@ def by_kind(step: Callable[[], None], repeat: int) -> dict[str, float]:
 
 
 def layers(config: Config, dtype: torch.dtype, device: torch.device) -> list[str]:
-    """D's strided convolutions alone: TFLOP/s forward, for the input's, the weights' gradient."""
+    """D's strided convolutions alone: TFLOP/s forward, for the input's, the weights' gradient.
+
+    The last also as the matrix product that pipeline/convolution.py uses where it is faster.
+    """
     model, rows = config.model, []
     sizes = [(model.channels, model.ndf, model.image_size)]
     while sizes[-1][2] > 8:
@@ -112,6 +117,8 @@ def layers(config: Config, dtype: torch.dtype, device: torch.device) -> list[str
             seconds(lambda wrt=wrt, y=y, g=g: torch.autograd.grad(y, wrt, g, retain_graph=True))
             for wrt in (x, w)
         ]
+        with torch.no_grad():
+            parts.append(seconds(lambda x=x, g=g: weight_gradient(x, g, model.kernel_size)))
         speeds = " | ".join(f"{flops / part:.3f} ({1000 * part:.1f} ms)" for part in parts)
         rows.append(f"| {before} -> {width} at {size}x{size} | {speeds} |")
     return rows
@@ -163,8 +170,8 @@ def report(options: argparse.Namespace) -> str:
     ]
     shares = sorted(by_kind(step, 2).items(), key=lambda pair: -pair[1])
     shown += [f"| {kind} | {share:.1%} |" for kind, share in shares]
-    shown += ["", "| D's convolution | forward | gradient of the input | of the weights |"]
-    shown += ["|---|---|---|---|", *layers(config, dtype, device), "", "TFLOP/s, each alone."]
+    shown += ["", "| D's convolution | forward | input's gradient | weights' | as a product |"]
+    shown += ["|---|---|---|---|---|", *layers(config, dtype, device), "", "TFLOP/s, each alone."]
     return "\n".join(shown)
 
 

@@ -64,7 +64,7 @@ def test_a_layer_is_that_of_pytorch(kernel: int, edge: int, make: type[Down]) ->
 
 
 def test_where_the_product_is_used() -> None:
-    """On 4x4 maps or wide ones in bf16 while weights are learnt; not with biases, frozen, float32."""
+    """On 4x4 or wide maps in bf16 while weights are learnt; not with biases, frozen or float32."""
     layer, x = Down(3, 4, 4), numbers(2, 3, 8, 8)
 
     def way(size: int = 8) -> str:
