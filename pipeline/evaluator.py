@@ -35,10 +35,6 @@ from pipeline.shards import Index, read_index
 POLL_SECONDS = 1.0
 
 
-class Stopped(Exception):
-    """A stop signal came; raised on all ranks at the same place."""
-
-
 class Evaluator:
     """Extractor, protocol and reference, ready to score images.
 
@@ -149,7 +145,7 @@ class Evaluator:
         for _ in range(max(1, round(seconds / POLL_SECONDS))):
             time.sleep(POLL_SECONDS)
             if self._agreement.agree(signals.received() is not None, False)[0]:
-                raise Stopped
+                raise signals.Stopped
 
     def wait_because(self, why: str) -> None:
         """A short ``wait`` for another process; says why once."""
@@ -177,7 +173,7 @@ class Evaluator:
                 bar.update,
             )
         if features is None:
-            raise Stopped
+            raise signals.Stopped
         return features
 
     def _read(self, path: Path) -> None:

@@ -7,6 +7,7 @@ line of an entry point, because a signal during the seconds of importing torch m
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     import torch
 
 _received: list[str] = []
+
+
+class Stopped(Exception):
+    """A stop signal came; raised on all ranks at the same place."""
 
 
 def install() -> None:
@@ -26,6 +31,16 @@ def install() -> None:
 def received() -> str | None:
     """Name of the first stop signal this process got, or None."""
     return _received[0] if _received else None
+
+
+def exit_code(finished: bool) -> int:
+    """Of a job that finished, or was stopped and is to be started again.
+
+    Kubernetes takes 0 for completed and would not start a stopped job again: its image asks for
+    another code in STOPPED_EXIT_CODE. Behind a launcher every code but 0 becomes 1.
+    """
+    asked = os.environ.get("STOPPED_EXIT_CODE", "")
+    return 0 if finished or not asked.isdecimal() else int(asked)
 
 
 def _note(number: int, _: FrameType | None) -> None:

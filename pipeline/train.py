@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
 import argparse
 import logging
-import os
 import sys
 from contextlib import closing
 
@@ -111,10 +110,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with one_clear_message():
         finished = train(load(arguments.config, arguments.overrides))
-    # Kubernetes takes 0 for completed and would not start a stopped run again: its image asks for
-    # another code. The Slurm scripts go by the marker files.
-    asked = os.environ.get("STOPPED_EXIT_CODE", "")
-    sys.exit(0 if finished or not asked.isdecimal() else int(asked))
+    sys.exit(signals.exit_code(finished))
 
 
 if __name__ == "__main__":
