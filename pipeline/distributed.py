@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 from pathlib import Path
+from threading import Event
 from typing import TypeVar
 
 import torch
@@ -14,12 +16,14 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
+from pipeline import signals
 from pipeline.config import Config
-from pipeline.errors import ConfigError, UserError
+from pipeline.errors import USER_ERROR_EXIT_CODE, ConfigError, UserError
 
 T = TypeVar("T")
 log = logging.getLogger("pipeline")
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+ASK_SECONDS = 1.0
 
 
 def start(precision: str) -> Accelerator:
@@ -145,6 +149,47 @@ def on_rank_zero(accelerator: Accelerator, work: Callable[[], T]) -> T:
     if isinstance(outcome[1], UserError):
         raise outcome[1]
     return outcome[0]  # type: ignore[return-value]
+
+
+def while_others_wait(
+    accelerator: Accelerator, mine: bool, work: Callable[[Callable[[], bool]], object]
+) -> None:
+    """``work`` on the ranks whose it is, for as long as it takes, while the others wait for them.
+
+    A barrier would give up after its time limit, ten minutes with NCCL, and be deaf to signals. So
+    ranks ask each other every second, and ``work``, in a thread, is given a function to ask too.
+
+    Raises:
+        Stopped: a stop signal came to any rank; on all of them.
+        UserError: of ``work``, on the rank that met it. The others leave in silence.
+    """
+    leave = Event()
+    with ThreadPoolExecutor(1) as pool:
+        task = pool.submit(work, leave.is_set) if mine else None
+        try:
+            while True:
+                ended = task is None or bool(wait([task], ASK_SECONDS).done)
+                failed = task is not None and ended and task.exception() is not None
+                facts = [not ended, failed, signals.received() is not None]
+                working, failure, stop = _on_any_rank(accelerator, facts)
+                if task is not None and failed:
+                    task.result()
+                if failure:
+                    raise SystemExit(USER_ERROR_EXIT_CODE)
+                if not working:
+                    return
+                if stop:
+                    raise signals.Stopped
+        finally:
+            leave.set()
+
+
+def _on_any_rank(accelerator: Accelerator, facts: list[bool]) -> list[bool]:
+    if accelerator.num_processes == 1:
+        return facts
+    flags = torch.tensor(facts, dtype=torch.int32, device=accelerator.device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]
 
 
 def ranks_hold_the_same(accelerator: Accelerator, networks: list[nn.Module]) -> bool:

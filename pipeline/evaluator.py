@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from pipeline import candidates, signals
 from pipeline.config import Config
 from pipeline.dashboard import say
-from pipeline.distributed import on_rank_zero
+from pipeline.distributed import on_rank_zero, while_others_wait
 from pipeline.errors import EvaluationError
 from pipeline.features import Images, extract, load_extractor
 from pipeline.protocol import Protocol, make_protocol
@@ -113,7 +114,8 @@ class Evaluator:
     def compute_reference(self, path: Path) -> None:
         """Extract the features of the real images and publish them as a file."""
         side = self.protocol.reference
-        on_rank_zero(self.accelerator, lambda: check_shards(self.index, self.config.data.verify))
+        check = partial(check_shards, self.index, self.config.data.verify)
+        while_others_wait(self.accelerator, self.is_main, check)
         images = candidates.reals(self.index, self.config.data, side.reference_images)
         features = self._extract(images, side.reference_images, "reference")
 

@@ -33,6 +33,11 @@ def received() -> str | None:
     return _received[0] if _received else None
 
 
+def never() -> bool:
+    """For work that nothing but a kill ends."""
+    return False
+
+
 def exit_code(finished: bool) -> int:
     """Of a job that finished, or was stopped and is to be started again.
 

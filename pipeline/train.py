@@ -48,7 +48,10 @@ def train(config: Config) -> bool:
     rows = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
     run = Run(config, accelerator, precision)
-    index = open_data(config, accelerator)
+    try:
+        index = open_data(config, accelerator)
+    except signals.Stopped:
+        return run.leave_early()
     order = make_order(config, index)
     gan = GAN(config, accelerator, accumulation)
     step = run.resume(gan, index, order, micro_batch)
