@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from pipeline import signals
 from pipeline.config import Config
-from pipeline.errors import USER_ERROR_EXIT_CODE, ConfigError, UserError
+from pipeline.errors import USER_ERROR_EXIT_CODE, ConfigError, LaunchError, UserError
 
 T = TypeVar("T")
 log = logging.getLogger("pipeline")
@@ -33,8 +34,10 @@ def start(precision: str) -> Accelerator:
         precision: ``fp32``, ``bf16`` or ``fp16``; ``resolve_precision`` makes one of ``auto``.
 
     Raises:
+        LaunchError: GPUs were allocated that PyTorch does not see.
         ConfigError: fp16 without a GPU, or processes that do not see each other.
     """
+    _refuse_missing_gpus()
     on_cuda = torch.cuda.is_available() and not _asked_for_cpu()
     if not on_cuda and (threads := _threads_nobody_chose()):
         torch.set_num_threads(threads)
@@ -64,6 +67,48 @@ def start(precision: str) -> Accelerator:
             "... (also on CPU), or torchrun --nproc_per_node N pipeline/train.py ..."
         )
     return accelerator
+
+
+def _refuse_missing_gpus() -> None:
+    """Or a node with an old driver would train on its CPU without a word.
+
+    GPUS_PER_NODE is what the launch scripts know from the scheduler or from nvidia-smi.
+    """
+    promised = os.environ.get("GPUS_PER_NODE", "")
+    if not promised.isdecimal() or _asked_for_cpu():
+        return
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if seen >= min(int(promised), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
+        return
+    why = ""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is a build for CPUs
+        why = f" ({str(error).partition('. ')[0]})"
+    raise LaunchError(
+        f"GPUS_PER_NODE ({promised}): PyTorch {torch.__version__} sees {seen} on "
+        f"{socket.gethostname()}{why}; compare with nvidia-smi there, update the driver or install "
+        "a PyTorch for it, or set ACCELERATE_USE_CPU=true to compute without GPUs."
+    )
+
+
+def refuse_unequal_precisions(accelerator: Accelerator, precision: str) -> None:
+    """``auto`` is made concrete by each rank for itself; unequal nodes must not mix arithmetic.
+
+    Raises:
+        ConfigError: on all ranks.
+    """
+    if accelerator.num_processes == 1:
+        return
+    places: list[tuple[str, str]] = [("", "")] * accelerator.num_processes
+    dist.all_gather_object(places, (precision, socket.gethostname()))
+    found = {one: sorted({host for p, host in places if p == one}) for one, _ in sorted(places)}
+    if len(found) > 1:
+        said = "; ".join(f"{one} on {', '.join(hosts)}" for one, hosts in found.items())
+        raise ConfigError(
+            f"train.precision (auto): means different things to these nodes: {said}. Set "
+            "train.precision=fp32 or bf16, or take nodes of one kind."
+        )
 
 
 def resolve_precision(config: Config) -> str:

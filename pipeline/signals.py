@@ -13,6 +13,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     import torch
 
 _received: list[str] = []
@@ -58,17 +60,18 @@ class Agreement:
     """What any rank wants, known to all ranks at the same step.
 
     The all-reduce runs over gloo on the CPU while the step computes, and its result is read one
-    step later: no wait for the device, none for the network.
+    step later: no wait for the device, none for the network. ``patience``: how long ranks may take
+    to find each other.
     """
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, patience: timedelta | None = None) -> None:
         self._group: Any = None
         self._work: Any = None
         self._flags: torch.Tensor | None = None
         if world_size > 1:
             import torch.distributed as dist
 
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=patience)
 
     def agree(self, stop: bool, save: bool) -> tuple[bool, bool]:
         """(stop, save): whether any rank asked, in this call (one process) or the one before."""
