@@ -40,6 +40,7 @@ def train(config: Config) -> bool:
 
     precision = run_folder.precision_of(config) or distributed.resolve_precision(config)
     accelerator = distributed.start(precision)
+    distributed.refuse_unequal_precisions(accelerator, precision)
     distributed.warn_of_a_lost_launch(accelerator)
     device, rank = accelerator.device, accelerator.process_index
     world_size, d_steps = accelerator.num_processes, config.optim.d_steps
