@@ -60,6 +60,9 @@ check: $(DEV_READY)  ## Format, lint, types, shell scripts, container files, len
 	$(BIN)/shellcheck .ci/run $$(git ls-files --cached --others --exclude-standard -- '*.sh')
 	$(BIN)/hadolint docker/Dockerfile
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose.yaml
+	@# The schema's reader knows no !reset, the schema no null in its place.
+	sed 's/!reset null/{}/' docker/compose.cpu.yaml | \
+		$(BIN)/check-jsonschema --quiet --default-filetype yaml --builtin-schema vendor.compose-spec -
 	$(BIN)/kubernetes-validate --quiet --strict docker/kubernetes/*.yaml
 	@wc -l pipeline/*.py | awk '$$2 != "total" && $$1 > $(MAX_LINES) { \
 		print $$2 ": " $$1 " lines, at most $(MAX_LINES): split it"; bad = 1 } END { exit bad }'

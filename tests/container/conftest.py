@@ -33,8 +33,9 @@ def buildah(*words: object, timeout: float = 1500) -> str:
         timeout=timeout,
         check=False,
     )
-    assert done.returncode == 0, f"buildah {words[0]}: {done.returncode}\n{done.stderr[-4000:]}"
-    return done.stdout.strip()
+    log = done.stdout + done.stderr if words[0] == "bud" else done.stderr
+    assert done.returncode == 0, f"buildah {words[0]}: {done.returncode}\n{log[-4000:]}"
+    return log if words[0] == "bud" else done.stdout.strip()
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> str:
     if CERTIFICATES.exists():
         settings += ["--build-arg", f"SSL_CERT_FILE={CERTIFICATES}"]
     kind = ["--layers", "--format", "docker", "--file", "docker/Dockerfile", "-t", IMAGE]
-    buildah("bud", *CHROOT, *settings, *mounts, *kind, REPO)
+    log = buildah("bud", *CHROOT, *settings, *mounts, *kind, REPO)
+    print("the end of buildah's log:", *log.splitlines()[-25:], sep="\n")
     return IMAGE
 
 
