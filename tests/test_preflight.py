@@ -66,6 +66,7 @@ def test_a_mistake_in_the_command_is_one_message(tiny_config: Path) -> None:
     assert "did you mean train.total_steps?" in complaints
 
 
+@pytest.mark.faults
 def test_gpus_that_were_allocated_and_are_not_seen_are_named(tiny_config: Path) -> None:
     """With the reason that PyTorch has; not a table of a CPU that is fit for training."""
     code, said, complaints = doctor("--config", str(tiny_config), GPUS_PER_NODE="8")
