@@ -24,18 +24,21 @@ CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 
 
 def buildah(*words: object, timeout: float = 1500) -> str:
-    """Standard output of one command of buildah; its log is the failure's message."""
+    """Standard output of one command of buildah, with what a build logs, in order; what it said is
+    the failure's message.
+    """
     done = subprocess.run(
         ["buildah", *map(str, words)],
         cwd=REPO,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if words[0] == "bud" else subprocess.PIPE,
         text=True,
         timeout=timeout,
         check=False,
     )
-    log = done.stdout + done.stderr if words[0] == "bud" else done.stderr
-    assert done.returncode == 0, f"buildah {words[0]}: {done.returncode}\n{log[-4000:]}"
-    return log if words[0] == "bud" else done.stdout.strip()
+    said = done.stderr or done.stdout
+    assert done.returncode == 0, f"buildah {words[0]}: {done.returncode}\n{said[-4000:]}"
+    return done.stdout.strip()
 
 
 @dataclass(frozen=True)
