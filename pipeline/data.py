@@ -16,7 +16,7 @@ import mmap
 import os
 import signal
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from threading import Thread
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipeline.config import Config
+from pipeline.distributed import while_others_wait
 from pipeline.errors import DataError
 from pipeline.order import Order
 from pipeline.reader import Cache, Reader, check_shards
@@ -55,6 +56,7 @@ def open_data(config: Config, accelerator: Accelerator) -> Index:
 
     Raises:
         DataError: shards missing, damaged, or of another image shape than ``model`` says.
+        Stopped: a stop signal came to any rank while shards were checked or fetched.
     """
     data, model = config.data, config.model
     make = f"python -m pipeline.prepare fashion-mnist --out {data.shards}"
@@ -74,11 +76,13 @@ def open_data(config: Config, accelerator: Accelerator) -> Index:
             f"model.num_classes ({classes}) wants 0 to {classes - 1} for every sample: prepare "
             "labelled shards, set model.num_classes to the number of their labels, or to 0."
         )
-    if accelerator.is_local_main_process:
-        check_shards(index, data.verify)
-        if config.data.window == 0:  # a uniform order needs every shard from the first batch on
-            Cache(index, data.cache_dir, data.cache_gib).fetch_all()
-    accelerator.wait_for_everyone()
+
+    def make_ready(stop: Callable[[], bool]) -> None:
+        check_shards(index, data.verify, stop)
+        if data.window == 0:  # a uniform order needs every shard from the first batch on
+            Cache(index, data.cache_dir, data.cache_gib, stop).fetch_all()
+
+    while_others_wait(accelerator, accelerator.is_local_main_process, make_ready)
     return index
 
 

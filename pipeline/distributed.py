@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 from pathlib import Path
+from threading import Event
 from typing import TypeVar
 
 import torch
@@ -14,12 +17,14 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
+from pipeline import signals
 from pipeline.config import Config
-from pipeline.errors import ConfigError, UserError
+from pipeline.errors import USER_ERROR_EXIT_CODE, ConfigError, LaunchError, UserError
 
 T = TypeVar("T")
 log = logging.getLogger("pipeline")
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+ASK_SECONDS = 1.0
 
 
 def start(precision: str) -> Accelerator:
@@ -29,8 +34,10 @@ def start(precision: str) -> Accelerator:
         precision: ``fp32``, ``bf16`` or ``fp16``; ``resolve_precision`` makes one of ``auto``.
 
     Raises:
+        LaunchError: GPUs were allocated that PyTorch does not see.
         ConfigError: fp16 without a GPU, or processes that do not see each other.
     """
+    _refuse_missing_gpus()
     on_cuda = torch.cuda.is_available() and not _asked_for_cpu()
     if not on_cuda and (threads := _threads_nobody_chose()):
         torch.set_num_threads(threads)
@@ -74,6 +81,48 @@ def choose_kernels(accelerator: Accelerator, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at first use
         torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _refuse_missing_gpus() -> None:
+    """Or a node with an old driver would train on its CPU without a word.
+
+    GPUS_PER_NODE is what the launch scripts know from the scheduler or from nvidia-smi.
+    """
+    promised = os.environ.get("GPUS_PER_NODE", "")
+    if not promised.isdecimal() or _asked_for_cpu():
+        return
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if seen >= min(int(promised), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
+        return
+    why = ""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is a build for CPUs
+        why = f" ({str(error).partition('. ')[0]})"
+    raise LaunchError(
+        f"GPUS_PER_NODE ({promised}): PyTorch {torch.__version__} sees {seen} on "
+        f"{socket.gethostname()}{why}; compare with nvidia-smi there, update the driver or install "
+        "a PyTorch for it, or set ACCELERATE_USE_CPU=true to compute without GPUs."
+    )
+
+
+def refuse_unequal_precisions(accelerator: Accelerator, precision: str) -> None:
+    """``auto`` is made concrete by each rank for itself; unequal nodes must not mix arithmetic.
+
+    Raises:
+        ConfigError: on all ranks.
+    """
+    if accelerator.num_processes == 1:
+        return
+    places: list[tuple[str, str]] = [("", "")] * accelerator.num_processes
+    dist.all_gather_object(places, (precision, socket.gethostname()))
+    found = {one: sorted({host for p, host in places if p == one}) for one, _ in sorted(places)}
+    if len(found) > 1:
+        said = "; ".join(f"{one} on {', '.join(hosts)}" for one, hosts in found.items())
+        raise ConfigError(
+            f"train.precision (auto): means different things to these nodes: {said}. Set "
+            "train.precision=fp32 or bf16, or take nodes of one kind."
+        )
 
 
 def resolve_precision(config: Config) -> str:
@@ -159,6 +208,47 @@ def on_rank_zero(accelerator: Accelerator, work: Callable[[], T]) -> T:
     if isinstance(outcome[1], UserError):
         raise outcome[1]
     return outcome[0]  # type: ignore[return-value]
+
+
+def while_others_wait(
+    accelerator: Accelerator, mine: bool, work: Callable[[Callable[[], bool]], object]
+) -> None:
+    """``work`` on the ranks whose it is, for as long as it takes, while the others wait for them.
+
+    A barrier would give up after its time limit, ten minutes with NCCL, and be deaf to signals. So
+    ranks ask each other every second, and ``work``, in a thread, is given a function to ask too.
+
+    Raises:
+        Stopped: a stop signal came to any rank; on all of them.
+        UserError: of ``work``, on the rank that met it. The others leave in silence.
+    """
+    leave = Event()
+    with ThreadPoolExecutor(1) as pool:
+        task = pool.submit(work, leave.is_set) if mine else None
+        try:
+            while True:
+                ended = task is None or bool(wait([task], ASK_SECONDS).done)
+                failed = task is not None and ended and task.exception() is not None
+                facts = [not ended, failed, signals.received() is not None]
+                working, failure, stop = _on_any_rank(accelerator, facts)
+                if task is not None and failed:
+                    task.result()
+                if failure:
+                    raise SystemExit(USER_ERROR_EXIT_CODE)
+                if not working:
+                    return
+                if stop:
+                    raise signals.Stopped
+        finally:
+            leave.set()
+
+
+def _on_any_rank(accelerator: Accelerator, facts: list[bool]) -> list[bool]:
+    if accelerator.num_processes == 1:
+        return facts
+    flags = torch.tensor(facts, dtype=torch.int32, device=accelerator.device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]
 
 
 def ranks_hold_the_same(accelerator: Accelerator, networks: list[nn.Module]) -> bool:

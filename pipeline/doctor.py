@@ -4,30 +4,37 @@
     torchrun --nnodes 2 --nproc_per_node 8 ... -m pipeline.doctor --config configs/dcgan_64.yaml
     sbatch --nodes=2 --gpus-per-node=8 slurm/preflight.sh      # the same on a Slurm allocation
 
-Prints one table: software, devices, batch, all-reduce with its bandwidth, clocks, run folder,
-shards, disk, W&B. Exit code 0: READY; 1: NOT READY, with what failed; 2: a mistake in the command.
-Nothing is left behind, except shards in the node's cache when they are remote.
+Prints one table: software, devices, batch, all-reduce with its bandwidth, stop requests, clocks,
+run folder, shards, disk, W&B. Exit code 0: READY; 1: NOT READY, with what failed; 2: a mistake in
+the command. Nothing is left behind, except shards in the node's cache when they are remote.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from pipeline.config import Config
 from pipeline.config_files import load
-from pipeline.errors import one_clear_message
+from pipeline.errors import LaunchError, one_clear_message
 
 
 def diagnose(config: Config) -> bool:
     """Print the table on rank 0; whether everything is ready, on every rank."""
-    from pipeline import distributed, preflight
+    from pipeline import distributed, preflight, run_folder
+    from pipeline.peers import Finding, table
 
-    precision = distributed.resolve_precision(config)
-    accelerator = distributed.start(precision)
+    precision = run_folder.precision_of(config) or distributed.resolve_precision(config)
+    try:
+        accelerator = distributed.start(precision)
+    except LaunchError as error:  # the other nodes cannot be asked then
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(table([Finding("devices", "FAILED", str(error))]), flush=True)
+        return False
     findings = preflight.examine(config, accelerator, precision)
     if accelerator.is_main_process:
-        print(preflight.table(findings), flush=True)
+        print(table(findings), flush=True)
     accelerator.end_training()
     return all(finding.verdict != "FAILED" for finding in findings)
 

@@ -19,6 +19,10 @@ class UserError(Exception):
     """A mistake in the input: configuration, data, files or launch."""
 
 
+class LaunchError(UserError):
+    """What was launched does not fit the machine it runs on; each node may say so."""
+
+
 class ConfigError(UserError):
     """One or more faults in a configuration; the message lists them all."""
 
@@ -51,20 +55,25 @@ class NonFiniteLoss(UserError):
     """A loss became NaN or infinite; no optimizer step was taken with it."""
 
 
+SHARED = (ConfigError, CheckpointError, RunFolderError, EvaluationError, GenerationError)
+
+
 @contextmanager
 def one_clear_message() -> Iterator[None]:
     """End the process with exit code 2 and the message alone when a ``UserError`` escapes.
 
     In a distributed run every rank fails on the same input with the same message, so ranks other
-    than 0 stay silent when the fault is a configuration both can see.
+    than 0 stay silent when the fault is a configuration both can see, and the first of a node
+    speaks for it when the fault is the node's.
     """
     try:
         yield
     except UserError as error:
-        shared = isinstance(
-            error,
-            ConfigError | CheckpointError | RunFolderError | EvaluationError | GenerationError,
-        )
-        if not shared or os.environ.get("RANK", "0") == "0":
+        speaker = "0"
+        if isinstance(error, LaunchError):
+            speaker = os.environ.get("LOCAL_RANK", "0")
+        elif isinstance(error, SHARED):
+            speaker = os.environ.get("RANK", "0")
+        if speaker == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR_EXIT_CODE)

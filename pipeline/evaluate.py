@@ -43,19 +43,19 @@ if TYPE_CHECKING:
 METRICS = ("fidelity", "parzen")
 
 
-def evaluate(options: argparse.Namespace, config: Config) -> None:
-    """Score what the command line names."""
+def evaluate(options: argparse.Namespace, config: Config) -> bool:
+    """Score what the command line names; False if it was stopped before the end."""
     if options.run and not options.images:
         _something_to_evaluate(options, config)
     # torch takes seconds to import; --help and a mistyped path answer without it.
     from pipeline import distributed
-    from pipeline.evaluator import Stopped
 
     accelerator = distributed.start("fp32")
     distributed.warn_of_a_lost_launch(accelerator)
     evaluator = _evaluator(options.metrics)(config, accelerator)
     if accelerator.is_main_process:
         print(evaluator.describe(), flush=True)
+    finished = True
     try:
         if options.command == "reference":
             evaluator.write_reference(options.out)
@@ -65,12 +65,16 @@ def evaluate(options: argparse.Namespace, config: Config) -> None:
             _score_run(options, evaluator)
         else:
             _score_detached(options.checkpoint, evaluator)
-    except Stopped:
+    except signals.Stopped:
+        finished = False
         if accelerator.is_main_process:
             reason = signals.received() or "another rank's signal"
             print(f"stopped by {reason}; run the same command again to go on", file=sys.stderr)
     evaluator.close()
+    # A launcher ends the other ranks as soon as one has left with another code than 0.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
+    return finished
 
 
 def _evaluator(metrics: str) -> type[Evaluator]:
@@ -226,14 +230,15 @@ def main() -> None:
         from pipeline import probe
 
         return probe.main(sys.argv[2:])
-    options = parse(sys.argv[1:])
+    options, finished = parse(sys.argv[1:]), True
     with one_clear_message():
         if options.command == "fetch-weights":
             from pipeline.weights import fetch_inception
 
             print(f"eval.extractor_weights={fetch_inception(options.to).resolve()}")
         else:
-            evaluate(options, configuration(options))
+            finished = evaluate(options, configuration(options))
+    sys.exit(signals.exit_code(finished))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from pipeline import candidates, signals
 from pipeline.config import Config
 from pipeline.dashboard import say
-from pipeline.distributed import on_rank_zero
+from pipeline.distributed import on_rank_zero, while_others_wait
 from pipeline.errors import EvaluationError
 from pipeline.features import Images, extract, load_extractor
 from pipeline.protocol import Protocol, make_protocol
@@ -33,10 +34,6 @@ from pipeline.scores import (
 from pipeline.shards import Index, read_index
 
 POLL_SECONDS = 1.0
-
-
-class Stopped(Exception):
-    """A stop signal came; raised on all ranks at the same place."""
 
 
 class Evaluator:
@@ -117,7 +114,8 @@ class Evaluator:
     def compute_reference(self, path: Path) -> None:
         """Extract the features of the real images and publish them as a file."""
         side = self.protocol.reference
-        on_rank_zero(self.accelerator, lambda: check_shards(self.index, self.config.data.verify))
+        check = partial(check_shards, self.index, self.config.data.verify)
+        while_others_wait(self.accelerator, self.is_main, check)
         images = candidates.reals(self.index, self.config.data, side.reference_images)
         features = self._extract(images, side.reference_images, "reference")
 
@@ -149,7 +147,7 @@ class Evaluator:
         for _ in range(max(1, round(seconds / POLL_SECONDS))):
             time.sleep(POLL_SECONDS)
             if self._agreement.agree(signals.received() is not None, False)[0]:
-                raise Stopped
+                raise signals.Stopped
 
     def wait_because(self, why: str) -> None:
         """A short ``wait`` for another process; says why once."""
@@ -177,7 +175,7 @@ class Evaluator:
                 bar.update,
             )
         if features is None:
-            raise Stopped
+            raise signals.Stopped
         return features
 
     def _read(self, path: Path) -> None:

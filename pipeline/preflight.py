@@ -9,15 +9,14 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
+import re
 import shutil
-import socket
 import statistics
 import time
-from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,63 +24,20 @@ from accelerate import Accelerator
 
 from pipeline.config import Config, micro_batching
 from pipeline.dashboard import wandb_mode
+from pipeline.disk import checkpoint_bytes, existing, is_there, written_bytes
 from pipeline.durable import sha256_of
 from pipeline.errors import UserError
-from pipeline.models import make_discriminator, make_generator
+from pipeline.peers import Finding, Peers, Verdict
 from pipeline.reader import Cache
 from pipeline.shards import Index, read_index
+from pipeline.signals import Agreement
 
-T = TypeVar("T")
-Verdict = Literal["ok", "note", "FAILED"]
 REDUCED_MIB = 64
 REPETITIONS = 5
+GLOO_SECONDS = 60.0  # for ranks to find each other
 VISIBLE_SECONDS = 30.0  # how long a network file system may hide a new file from other nodes
 MAX_SKEW = 2.0  # seconds
 LOW_MIB_PER_S = 50  # slower than that a shared file system starves a GPU
-
-
-class Finding(NamedTuple):
-    """One line of the table."""
-
-    check: str
-    verdict: Verdict
-    found: str
-
-
-class Peers:
-    """All ranks, and what they say to each other."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.rank, self.count = accelerator.process_index, accelerator.num_processes
-        self.nodes = self.gather(os.environ.get("SLURMD_NODENAME") or socket.gethostname())
-
-    def gather(self, fact: T) -> list[T]:
-        """The fact of every rank, on every rank."""
-        if self.count == 1:
-            return [fact]
-        facts: list[T | None] = [None] * self.count
-        dist.all_gather_object(facts, fact)
-        return facts  # type: ignore[return-value]
-
-    def where(self, facts: Sequence[T]) -> dict[T, str]:
-        """Which nodes each fact was found on: ``{fact: "n1, n2"}``."""
-        found: dict[T, list[str]] = {}
-        for node, fact in zip(self.nodes, facts, strict=True):
-            if node not in found.setdefault(fact, []):
-                found[fact].append(node)
-        return {fact: ", ".join(nodes) for fact, nodes in found.items()}
-
-    def faults(self, attempt: Callable[[], T]) -> tuple[T | None, list[str]]:
-        """What this rank's attempt gave, and ``node: reason`` of all that failed."""
-        result, reason = None, ""
-        try:
-            result = attempt()
-        except (UserError, OSError, RuntimeError) as error:
-            reason = str(error)
-        reasons = self.where(self.gather(reason))
-        reasons.pop("", None)
-        return result, [f"{nodes}: {reason}" for reason, nodes in reasons.items()]
 
 
 def examine(config: Config, accelerator: Accelerator, precision: str) -> list[Finding]:
@@ -94,21 +50,10 @@ def examine(config: Config, accelerator: Accelerator, precision: str) -> list[Fi
     """
     peers = Peers(accelerator)
     findings = [_software(peers), _devices(peers, precision), _batch(peers, config)]
-    findings += [_all_reduce(peers), _clocks(peers), _run_folder(peers, config)]
+    findings += [_all_reduce(peers), _stop_requests(peers), _clocks(peers)]
+    findings.append(_run_folder(peers, config))
     index, finding = _shards(peers, config)
     return [*findings, finding, *_room(peers, config, index), _tracking(peers, config)]
-
-
-def table(findings: Sequence[Finding]) -> str:
-    """The findings as aligned text, the verdict over all of them in the last line."""
-    width = max(len(finding.check) for finding in findings)
-    lines = [
-        f"{finding.check:{width}}  {finding.verdict:6}  "
-        + finding.found.replace("\n", "\n" + " " * (width + 10))
-        for finding in findings
-    ]
-    failed = [finding.check for finding in findings if finding.verdict == "FAILED"]
-    return "\n".join([*lines, f"NOT READY: {', '.join(failed)}" if failed else "READY"])
 
 
 def _software(peers: Peers) -> Finding:
@@ -132,7 +77,7 @@ def _devices(peers: Peers, precision: str) -> Finding:
     device = peers.accelerator.device
     on_gpu = device.type == "cuda"
     if on_gpu:
-        kind = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
+        kind = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}{_driver()}"
     else:
         cores = len(os.sched_getaffinity(0))
         kind = f"no GPU in use, {cores} cores, {torch.get_num_threads()} threads per process"
@@ -141,10 +86,22 @@ def _devices(peers: Peers, precision: str) -> Finding:
     found = peers.where(peers.gather(f"{kind}, {precision}"))
     places = peers.gather((peers.nodes[peers.rank], str(device)))
     lines = [f"{nodes}: {text}" for text, nodes in found.items()]
+    verdict: Verdict = "ok" if len(found) == 1 else "note"
     if on_gpu and len(set(places)) < len(places):
         lines.append("two processes share a GPU: start one process per GPU (NPROC_PER_NODE)")
-        return Finding("devices", "FAILED", "\n".join(lines))
-    return Finding("devices", "ok" if len(found) == 1 else "note", "\n".join(lines))
+        verdict = "FAILED"
+    if len(set(peers.gather(precision))) > 1:
+        lines.append("train.precision (auto) differs: set it, or take nodes of one kind")
+        verdict = "FAILED"
+    return Finding("devices", verdict, "\n".join(lines))
+
+
+def _driver() -> str:
+    with suppress(OSError):
+        line = Path("/proc/driver/nvidia/version").read_text().partition("\n")[0]
+        if number := re.search(r"\s(\d+(?:\.\d+)+)\s", line):
+            return f", driver {number[1]}"
+    return ""
 
 
 def _batch(peers: Peers, config: Config) -> Finding:
@@ -177,6 +134,33 @@ def _all_reduce(peers: Peers) -> Finding:
     if not all(peers.gather(right)):
         return Finding("all-reduce", "FAILED", f"{text}; the sum is wrong: check the network")
     return Finding("all-reduce", "ok", f"{text} per link")
+
+
+def _stop_requests(peers: Peers) -> Finding:
+    """Gloo on the CPU, by which ranks agree on stops, also where NCCL serves the GPUs."""
+    if peers.count == 1:
+        return Finding("stop requests", "ok", "one process, nobody to agree with")
+
+    def agree() -> float:
+        agreement = Agreement(peers.count, timedelta(seconds=GLOO_SECONDS))
+        began = time.perf_counter()
+        agreement.agree(stop=peers.rank == peers.count - 1, save=False)
+        agreed = agreement.agree(stop=False, save=False)
+        seconds = time.perf_counter() - began
+        agreement.close()
+        if agreed != (True, False):
+            raise RuntimeError("the last rank's stop request did not arrive")
+        return seconds
+
+    seconds, faults = peers.faults(agree)
+    if faults:
+        faults.append(
+            "set GLOO_SOCKET_IFNAME to the interface that reaches the other nodes; without it gloo "
+            "takes the one that the node's own host name leads to"
+        )
+        return Finding("stop requests", "FAILED", "\n".join(faults))
+    slowest = max(peers.gather(seconds or 0.0))
+    return Finding("stop requests", "ok", f"gloo: agreed in {slowest * 1000:.1f} ms")
 
 
 def _clocks(peers: Peers) -> Finding:
@@ -230,7 +214,8 @@ def _run_folder(peers: Peers, config: Config) -> Finding:
             _, faults = peers.faults(see)
     finally:
         peers.accelerator.wait_for_everyone()
-        mine.unlink(missing_ok=True)
+        with suppress(OSError):  # whatever kept it from being written
+            mine.unlink(missing_ok=True)
         peers.accelerator.wait_for_everyone()
         for path in made:  # what a check of a run that is yet to start must not leave
             with suppress(OSError):
@@ -241,7 +226,7 @@ def _run_folder(peers: Peers, config: Config) -> Finding:
 
 
 def _missing_parents(folder: Path) -> list[Path]:
-    return [path for path in (folder, *folder.parents) if not _there(path)]
+    return [path for path in (folder, *folder.parents) if not is_there(path)]
 
 
 def _shards(peers: Peers, config: Config) -> tuple[Index | None, Finding]:
@@ -279,10 +264,11 @@ def _shards(peers: Peers, config: Config) -> tuple[Index | None, Finding]:
 
 
 def _room(peers: Peers, config: Config, index: Index | None) -> list[Finding]:
-    """Free space against what the run will write, and against the shards each node copies."""
-    needed, one = checkpoint_bytes(config)
+    """Free space against what the run has yet to write, and against the shards a node copies."""
     folder = Path(config.run.dir).expanduser()
-    free = min(peers.gather(shutil.disk_usage(_existing(folder)).free))
+    whole, one = checkpoint_bytes(config)
+    needed = max(0, whole - peers.gather(written_bytes(folder))[0])
+    free = min(peers.gather(shutil.disk_usage(existing(folder)).free))
     text = f"{folder}: {_gib(free)} free, checkpoints and snapshots to the end take {_gib(needed)}"
     findings = [Finding("disk", "ok" if free > needed + one else "FAILED", text)]
     if index is not None and index.is_remote:
@@ -290,35 +276,10 @@ def _room(peers: Peers, config: Config, index: Index | None) -> list[Finding]:
         total = sum(shard.filesize for shard in index.shards)
         wanted = min(total, int(config.data.cache_gib * 2**30) or total)
         held = sum(path.stat().st_size for path in cache.glob("*.tar")) if cache.is_dir() else 0
-        free = min(peers.gather(shutil.disk_usage(_existing(cache)).free + held))
+        free = min(peers.gather(shutil.disk_usage(existing(cache)).free + held))
         text = f"{cache}: {_gib(free)} free or in use for shards, they take {_gib(wanted)}"
         findings.append(Finding("shard cache", "ok" if free > wanted else "FAILED", text))
     return findings
-
-
-def checkpoint_bytes(config: Config) -> tuple[int, int]:
-    """(bytes of all checkpoints and snapshots of a whole run, bytes of one checkpoint)."""
-    with torch.device("meta"):
-        g, d = (
-            sum(p.numel() for p in network.parameters())
-            for network in (make_generator(config.model), make_discriminator(config.model))
-        )
-    one = 4 * (2 * g + d) + 8 * (g + d)  # G, G_ema, D; two moments of Adam for G and D
-    train = config.train
-    kept = train.keep + (train.total_steps // train.keep_every if train.keep_every else 0)
-    snapshots = train.total_steps // train.checkpoint_every if train.checkpoint_every else 1
-    return kept * one + snapshots * 4 * g, one
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.absolute().parents) if _there(path))
-
-
-def _there(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # below a folder that may not be looked into
-        return False
 
 
 def _gib(count: int) -> str:

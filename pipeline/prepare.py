@@ -159,7 +159,10 @@ def _prepare_part(job: Job, options: argparse.Namespace) -> int:
             return 0
         begin(job, work)
         _pack(job, work, mine, options.workers)
-        return num_unfinished(job)
+    # Counted after the lock is gone: of two parts that end together, the one that still cleaned up
+    # would stop the other from completing the set, and leave that to it.
+    left = num_unfinished(job)
+    return 0 if (job.out / INDEX_NAME).exists() else left
 
 
 def _prepare_all(job: Job, options: argparse.Namespace) -> str:

@@ -9,6 +9,7 @@ import hashlib
 import mmap
 import os
 import tarfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
@@ -21,16 +22,26 @@ from pipeline.durable import sha256_of
 from pipeline.errors import CorruptSample, DataError
 from pipeline.remote import FETCH_ATTEMPTS, open_url, patiently
 from pipeline.shards import INDEX_NAME, Index, Shard
+from pipeline.signals import Stopped, never
 
 CHUNK = 1 << 20
 HASH_ALL_BELOW = 2 << 30
 
 
 class Cache:
-    """Node-local copies of remote shards: one download per node, checked, published atomically."""
+    """Node-local copies of remote shards: one download per node, checked, published atomically.
 
-    def __init__(self, index: Index, folder: str, limit_gib: float = 0.0) -> None:
-        self.index = index
+    ``stop`` is asked between the pieces of a download; where it says so, ``Stopped`` is raised.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        folder: str,
+        limit_gib: float = 0.0,
+        stop: Callable[[], bool] = never,
+    ) -> None:
+        self.index, self.stop = index, stop
         self.folder = Path(folder).expanduser()
         self.limit = int(limit_gib * 2**30)
 
@@ -87,6 +98,8 @@ class Cache:
             digest = hashlib.sha256()
             with partial.open("wb") as out, open_url(url) as source:
                 while chunk := source.read(CHUNK):
+                    if self.stop():
+                        raise Stopped
                     digest.update(chunk)
                     out.write(chunk)
                 if out.tell() < shard.filesize:  # a connection may end early without an error
@@ -183,8 +196,13 @@ def check_size(path: Path, shard: Shard) -> None:
         )
 
 
-def check_shards(index: Index, how: str) -> None:
-    """Check the local shards of an index before a run: ``size``, ``sha256`` or ``auto``."""
+def check_shards(index: Index, how: str, stop: Callable[[], bool] = never) -> None:
+    """Check the local shards of an index before a run: ``size``, ``sha256`` or ``auto``.
+
+    Raises:
+        DataError: one is missing, truncated or changed.
+        Stopped: ``stop``, asked before each shard, said so.
+    """
     if index.is_remote:
         return  # the cache checks every byte as it comes
     folder = Path(index.location).expanduser()
@@ -192,6 +210,8 @@ def check_shards(index: Index, how: str) -> None:
     every_byte = how == "sha256" or (how == "auto" and total <= HASH_ALL_BELOW)
 
     def check(shard: Shard) -> None:
+        if stop():
+            raise Stopped
         check_size(folder / shard.url, shard)
         if every_byte and sha256_of(folder / shard.url) != shard.sha256:
             raise DataError(

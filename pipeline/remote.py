@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, TypeVar
 
 from pipeline.errors import DataError
+from pipeline.signals import Stopped
 
 FETCH_ATTEMPTS = 4
 FETCH_PAUSE = 0.5
@@ -39,13 +40,13 @@ def open_url(url: str) -> Iterator[IO[bytes]]:
 
 
 def patiently(url: str, transfer: Callable[[], T]) -> T:
-    """Try a transfer again when the network fails; a ``DataError`` is final."""
+    """Try a transfer again when the network fails; a ``DataError`` is final, and so is a stop."""
     for attempt in range(FETCH_ATTEMPTS):
         if attempt:
             time.sleep(FETCH_PAUSE * 2.0**attempt)
         try:
             return transfer()
-        except DataError:
+        except (DataError, Stopped):
             raise
         except Exception as error:  # each scheme has network errors of its own
             reason = repr(error)

@@ -195,6 +195,20 @@ class Run:
                     step,
                 )
 
+    def leave_early(self) -> bool:
+        """End before the first step, stopped; whether the run had finished already."""
+        step = on_rank_zero(self.accelerator, self._progress)
+        self.finish(step)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return step >= self.config.train.total_steps
+
+    def _progress(self) -> int:
+        try:
+            return int((self.dir / "progress").read_text())
+        except (OSError, ValueError):
+            return 0
+
     def _mark(self, name: str, content: str) -> None:
         assert self.folder is not None
         self.folder.mark(name, content)

@@ -6,6 +6,7 @@ runs/<name>/ config.yaml  run.json (id, precision)  metrics.jsonl  samples/  che
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -20,6 +21,7 @@ from pipeline.durable import publish
 from pipeline.errors import ConfigError, RunFolderError
 
 IDENTITY = "run.json"
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 def precision_of(config: Config) -> str | None:
@@ -76,6 +78,15 @@ class RunFolder:
             raise RunFolderError(
                 f"run.dir ({self.path}): in use by {holder}; "
                 "wait for that run to end or choose another folder with run.dir=..."
+            ) from None
+        except OSError as error:
+            lock.close()
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+            raise RunFolderError(
+                f"run.dir ({self.path}): files cannot be locked there ({error.strerror}), so two "
+                "runs would not notice each other; mount the file system with locks (NFS: lockd; "
+                "Lustre: flock) or choose another folder with run.dir=..."
             ) from None
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -7,14 +7,21 @@ line of an entry point, because a signal during the seconds of importing torch m
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     import torch
 
 _received: list[str] = []
+
+
+class Stopped(Exception):
+    """A stop signal came; raised on all ranks at the same place."""
 
 
 def install() -> None:
@@ -28,6 +35,21 @@ def received() -> str | None:
     return _received[0] if _received else None
 
 
+def never() -> bool:
+    """For work that nothing but a kill ends."""
+    return False
+
+
+def exit_code(finished: bool) -> int:
+    """Of a job that finished, or was stopped and is to be started again.
+
+    Kubernetes takes 0 for completed and would not start a stopped job again: its image asks for
+    another code in STOPPED_EXIT_CODE. Behind a launcher every code but 0 becomes 1.
+    """
+    asked = os.environ.get("STOPPED_EXIT_CODE", "")
+    return 0 if finished or not asked.isdecimal() else int(asked)
+
+
 def _note(number: int, _: FrameType | None) -> None:
     _received.append(signal.Signals(number).name)
     if number == signal.SIGINT:  # a second Ctrl-C means now
@@ -38,17 +60,18 @@ class Agreement:
     """What any rank wants, known to all ranks at the same step.
 
     The all-reduce runs over gloo on the CPU while the step computes, and its result is read one
-    step later: no wait for the device, none for the network.
+    step later: no wait for the device, none for the network. ``patience``: how long ranks may take
+    to find each other.
     """
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, patience: timedelta | None = None) -> None:
         self._group: Any = None
         self._work: Any = None
         self._flags: torch.Tensor | None = None
         if world_size > 1:
             import torch.distributed as dist
 
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=patience)
 
     def agree(self, stop: bool, save: bool) -> tuple[bool, bool]:
         """(stop, save): whether any rank asked, in this call (one process) or the one before."""

@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
 import argparse
 import logging
-import os
 import sys
 from contextlib import closing
 
@@ -41,6 +40,7 @@ def train(config: Config) -> bool:
 
     precision = run_folder.precision_of(config) or distributed.resolve_precision(config)
     accelerator = distributed.start(precision)
+    distributed.refuse_unequal_precisions(accelerator, precision)
     distributed.warn_of_a_lost_launch(accelerator)
     distributed.choose_kernels(accelerator, config.train.deterministic)
     device, rank = accelerator.device, accelerator.process_index
@@ -50,7 +50,10 @@ def train(config: Config) -> bool:
     rows = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
     run = Run(config, accelerator, precision)
-    index = open_data(config, accelerator)
+    try:
+        index = open_data(config, accelerator)
+    except signals.Stopped:
+        return run.leave_early()
     order = make_order(config, index)
     gan = GAN(config, accelerator, accumulation)
     step = run.resume(gan, index, order, micro_batch)
@@ -113,10 +116,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with one_clear_message():
         finished = train(load(arguments.config, arguments.overrides))
-    # Kubernetes takes 0 for completed and would not start a stopped run again: its image asks for
-    # another code. The Slurm scripts go by the marker files.
-    asked = os.environ.get("STOPPED_EXIT_CODE", "")
-    sys.exit(0 if finished or not asked.isdecimal() else int(asked))
+    sys.exit(signals.exit_code(finished))
 
 
 if __name__ == "__main__":

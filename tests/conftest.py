@@ -121,13 +121,16 @@ def training_settings(training_shards: Path) -> list[str]:
 class CountingServer:
     """Serves a folder on loopback and counts the requests for each file.
 
-    ``cut_short[name] = n``: the next n answers for that file end midway.
+    ``cut_short[name] = n``: the next n answers for that file end midway. ``hold``, while it is not
+    set, keeps tars back.
     """
 
     def __init__(self, folder: Path) -> None:
         self.gets: Counter[str] = Counter()
         self.cut_short: Counter[str] = Counter()
         self.failing: Counter[str] = Counter()
+        self.hold = threading.Event()
+        self.hold.set()
         lock = threading.Lock()
         server = self
 
@@ -143,6 +146,8 @@ class CountingServer:
                     server.cut_short[name] -= cut
                     fail = server.failing[name] > 0
                     server.failing[name] -= fail
+                if name.endswith(".tar"):
+                    server.hold.wait()
                 if fail:
                     self.send_error(503)
                 elif cut:

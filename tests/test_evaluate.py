@@ -25,7 +25,7 @@ from evaluating import (
     make_config,
     make_run,
 )
-from launching import REPO, environment, free_port
+from launching import REPO, environment, free_port, rank_process
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -258,16 +258,33 @@ def test_rivals_share_the_work_and_one_that_is_killed_loses_only_its_own(tmp_pat
 
 @pytest.mark.slow
 def test_watch_waits_for_snapshots_and_leaves_in_order_on_a_signal(tmp_path: Path) -> None:
-    """What comes while it runs is evaluated; SIGTERM ends it at once with exit code 0."""
+    """What comes while it runs is evaluated; SIGTERM ends it at once, with the code asked for."""
     run, config = make_run(tmp_path, ()), make_config(tmp_path)
-    with process("--run", run, "--watch", "--every", "1") as running:
+    with process("--run", run, "--watch", "--every", "1", STOPPED_EXIT_CODE="75") as running:
         wait_for(running, lambda: list((tmp_path / "references").glob("*.safetensors")))
         for step in (10, 20):
             add_snapshot(run, config, step)
             wait_for(running, lambda step=step: step in scores(run))
         running.send_signal(signal.SIGTERM)
-        output = finished(running)
+        output, _ = running.communicate(timeout=60)
+    assert running.returncode == 75, output
     assert "stopped by SIGTERM; run the same command again" in output
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_stopped_evaluation_on_two_processes_is_no_success_for_a_scheduler(run: Path) -> None:
+    """Nor are scores lost: no rank leaves before rank 0 has closed ledger and W&B."""
+    offline = ("tracking.wandb=offline", "tracking.timeout=30")
+    words = ("--run", run, "--watch", *offline)
+    with process(*words, ranks=2, STOPPED_EXIT_CODE="75") as running:
+        wait_for(running, lambda: sorted(scores(run)) == [10, 20])
+        rank_process(running, 1).send_signal(signal.SIGTERM)
+        output, _ = running.communicate(timeout=60)
+    assert running.returncode == 1, output  # the launcher's for any code but 0
+    assert "exitcode  : 75" in output
+    assert "stopped by another rank's signal; run the same command again" in output
+    assert len((run / ".evaluations.sent").read_text().splitlines()) == 2
 
 
 def test_watch_ends_with_the_training(run: Path) -> None:

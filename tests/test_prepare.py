@@ -299,6 +299,42 @@ def test_parts_at_once_write_the_bytes_of_one_command(labelled, tmp_path):
     )
 
 
+SLOW_TO_CLEAN_UP = """
+import sys, time
+from pathlib import Path
+from pipeline import packing, prepare
+remove, packed, others = packing._remove, *map(Path, sys.argv[1:3])
+def _remove(*arguments):
+    deadline = time.monotonic() + 60
+    while packed.exists() and not others.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    remove(*arguments)
+packing._remove = _remove
+sys.argv[1:] = sys.argv[3:]
+prepare.main()
+"""
+
+
+@pytest.mark.faults
+def test_parts_that_end_together_leave_a_complete_set(labelled, tmp_path):
+    """Where cleaning up is slow, as on NFS: the first to pack ends last, and writes the index."""
+    arguments = ("--size", 16, "--shard-mib", 0.04, "--workers", 1)
+    out, others = tmp_path / "parts", tmp_path / "others-have-ended"
+    words = command(labelled / "images", "--out", out, *arguments, "--part")
+    packed = out / ".prepare" / "shard-000000.tar.json"
+    slow = [sys.executable, "-c", SLOW_TO_CLEAN_UP, packed, others, *words[3:], "0/2"]
+    with subprocess.Popen(slow, stdout=subprocess.PIPE, text=True) as first:
+        deadline = time.monotonic() + 60
+        while not (out / ".prepare" / "shard-000002.tar.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        said = prepare(labelled / "images", "--out", out, *arguments, "--part", "1/2")
+        others.touch()
+        assert "60 samples in 4 shards" in first.communicate(timeout=60)[0], said
+    assert "another part completes" in said
+    assert read_index(str(out)).num_samples == 60
+
+
 def test_a_zip_archive_gives_the_samples_of_its_folder(labelled, tmp_path):
     archive = tmp_path / "images.zip"
     with zipfile.ZipFile(archive, "w") as out:

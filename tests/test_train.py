@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import CountingServer
 from launching import (
     REPO,
     assert_bitwise_equal,
@@ -25,6 +27,8 @@ from launching import (
     train,
 )
 from PIL import Image
+
+from pipeline.shards import Index
 
 pytestmark = pytest.mark.slow
 STEPS = 24
@@ -300,3 +304,33 @@ def test_sigkill_leaves_no_lock(
         assert f"in use by process {first.pid}" in output
         assert "Traceback" not in output
     train(1, tiny_config, *training_settings, f"run.dir={run_dir}")
+
+
+@pytest.mark.faults
+def test_a_signal_while_shards_are_fetched_stops_at_once(
+    tiny_config: Path,
+    make_shards: Callable[..., Index],
+    serve: Callable[[Path], CountingServer],
+    tmp_path: Path,
+) -> None:
+    """Nothing is trained, the rest is not fetched, the marker says so; then the run goes on."""
+    make_shards(tmp_path / "shards", [9] * 40, (32, 32, 1))
+    server, run_dir = serve(tmp_path / "shards"), tmp_path / "run"
+    server.hold.clear()
+    settings = [f"data.shards={server.url}", f"data.cache_dir={tmp_path / 'cache'}"]
+    arguments = (1, tiny_config, *settings, f"run.dir={run_dir}", "train.total_steps=2")
+    with started(*arguments, STOPPED_EXIT_CODE="75") as process:
+        deadline = time.monotonic() + 60
+        while not any(name.endswith(".tar") for name in server.gets):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGUSR2)
+        time.sleep(2.5)
+        server.hold.set()
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert "stopped by SIGUSR2 at step 0; run the same command again to go on" in output
+    assert int((run_dir / "PREEMPTED").read_text()) == 0
+    assert sum(name.endswith(".tar") for name in server.gets) < 40
+    train(*arguments)
+    assert int((run_dir / "FINISHED").read_text()) == 2

@@ -24,16 +24,20 @@ CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 
 
 def buildah(*words: object, timeout: float = 1500) -> str:
-    """Standard output of one command of buildah; its log is the failure's message."""
+    """Standard output of one command of buildah, with what a build logs, in order; what it said is
+    the failure's message.
+    """
     done = subprocess.run(
         ["buildah", *map(str, words)],
         cwd=REPO,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if words[0] == "bud" else subprocess.PIPE,
         text=True,
         timeout=timeout,
         check=False,
     )
-    assert done.returncode == 0, f"buildah {words[0]}: {done.returncode}\n{done.stderr[-4000:]}"
+    said = done.stderr or done.stdout
+    assert done.returncode == 0, f"buildah {words[0]}: {done.returncode}\n{said[-4000:]}"
     return done.stdout.strip()
 
 
@@ -104,7 +108,8 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> str:
     if CERTIFICATES.exists():
         settings += ["--build-arg", f"SSL_CERT_FILE={CERTIFICATES}"]
     kind = ["--layers", "--format", "docker", "--file", "docker/Dockerfile", "-t", IMAGE]
-    buildah("bud", *CHROOT, *settings, *mounts, *kind, REPO)
+    log = buildah("bud", *CHROOT, *settings, *mounts, *kind, REPO)
+    print("the end of buildah's log:", *log.splitlines()[-25:], sep="\n")
     return IMAGE
 
 

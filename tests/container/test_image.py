@@ -40,9 +40,12 @@ def test_it_is_small_in_what_it_may_and_holds(container: Container) -> None:
     expected |= {"pyproject.toml", "requirements.txt"}
     assert {name for name in held if not name.endswith(".egg-info")} == expected
     print("image:", buildah("images", "--format", "{{.Size}}", IMAGE))
+    # Shards may come from anywhere: who runs an image cannot install what it lacks.
+    assert container.run("python", "-c", "import aiohttp, gcsfs, s3fs").returncode == 0
     usage = container.pipeline()
     assert usage.returncode == 0
     assert "train --config" in usage.stdout
+    assert container.pipeline("train", NNODES=2).returncode == 2
 
 
 @pytest.mark.parametrize(("processes", "code"), [(1, 75), (2, 1)])
@@ -67,6 +70,7 @@ def test_sigterm_to_the_first_process_saves_and_the_same_command_goes_on(
     print(
         f"{processes} processes: exit {started.returncode} {time.monotonic() - asked:.1f} s later"
     )
+    print(output)
     assert started.returncode == code, output
     stopped = int((run / "PREEMPTED").read_text().split()[0])
     assert [path.name for path in (run / "checkpoints").glob("step_*")] == [f"step_{stopped:08d}"]

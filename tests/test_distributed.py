@@ -1,0 +1,111 @@
+"""What ranks tell each other before a run: real processes over gloo."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from launching import run, train
+from ranks import on_ranks
+
+from pipeline import distributed, signals
+from pipeline.config import Config, RunConfig
+from pipeline.errors import DataError, RunFolderError
+from pipeline.run_folder import RunFolder
+
+pytestmark = pytest.mark.slow
+TIME_LIMIT = 2.0
+
+
+def outcome(attempt: Callable[[], object]) -> str:
+    try:
+        return str(attempt())
+    except (Exception, SystemExit) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def two_ranks_wait(folder: str) -> None:
+    """Rank 0 works, longer than a collective may take; then fails; then is stopped by rank 1. At
+    the end they compare their precisions: the same, and another on rank 1.
+    """
+    signals.install()
+    dist.init_process_group("gloo", timeout=timedelta(seconds=TIME_LIMIT))
+    accelerator = distributed.start("fp32")
+    rank, done = accelerator.process_index, Path(folder) / "done"
+
+    def takes_long(stop: Callable[[], bool]) -> None:
+        time.sleep(1.5 * TIME_LIMIT)
+        done.touch()
+
+    def fails(stop: Callable[[], bool]) -> None:
+        raise DataError("damaged")
+
+    def never_ends(stop: Callable[[], bool]) -> None:
+        while not stop():
+            time.sleep(0.02)
+        raise signals.Stopped
+
+    found = []
+    for work in (takes_long, fails, never_ends):
+        if work is never_ends and rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        wait = partial(distributed.while_others_wait, accelerator, rank == 0, work)
+        found.append(outcome(wait))
+        found.append(str(done.exists()))
+    refuse = partial(distributed.refuse_unequal_precisions, accelerator)
+    for precision in ("fp32", "bf16" if rank else "fp32"):
+        found.append(outcome(partial(refuse, precision)))
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+
+
+def test_ranks_wait_for_work_that_takes_long_fails_or_is_stopped(tmp_path: Path) -> None:
+    """Longer than the group's time limit; a fault ends all ranks and is told by one; a signal to a
+    rank that only waits stops the one that works.
+    """
+    on_ranks(2, two_ranks_wait, str(tmp_path))
+    works, waits = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert works[:6:2] == ["None", "DataError: damaged", "Stopped: "]
+    assert waits[:6:2] == ["None", "SystemExit: 2", "Stopped: "]
+    assert waits[1] == "True"
+
+    for found in (works, waits):
+        assert found[6] == "None"
+        assert "bf16 on " in found[7], "unequal nodes would mix precisions"
+        assert "; fp32 on " in found[7]
+
+
+@pytest.mark.faults
+def test_gpus_that_were_allocated_must_be_seen_by_training_too(
+    tiny_config: Path, training_settings: list[str], tmp_path: Path
+) -> None:
+    """One message a node and exit code 2, instead of a training on the CPU; unless it is wanted."""
+    words = (2, tiny_config, *training_settings, f"run.dir={tmp_path}", "train.total_steps=1")
+    code, output = run(*words, GPUS_PER_NODE="2")
+    assert code == 1, output  # the launcher's
+    assert output.count("error: GPUS_PER_NODE (2): ") == 1, output
+    assert "set ACCELERATE_USE_CPU=true to compute without GPUs" in output
+    train(*words, GPUS_PER_NODE="2", ACCELERATE_USE_CPU="true")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_named_as_such(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Write permission, asked for before, would not have helped."""
+
+    def lockf(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with pytest.raises(RunFolderError, match=r"files cannot be locked there .* mount the file sys"):
+        RunFolder(Config(run=RunConfig(dir=str(tmp_path))), "fp32")
