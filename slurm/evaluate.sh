@@ -43,6 +43,6 @@ status=$? now=$(state)
 say "srun ended with $status, job $now"
 # A launcher makes 1 of every exit code; what rank 0 said about the stop is there for any number.
 if [ "$status" -eq 75 ] || grep -q 'run the same command again to go on' "$said"; then
-  [ "$now" = RUNNING ] && requeue 50 "its stop"
+  [ "$now" = RUNNING ] && requeue 50 "the stop"
 fi
 exit "$status"
