@@ -6,10 +6,10 @@
 #   sbatch --gpus-per-node=4 slurm/evaluate.sh --run /shared/runs/a
 #   sbatch slurm/evaluate.sh --run /shared/runs/a --watch        # until the training has finished
 #
-# Knobs: slurm/README.md. All arguments of `python -m pipeline.evaluate` are allowed.
+# At its time limit and when preempted it requeues itself. Knobs: slurm/README.md. All arguments of
+# `python -m pipeline.evaluate` are allowed.
 #SBATCH --job-name=dcgan-fid
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.out
@@ -21,17 +21,28 @@ trap : TERM USR1 USR2
 # shellcheck source=slurm/launch.sh
 . slurm/launch.sh || { echo "$PWD: not the checkout; call sbatch there, or give --chdir"; exit 2; }
 
-case " $* " in
-  *" --run"*|*" --config"*|*" --checkpoint"*) ;;
-  *) set -- --run "${RUN_DIR:-runs/dcgan_64}" "$@" ;;
-esac
-case " $* " in
-  *" --pending"*|*" --watch"*|*" --checkpoint"*|*" --images"*) ;;
-  *) set -- --pending "$@" ;;
+case ${1:-} in
+  reference|fetch-weights|probe) ;;  # commands with arguments of their own
+  *)
+    case " $* " in
+      *" --run"*|*" --config"*|*" --checkpoint"*) ;;
+      *) set -- --run "${RUN_DIR:-runs/dcgan_64}" "$@" ;;
+    esac
+    case " $* " in
+      *" --pending"*|*" --watch"*|*" --checkpoint"*|*" --images"*) ;;
+      *) set -- --pending "$@" ;;
+    esac ;;
 esac
 
-say "job $SLURM_JOB_ID: $WORLD process(es) on $SLURM_JOB_NODELIST, evaluate $*"
-launch 0 pipeline.evaluate "$@"
-status=$?
-say "srun ended with $status"
+export STOPPED_EXIT_CODE=75
+said=$(mktemp)
+trap 'rm -f "$said"' EXIT
+say "restart $restarts of job $job: $WORLD process(es) on $SLURM_JOB_NODELIST, evaluate $*"
+launch 0 pipeline.evaluate "$@" 2>&1 | tee "$said"
+status=$? now=$(state)
+say "srun ended with $status, job $now"
+# A launcher makes 1 of every exit code; what rank 0 said about the stop is there for any number.
+if [ "$status" -eq 75 ] || grep -q 'run the same command again to go on' "$said"; then
+  [ "$now" = RUNNING ] && requeue 50 "the stop"
+fi
 exit "$status"

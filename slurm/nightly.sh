@@ -4,13 +4,12 @@
 #
 #   sbatch slurm/nightly.sh --run /shared/runs/a
 #
-# Options on sbatch's command line hold for the first night only; export SBATCH_GPUS_PER_NODE=1,
-# SBATCH_TIMELIMIT=2:00:00 and the like instead. Stop: scancel -n dcgan-fid-nightly
+# The next nights ask for what this one was given: GPUs, CPUs, memory, time, partition, account, QOS.
+# Stop: scancel -n dcgan-fid-nightly
 # NIGHTLY_AT (02:30): when; NIGHTLY_CHAIN=0: this night only, where cron or scrontab repeats it.
 #SBATCH --job-name=dcgan-fid-nightly
 #SBATCH --dependency=singleton
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.out
@@ -21,14 +20,35 @@ chained() {  # a requeued night finds its successor there already
 }
 
 chain() {
-  sbatch --job-name="$SLURM_JOB_NAME" --begin="${NIGHTLY_AT:-02:30}" \
-    --partition="$SLURM_JOB_PARTITION" ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"} \
-    slurm/nightly.sh "$@"
+  local option value words=()
+  while read -r option value; do
+    case $value in ''|N/A|'(null)') ;; *) words+=("--$option=$value") ;; esac
+  done <<END
+partition $SLURM_JOB_PARTITION
+account ${SLURM_JOB_ACCOUNT:-}
+qos ${SLURM_JOB_QOS:-}
+reservation ${SLURM_JOB_RESERVATION:-}
+time $(squeue -h -j "$SLURM_JOB_ID" -o %l)
+gres $(squeue -h -j "$SLURM_JOB_ID" -o %b | sed 's,gres[:/],,g')
+gpus ${SLURM_GPUS:-}
+cpus-per-task ${SLURM_CPUS_PER_TASK:-}
+cpus-per-gpu ${SLURM_CPUS_PER_GPU:-}
+mem ${SLURM_MEM_PER_NODE:-}
+mem-per-cpu ${SLURM_MEM_PER_CPU:-}
+mem-per-gpu ${SLURM_MEM_PER_GPU:-}
+END
+  (
+    # What Slurm has set for this job would be passed on, and is not true of the next.
+    for option in "${!SLURM_@}"; do [ "$option" = SLURM_CONF ] || unset "$option"; done
+    unset SBATCH_GPUS_PER_NODE  # --gres has them
+    sbatch --job-name="$1" --begin="${NIGHTLY_AT:-02:30}" "${words[@]}" slurm/nightly.sh "${@:2}"
+  )
 }
 
 if [ "${NIGHTLY_CHAIN:-1}" = 1 ]; then
   for try in 1 2 3 4 5; do  # the controller may be restarting
-    chained || chain "$@" && break
+    chained || chain "$SLURM_JOB_NAME" "$@" && break
+    [ "$try" -lt 5 ] || { echo "NO NEXT NIGHT: submit slurm/nightly.sh again"; break; }
     sleep $((try * 10))
   done
 fi

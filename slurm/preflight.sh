@@ -3,14 +3,13 @@
 # allocation fit for a run? Give it the sizes and the arguments of the run that shall follow:
 #
 #   sbatch --nodes=2 --gpus-per-node=8 slurm/preflight.sh
-#   srun --pty -N2 --gpus-per-node=8 bash slurm/preflight.sh run.dir=/shared/runs/a   # waits for it
+#   salloc --nodes=2 --gpus-per-node=8 bash slurm/preflight.sh run.dir=/shared/runs/a   # waits for it
 #   sbatch --nodes=2 --gpus-per-node=8 --export=ALL,PREFLIGHT=1 slurm/train.sh        # then trains
 #
-# Ends with a table and READY (exit code 0) or NOT READY. PREFLIGHT_MINUTES (10): patience.
+# Ends with a table and READY (exit code 0) or NOT READY (1). A mistake in the arguments is 2, a
+# preflight that was cut short 75. PREFLIGHT_MINUTES (10): patience.
 #SBATCH --job-name=dcgan-preflight
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
-#SBATCH --time=15
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.out
 
@@ -22,19 +21,28 @@ with_config "$@"
 say "preflight of $WORLD process(es) on $SLURM_JOB_NODELIST, rendezvous $MASTER_ADDR"
 export SLURM_TIMELIMIT=${PREFLIGHT_MINUTES:-10}  # of each step
 
+cut_short() { say "cut short: srun ended with $1"; exit 75; }
+
 # What the table needs to be made at all, node by node: the checkout, Python and the libraries.
-step=(--label)
-if ! task "$PYTHON" -c 'import pipeline.config, torch, accelerate'; then
+step=("${everywhere[@]}" --label)
+task "$PYTHON" -c 'import pipeline.config, torch, accelerate'
+status=$?
+[ "$status" -ne 143 ] || cut_short "$status"  # SIGTERM
+if [ "$status" -ne 0 ]; then
   say "NOT READY: a node cannot start $PYTHON in $PWD; the lines above name it by its number in" \
     "$SLURM_JOB_NODELIST. Both must be on a file system that all nodes see"
   exit 1
 fi
+run_folder "${arguments[@]}" >/dev/null || { [ $? -ne 2 ] || exit 2; }
 
+SECONDS=0
 report=$(launch 9 pipeline.doctor "${arguments[@]}" | sed 's/^ *[0-9]*: //')
+status=$?
 [ -z "$report" ] || echo "$report"
-case $report in
-  *READY*) ;;
-  *) say "NOT READY: no table within $SLURM_TIMELIMIT minutes. If nothing above says why, the nodes" \
-      "do not reach $MASTER_ADDR: set MASTER_ADDR, GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME" ;;
-esac
-[ "${report##*$'\n'}" = READY ]
+# NCCL_DEBUG=INFO puts lines of its own behind the table.
+grep -qx READY <<<"$report" && exit 0
+grep -q '^NOT READY' <<<"$report" && exit 1
+[ "$SECONDS" -ge $((SLURM_TIMELIMIT * 60 - 10)) ] || cut_short "$status"
+say "NOT READY: no table within $SLURM_TIMELIMIT minutes. If nothing above says why, the nodes do" \
+  "not reach $MASTER_ADDR: set MASTER_ADDR, GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
+exit 1

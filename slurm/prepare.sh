@@ -8,7 +8,6 @@
 # line again packs it and nothing twice.
 #SBATCH --job-name=dcgan-prepare
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%A_%a.out
@@ -24,7 +23,12 @@ if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
   exit 2
 fi
 # shellcheck disable=SC2153
-part=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))/$SLURM_ARRAY_TASK_COUNT
+first=$SLURM_ARRAY_TASK_MIN last=$SLURM_ARRAY_TASK_MAX stride=$SLURM_ARRAY_TASK_STEP
+if [ $(((last - first) / stride + 1)) -ne "$SLURM_ARRAY_TASK_COUNT" ]; then
+  say "--array: must be a range like 0-7 or 0-14:2, not a list: its tasks share the work evenly"
+  exit 2
+fi
+part=$(((SLURM_ARRAY_TASK_ID - first) / stride))/$SLURM_ARRAY_TASK_COUNT
 say "part $part of job $SLURM_ARRAY_JOB_ID, restart $restarts, on $SLURM_JOB_NODELIST"
 alone -m pipeline.prepare "$@" --part "$part"
 status=$? now=$(state)

@@ -7,15 +7,33 @@
 # The runs lie in SWEEP_DIR (runs/sweep), each named by its values, and are one group in W&B. A task
 # with an index beyond the grid ends with the right --array in its message. The same line again goes
 # on with what is not finished; --array=0-5%2 trains two at a time.
+#
+# Or a sweep of W&B (configs/sweep.yaml): each task is an agent that trains SWEEP_COUNT (1) of its
+# runs, each on the task's one node:
+#
+#   SWEEP_ID=me/dcgan/4f7c2a1b sbatch --array=0-19%4 --gpus-per-node=1 slurm/sweep.sh
 #SBATCH --job-name=dcgan-sweep
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%A_%a.out
 #SBATCH --signal=USR2@120
 
 folder=${SWEEP_DIR:-runs/sweep}
+
+if [ -n "${SWEEP_ID:-}" ]; then
+  set -uo pipefail
+  # shellcheck source=slurm/launch.sh
+  . slurm/launch.sh || { echo "$PWD: not the checkout; call sbatch there, or give --chdir"; exit 2; }
+  case $PYTHON in */*) PATH=${PYTHON%/*}:$PATH ;; esac  # the sweep's command is `accelerate launch`
+  export SWEEP_DIR=$folder
+  say "job $job: ${SWEEP_COUNT:-1} run(s) of sweep $SWEEP_ID on $SLURM_JOB_NODELIST"
+  # shellcheck disable=SC2034
+  step=("${everywhere[@]}")
+  task "$PYTHON" -m wandb agent --count "${SWEEP_COUNT:-1}" "$@" "$SWEEP_ID"
+  exit
+fi
+
 left=${SLURM_ARRAY_TASK_ID:-0} size=1 name='' words=()
 for word in "$@"; do
   value=${word#*=}

@@ -9,7 +9,6 @@
 # Everything else (containers, ports, limits): slurm/README.md.
 #SBATCH --job-name=dcgan-train
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.out
@@ -26,37 +25,53 @@ trap : TERM USR1 USR2  # this shell must live to decide what happens next
 with_config "$@"
 set -- "${arguments[@]}"
 
-# The trainer's own reading of the configuration says where its marker files will be. A mistake in
-# it ends the job here, in seconds and with one message.
-where='
-import argparse
-from pipeline.config_files import load
-from pipeline.errors import one_clear_message
-parser = argparse.ArgumentParser(prog="slurm/train.sh")
-parser.add_argument("--config")
-parser.add_argument("overrides", nargs="*")
-words = parser.parse_args()
-with one_clear_message():
-    print(load(words.config, words.overrides).run.dir)
-'
-configured=$(alone -c "$where" "$@" | tail -n 1) || { say "the configuration could not be read"; exit 2; }
-run_dir=${RUN_DIR:-$configured}
+failures=0
+# again STATUS WHERE: after a step that ended without progress. Returns if another try in this
+# allocation is worth it.
+again() {
+  # `scontrol requeue` would bring a cancelled job back: only a RUNNING one may.
+  [ "$(state)" = RUNNING ] || { say "ended from outside; Slurm decides"; exit 1; }
+  [ "$1" -ne 143 ] || requeue 50 "$2: ended by SIGTERM"
+  nodes_answer || requeue 50 "$2: not all nodes answer"
+  failures=$((failures + 1))
+  [ "$failures" -lt 2 ] || { say "two failures without progress at $2: giving up"; exit 1; }
+}
+
+# A mistake in the configuration ends the job here, in seconds and with one message.
+until configured=$(run_folder "$@"); do
+  status=$?
+  [ "$status" -ne 2 ] || { say "the configuration could not be read"; exit 2; }
+  again "$status" "the set-up"
+done
+run_dir=$configured
+[ "${CONTAINER:-none}" = none ] || run_dir=${RUN_DIR:-$configured}
+
+if [ "${PREFLIGHT:-0}" != 0 ]; then
+  until bash slurm/preflight.sh "$@"; do
+    status=$?
+    [ "$status" -eq 75 ] || exit "$status"
+    again "$status" "the preflight"
+  done
+fi
 
 progress() { cat "$run_dir/progress" 2>/dev/null || echo 0; }  # step of the last checkpoint
 
-
 seconds_left() {
   local end
-  end=$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
-  end=$(date -d "$end" +%s 2>/dev/null) || end=$((${EPOCHSECONDS:-0} + 1000000))  # no time limit
-  echo $((end - EPOCHSECONDS))
+  end=$(scontrol -o show job "$job" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
+  # Neither an answer nor a date, if there is no limit: enough.
+  { [ -n "$end" ] && end=$(date -d "$end" +%s 2>/dev/null); } || { echo 1000000; return; }
+  echo $((end - $(date +%s)))
 }
 
-[ "${PREFLIGHT:-0}" = 0 ] || bash slurm/preflight.sh "$@" || exit 1
+# Counted over requeues of this job; submitted again, it starts anew.
+count=$run_dir/failures failures=0
+[ "$restarts" -gt 0 ] || rm -f "$count"
+[ ! -e "$count" ] || read -r failures <"$count"
 
-say "restart $restarts of job $SLURM_JOB_ID: $WORLD process(es) on $SLURM_JOB_NODELIST," \
+say "restart $restarts of job $job: $WORLD process(es) on $SLURM_JOB_NODELIST," \
   "rendezvous $MASTER_ADDR, run $run_dir at step $(progress)"
-failures=0 attempt=0
+attempt=0
 while :; do
   # What an earlier attempt left must not decide about this one.
   rm -f "$run_dir/FINISHED" "$run_dir/PREEMPTED"
@@ -65,13 +80,16 @@ while :; do
   status=$? now=$(state) after=$(progress)
   say "srun ended with $status, job $now, step $before -> $after"
   # Exit codes say little behind a launcher; the markers are written by rank 0 after the checkpoint.
-  [ -e "$run_dir/FINISHED" ] && { say "finished"; exit 0; }
-  # `scontrol requeue` would bring a cancelled job back: only a RUNNING one may.
+  [ ! -e "$run_dir/FINISHED" ] || { say "finished"; exit 0; }
   [ "$now" = RUNNING ] || { say "ended from outside; Slurm decides"; exit 1; }
-  [ -e "$run_dir/PREEMPTED" ] && requeue 50 "step $after"
-  failures=$((after > before ? 0 : failures + 1)) attempt=$((attempt + 1))
-  [ "$failures" -lt 2 ] || { say "two failures without progress at step $after: giving up"; exit 1; }
-  # So late USR2 has been sent; a fresh step would run into the time limit unwarned.
-  [ "$(seconds_left)" -gt "${MIN_SECONDS:-180}" ] || requeue 50 "step $after"
+  [ "$after" -le "$before" ] || { failures=0; rm -f "$count"; }
+  [ ! -e "$run_dir/PREEMPTED" ] || requeue 50 "step $after"
+  if [ "$after" -le "$before" ]; then
+    again "$status" "step $after"
+    mkdir -p "$run_dir" && echo "$failures" >"$count"
+  fi
+  attempt=$((attempt + 1))
+  # So late USR2 may come before a fresh step takes it: it would run into the time limit unwarned.
+  [ "$(seconds_left)" -gt "${MIN_SECONDS:-360}" ] || requeue 50 "step $after"
   say "fresh step in the same allocation"
 done

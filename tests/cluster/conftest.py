@@ -58,11 +58,12 @@ class Job:
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[MiniSlurm]:
+    without = pytest.fail if os.environ.get("NEED_SLURM") else pytest.skip
     missing = [name for name in BINARIES if not shutil.which(name)]
     if missing:
-        pytest.skip(f"Slurm is not installed: no {', '.join(missing)}; see make test-cluster")
+        without(f"Slurm is not installed: no {', '.join(missing)}; see make test-cluster")
     if os.geteuid() != 0:
-        pytest.skip("the daemons of the test's own Slurm need root")
+        without("the daemons of the test's own Slurm need root")
     mini = MiniSlurm()
     try:
         mini.start()
@@ -83,6 +84,28 @@ def _interruptible() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
+Program = Callable[[str, str], None]
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Program:
+    """A function name, script -> a program in front of the real ones: PATH=tmp_path/bin:..."""
+
+    def write(name: str, script: str) -> None:
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{script}\n")
+        path.chmod(0o755)
+
+    return write
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    """PATH with the programs of ``program`` first."""
+    return f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+
+
 @pytest.fixture
 def submit(
     slurm: MiniSlurm, tiny_config: Path, training_shards: Path, tmp_path: Path
@@ -90,7 +113,7 @@ def submit(
     jobs: list[Job] = []
 
     def submitted(*words: str, steps: int = STEPS, flags: tuple[str, ...] = (), **env: str) -> Job:
-        run_dir, output = tmp_path / "run", tmp_path / f"job-{len(jobs)}.out"
+        run_dir, output = tmp_path / "a run", tmp_path / f"job-{len(jobs)}.out"
         settings = [f"data.shards={training_shards}", f"run.dir={run_dir}"]
         settings += [f"train.total_steps={steps}", *words]
         script = ["slurm/train.sh", "--config", str(tiny_config), *settings]

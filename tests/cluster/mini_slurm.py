@@ -9,8 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -33,7 +33,7 @@ MpiDefault=none
 ReturnToService=2
 JobRequeue=1
 KillWait={kill_wait}
-SlurmdTimeout=15
+SlurmdTimeout={slurmd_timeout}
 SchedulerParameters=sched_interval=2,bf_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -53,6 +53,7 @@ PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTie
 PartitionName=high Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 KILL_WAIT = 15
+SLURMD_TIMEOUT = 15
 
 
 class MiniSlurm:
@@ -68,9 +69,9 @@ class MiniSlurm:
         key = self.dir / "munge" / "key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o600)
-        ports = {"port": port, "port1": port + 1, "port2": port + 2}
-        conf = CONF.format(dir=self.dir, kill_wait=KILL_WAIT, **ports)
-        (self.dir / "slurm.conf").write_text(conf)
+        self._settings = {"dir": self.dir, "kill_wait": KILL_WAIT, "port": port}
+        self._settings |= {"port1": port + 1, "port2": port + 2}
+        self._configure(SLURMD_TIMEOUT)
         # Two files that Slurm hands out as GPUs; nothing ever opens them.
         for name in ("gpu0", "gpu1"):
             (self.dir / name).touch()
@@ -105,6 +106,21 @@ class MiniSlurm:
     def start_node(self, node: str) -> None:
         self._daemon("slurmd", "-f", self.env["SLURM_CONF"], "-N", node)
 
+    def _configure(self, slurmd_timeout: int) -> None:
+        conf = CONF.format(slurmd_timeout=slurmd_timeout, **self._settings)
+        (self.dir / "slurm.conf").write_text(conf)
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """SlurmdTimeout as on real clusters: minutes until a lost node is noticed."""
+        try:
+            self._configure(300)
+            self.ask("scontrol", "reconfigure")
+            yield
+        finally:
+            self._configure(SLURMD_TIMEOUT)
+            self.ask("scontrol", "reconfigure")
+
     def lose_node(self, node: str, job: str) -> None:
         """As if its power were cut: slurmd, its job steps and all their processes are gone."""
         slurmd = self._process(f"slurmd-{node}")
@@ -121,6 +137,12 @@ class MiniSlurm:
         for process in victims:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+
+    def lose_slurmd(self, node: str) -> None:
+        """Its daemon alone is gone: what runs goes on, and nothing new can start there."""
+        slurmd = self._process(f"slurmd-{node}")
+        assert slurmd
+        slurmd.kill()
 
     def _munged(self) -> None:
         files = {"key-file": "munge/key", "socket": "munge/sock", "seed-file": "munge/seed"}

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+from evaluating import make_run
 from launching import REPO, environment
 
-from .conftest import Submit
-from .mini_slurm import MiniSlurm
+from .conftest import Program, Submit
+from .mini_slurm import TIMEOUT, MiniSlurm
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -24,19 +27,35 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def test_preflight_finds_two_nodes_ready(
-    slurm: MiniSlurm, tiny_config: Path, training_shards: Path, tmp_path: Path
+    slurm: MiniSlurm, tiny_config: Path, training_shards: Path, program: Program, tmp_path: Path
 ) -> None:
-    output, settings = tmp_path / "out", [f"data.shards={training_shards}"]
-    settings += [f"run.dir={tmp_path / 'runs' / 'a'}"]
-    words = ["--nodes=2", "slurm/preflight.sh", "--config", str(tiny_config), *settings]
-    slurm.wait(slurm.submit(output, *words), "COMPLETED")
-    said = output.read_text()
+    """Under salloc; what NCCL or a wrapper prints behind the table does not matter."""
+    program("chatty", f'{sys.executable} "$@"; status=$?; echo "INFO destroyed"; exit $status')
+    settings = [f"data.shards={training_shards}", f"run.dir={tmp_path / 'runs' / 'a'}"]
+    words = ["salloc", "--nodes=2", "bash", "slurm/preflight.sh", "--config", str(tiny_config)]
+    env = slurm.env | {"PYTHON": str(tmp_path / "bin" / "chatty")}
+    done = subprocess.run(
+        [*words, *settings], env=env, cwd=REPO, timeout=TIMEOUT, stdout=subprocess.PIPE, text=True
+    )
+    said = done.stdout
     print(said)
-    assert said.endswith("READY\n")
+    assert done.returncode == 0
+    assert said.index("\nREADY\n") < said.rindex("INFO destroyed")
     assert "the same on 2 nodes" in said
     assert "gloo: 64 MiB in" in said
     assert "331 samples in 3 shards" in said
     assert not (tmp_path / "runs").exists()
+
+
+def test_preflight_knows_a_mistake_from_a_cluster_that_is_not_ready(
+    slurm: MiniSlurm, tiny_config: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    words = ["slurm/preflight.sh", "--config", str(tiny_config), "data.shardz=a"]
+    found = slurm.wait(slurm.submit(output, *words), "FAILED")
+    assert found["ExitCode"] == "2:0"
+    assert "unknown key; did you mean data.shards?" in output.read_text()
+    assert "READY" not in output.read_text()
 
 
 def test_preflight_stops_a_run_that_could_not_work(submit: Submit) -> None:
@@ -66,30 +85,112 @@ def test_a_grid_of_runs(
     assert "the grid has 2 combinations: sbatch --array=0-1" in said["2"]
 
 
-def test_an_array_packs_one_set_though_a_task_is_killed(slurm: MiniSlurm, tmp_path: Path) -> None:
+def test_a_sweep_of_wandb(slurm: MiniSlurm, training_shards: Path, tmp_path: Path) -> None:
+    """A task is an agent; the package in wandb's place starts one run as wandb's agent would."""
+    package = tmp_path / "packages" / "wandb"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(AGENT)
+    trial = [f"data.shards={training_shards}", "model.image_size=32", "model.channels=1"]
+    trial += ["model.ngf=8", "model.ndf=8", "data.batch_size=32", "train.total_steps=2"]
+    trial += ["train.precision=fp32", "tracking.wandb=disabled"]
+    env = {"SWEEP_ID": "me/dcgan/4f7c2a1b", "SWEEP_DIR": str(tmp_path / "sweep")}
+    env |= {"PYTHONPATH": str(package.parent), "TRIAL": " ".join(trial)}
+    job = slurm.submit(tmp_path / "%a.out", "--array=3-4", "slurm/sweep.sh", **env)
+    slurm.wait_until(lambda: not slurm.ask("squeue", "-h", "-j", job), "end of the array")
+    said = {path.stem: path.read_text() for path in tmp_path.glob("*.out")}
+    assert len(said) == 2
+    for task, text in said.items():
+        assert "agent of: agent --count 1 me/dcgan/4f7c2a1b" in text
+        assert (tmp_path / "sweep" / f"run{task}" / "FINISHED").exists(), text
+
+
+AGENT = """
+import os, subprocess, sys, yaml
+print("agent of:", *sys.argv[1:], flush=True)
+sweep = yaml.safe_load(open("configs/sweep.yaml"))
+macros = {"env": ["/usr/bin/env"], "program": [sweep["program"]]}
+macros["args_no_hyphens"] = os.environ["TRIAL"].split()
+words = []
+for word in sweep["command"]:
+    macro = word.startswith("${") and word.endswith("}")
+    words += macros[word[2:-1]] if macro else [word]
+env = os.environ | {"WANDB_RUN_ID": "run" + os.environ["SLURM_ARRAY_TASK_ID"]}
+sys.exit(subprocess.call(words, env=env))
+"""
+
+
+def test_an_array_packs_one_set_though_tasks_are_stopped(slurm: MiniSlurm, tmp_path: Path) -> None:
+    """One is killed, the last (whose job id is the array's) meets its time limit."""
     source, out, whole = tmp_path / "images", tmp_path / "shards", tmp_path / "whole"
     write_images(source, 1500)
     words = [str(source), "--size", "64", "--format", "png", "--shard-mib", "0.4"]
     prepare = [sys.executable, "-m", "pipeline.prepare", *words]
     subprocess.run([*prepare, "--out", str(whole)], cwd=REPO, env=environment(), check=True)
 
-    output = tmp_path / "%a.out"
-    script = ["--array=0-1", "slurm/prepare.sh", *words, "--out", str(out), "--workers", "1"]
-    job = slurm.submit(output, *script)
-    slurm.wait_until(lambda: len(packing(task=0)) > 1, "worker of task 0", every=0.05)
-    victims = packing(task=0)
-    slurm.wait_until(lambda: len(packed_by(out, 0)) > 0, "shard of task 0", every=0.005)
-    for process in victims:
-        process.kill()
+    script = ["slurm/prepare.sh", *words, "--out", str(out), "--workers", "1"]
+    refused = slurm.submit(tmp_path / "list.out", "--array=0,2,3", *script)
+    job = slurm.submit(tmp_path / "%a.out", "--array=0-2:2", *script)
+    for task, part, stop in ((0, 0, signal.SIGKILL), (2, 1, signal.SIGTERM)):
+        slurm.wait_until(lambda t=task: len(packing(t)) > 1, f"worker of task {task}", every=0.05)  # type: ignore[misc]
+        victims = packing(task)
+        slurm.wait_until(lambda p=part: len(packed_by(out, p)) > 0, "its shard", every=0.005)  # type: ignore[misc]
+        for process in victims:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(stop)
     assert not (out / "index.json").exists()
     slurm.wait_until((out / "index.json").exists, "index")
     slurm.wait_until(lambda: not slurm.ask("squeue", "-h", "-j", job), "end of the array")
-    said = (tmp_path / "0.out").read_text()
-    print(said)
-    assert "srun ended with 137, job RUNNING" in said
-    assert "part 0/2 of job" in said
-    assert "restart 1" in said
+    said = {task: (tmp_path / f"{task}.out").read_text() for task in (0, 2)}
+    print(*said.values())
+    assert "srun ended with 137, job RUNNING" in said[0]
+    assert "srun ended with 143, job RUNNING" in said[2]
+    for task, part in ((0, "0/2"), (2, "1/2")):
+        assert f"part {part} of job {job}, restart 0" in said[task]
+        assert f"part {part} of job {job}, restart 1" in said[task]
     assert contents(out) == contents(whole)
+    assert "must be a range" in (tmp_path / "list.out").read_text()
+    assert refused
+
+
+def test_an_evaluation_that_follows_a_run_survives_its_time_limit(
+    slurm: MiniSlurm, tmp_path: Path
+) -> None:
+    """Two processes; RUN_DIR names the run. Then a command with arguments of its own."""
+    run, output = make_run(tmp_path), tmp_path / "out"
+    env = {"RUN_DIR": str(run), "NPROC_PER_NODE": "2", "PYTHONPATH": str(REPO / "tests")}
+    job = slurm.submit(output, "slurm/evaluate.sh", "--watch", "--every", "1", **env)
+    rows = run / "evaluations.jsonl"
+    slurm.wait_until(lambda: rows.exists() and len(rows.read_text().splitlines()) == 2, "scores")
+    slurm.ask("scancel", "--signal=USR2", job)  # to the ranks and their launcher, as at the limit
+    slurm.wait_until(lambda: slurm.show(job)["JobState"] == "PENDING", "requeue")
+    (run / "FINISHED").write_text("20\n")
+    found = slurm.wait(job, "COMPLETED")
+    print(output.read_text())
+    assert found["Restarts"] == "1"
+    assert "2 process(es) on n" in output.read_text()
+    assert len(rows.read_text().splitlines()) == 2
+
+    words = ["reference", "--run", str(run), "--out", str(tmp_path / "reference.npz")]
+    slurm.wait(slurm.submit(output, "slurm/evaluate.sh", *words, **env), "COMPLETED")
+    assert (tmp_path / "reference.npz").exists()
+
+
+def test_a_machine_for_ci_may_not_do_without_slurm(tmp_path: Path) -> None:
+    words = ["-m", "pytest", "-q", "-m", "cluster", "-k", "mistake_in", "-p", "no:cacheprovider"]
+    env = environment() | {"PATH": str(tmp_path)}
+    codes = {}
+    for need in ("", "1"):
+        done = subprocess.run(
+            [sys.executable, *words, str(REPO / "tests/cluster/test_train.py")],
+            cwd=REPO,
+            env=env | {"NEED_SLURM": need},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert "Slurm is not installed" in done.stdout, done.stdout
+        codes[need] = done.returncode
+    assert codes == {"": 0, "1": 1}
 
 
 def write_images(folder: Path, count: int) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 from evaluating import add_snapshot, make_config, make_run
+from launching import REPO
 
+from .conftest import Program
 from .mini_slurm import MiniSlurm
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -17,8 +20,9 @@ TESTS = Path(__file__).resolve().parents[1]
 
 def test_a_chain_of_nights_some_of_which_fail(slurm: MiniSlurm, tmp_path: Path) -> None:
     run, output = tmp_path / "run", tmp_path / "nights.out"
-    # As a user exports them: the next nights take their options from SBATCH_*.
     env = {"NIGHTLY_AT": "now+4", "SBATCH_OUTPUT": str(output), "PYTHONPATH": str(TESTS)}
+    env |= {"ACCELERATE_USE_CPU": "true", "SLURM_OF_TONIGHT": "1", "SBATCH_GPUS_PER_NODE": "1"}
+    options = ("--time=7", "--cpus-per-task=1", "--mem=100")
 
     def nights() -> list[str]:
         text = output.read_text() if output.exists() else ""
@@ -32,17 +36,27 @@ def test_a_chain_of_nights_some_of_which_fail(slurm: MiniSlurm, tmp_path: Path) 
         return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
     try:
-        slurm.submit(output, "slurm/nightly.sh", "--run", str(run), **env)
+        slurm.submit(output, *options, "slurm/nightly.sh", "--run", str(run), **env)
         after(2)
-        assert not any(night.endswith("with 0") for night in nights()), output.read_text()
+        assert not any("with 0," in night for night in nights()), output.read_text()
         make_run(tmp_path)
-        slurm.wait_until(lambda: any(n.endswith("with 0") for n in nights()), "a good night")
+        slurm.wait_until(lambda: any("with 0," in n for n in nights()), "a good night")
         assert scored() == [10, 20]
         add_snapshot(run, make_config(tmp_path), 30)
         slurm.wait_until(lambda: 30 in scored(), "the new checkpoint's score")
         after(len(nights()) + 1)
         assert scored() == [10, 20, 30]
         slurm.wait_until(lambda: queued(slurm) == 1, "successor")
+        # Every night has the options of the first, and nothing else of it.
+        successor = slurm.ask("squeue", "-h", "-n", NAME, "-t", "PENDING", "-o", "%A").strip()
+        found = slurm.show(successor)
+        assert found["TimeLimit"] == "00:07:00"
+        assert found["TresPerNode"] == "gres:gpu:1"
+        assert found["CPUs/Task"] == "1"
+        assert found["MinMemoryNode"] == "100M"
+        kept = environment_of(slurm, successor)
+        assert "NIGHTLY_AT" in kept
+        assert "SLURM_OF_TONIGHT" not in kept
     finally:
         slurm.ask("scancel", "-n", NAME)
         print(output.read_text())
@@ -55,3 +69,21 @@ def queued(slurm: MiniSlurm) -> int:
     pending = slurm.ask("squeue", "-h", "-n", NAME, "-t", "PENDING", "-o", "%A").split()
     assert len(pending) <= 1, pending
     return len(pending)
+
+
+def environment_of(slurm: MiniSlurm, job: str) -> str:
+    """What sbatch has kept of its own environment for this job, as the controller stores it."""
+    folders = slurm.dir.glob(f"state/hash.*/job.{job}/environment")
+    return "".join(path.read_bytes().decode() for path in folders)
+
+
+def test_a_series_that_ends_says_so(program: Program, path: str) -> None:
+    """sbatch fails each of five times: the night's work is done, and the log has the news."""
+    for name, script in {"squeue": "", "sleep": "", "sbatch": "exit 1"}.items():
+        program(name, script)
+    env = {"PATH": path, "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": NAME, "SLURM_JOB_PARTITION": "a"}
+    done = subprocess.run(
+        ["bash", "slurm/nightly.sh"], cwd=REPO, env=env, capture_output=True, text=True
+    )
+    assert "NO NEXT NIGHT: submit slurm/nightly.sh again" in done.stdout
+    assert "not in a Slurm job" in done.stdout  # evaluate.sh, afterwards

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -12,9 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import assert_bitwise_equal, ids_by_step, state_of
+from launching import REPO, assert_bitwise_equal, ids_by_step, state_of
 
-from .conftest import STEPS, Submit
+from .conftest import STEPS, Program, Submit
 from .mini_slurm import KILL_WAIT, MiniSlurm
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -43,12 +45,17 @@ def test_the_time_limit_requeues_and_the_run_ends_bitwise_equal(
     job.slurm.wait_until((job.run_dir / "PREEMPTED").exists, "checkpoint", every=0.01)
     print(f"signal -> checkpoint committed: {time.monotonic() - began:.1f} s")
     assert not (job.run_dir / "FINISHED").exists()
+    job.slurm.wait_until(lambda: "srun ended with" in job.log(), "end of the step", every=0.05)
+    print(f"signal -> end of the step: {time.monotonic() - began:.1f} s")
     stopped_at = int((job.run_dir / "PREEMPTED").read_text())
     job.slurm.wait_until(lambda: job.slurm.show(job.id)["JobState"] == "PENDING", "requeue")
-    print(f"signal -> requeued: {time.monotonic() - began:.1f} s")
+    requeued = time.monotonic()
+    print(f"signal -> requeued: {requeued - began:.1f} s")
     print(job.slurm.ask("squeue"), job.slurm.ask("scontrol", "show", "job", job.id))
-    job.reach(stopped_at + 2)
-    print(f"signal -> first resumed step: {time.monotonic() - began:.1f} s")
+    job.slurm.wait_until(lambda: "restart 1" in job.log(), "second life", every=0.05)
+    print(f"requeued -> running again: {time.monotonic() - requeued:.1f} s")
+    job.reach(stopped_at + 1)
+    print(f"requeued -> first resumed step: {time.monotonic() - requeued:.1f} s")
     found = job.wait("COMPLETED")
     assert found["Restarts"] == "1"
     assert f"requeue at step {stopped_at}" in job.log()
@@ -80,9 +87,12 @@ def has_been_signalled(process: psutil.Process) -> bool:
 
 
 def test_a_killed_rank_is_replaced_in_the_same_allocation(
-    submit: Submit, uninterrupted: Path
+    submit: Submit, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    job = submit("train.checkpoint_every=20")
+    """Also where bash is older than 5 and has no EPOCHSECONDS."""
+    old_bash = tmp_path / "old_bash"
+    old_bash.write_text("unset EPOCHSECONDS\n")
+    job = submit("train.checkpoint_every=20", flags=("--time=30",), BASH_ENV=str(old_bash))
     job.reach(3)
     rank = job.ranks()[1]
     job.reach(21)
@@ -124,10 +134,14 @@ def test_a_higher_partition_preempts_and_gives_back(submit: Submit, uninterrupte
     assert ids_by_step(job.run_dir) == ids_by_step(uninterrupted)
 
 
-def test_a_job_that_fails_twice_without_progress_ends(submit: Submit) -> None:
-    job = submit("data.shards=nowhere", flags=("--nodes=1",))
+@pytest.mark.parametrize(("limit", "requeues"), [("--time=30", "0"), ("--time=5", "1")])
+def test_a_job_that_fails_twice_without_progress_ends(
+    submit: Submit, limit: str, requeues: str
+) -> None:
+    """Counted over requeues: with less than MIN_SECONDS left each failure is one."""
+    job = submit("data.shards=nowhere", flags=("--nodes=1", limit))
     found = job.wait("FAILED")
-    assert found["Restarts"] == "0"
+    assert found["Restarts"] == requeues
     assert job.log().count("srun ended with") == 2
     assert "two failures without progress at step 0: giving up" in job.log()
 
@@ -138,6 +152,112 @@ def test_a_mistake_in_the_configuration_ends_the_job_at_once(submit: Submit) -> 
     assert "unknown key; did you mean train.total_steps?" in job.log()
     assert "Traceback" not in job.log()
     assert "srun ended with" not in job.log()
+
+
+def test_gpus_that_differ_from_node_to_node_are_refused(submit: Submit) -> None:
+    job = submit(flags=("--gpus=3",))
+    job.wait("FAILED")
+    assert "--gpus=3 on 2 nodes: not the same number on each" in job.log()
+
+
+def test_outside_slurm_a_job_says_what_to_do() -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run(
+        ["bash", "slurm/train.sh"], cwd=REPO, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "not in a Slurm job: submit this script with sbatch" in done.stdout
+    assert done.stderr == ""
+
+
+def test_what_users_export_and_ask_for_does_no_harm(
+    submit: Submit, program: Program, path: str, tmp_path: Path
+) -> None:
+    """Two tasks a node by habit, GPUs of the whole job, --export, other tools' settings."""
+    # The node takes its own name for 127.0.1.1, as Debian has it; the others would not reach that.
+    program("getent", f'[ "$1" != hosts ] || {{ echo "127.0.1.1 $2"; exit; }}\n{real("getent")}')
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "FINISHED").write_text("5\n")
+    accelerate = tmp_path / "hf" / "accelerate"
+    accelerate.mkdir(parents=True)
+    (accelerate / "default_config.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\ngpu_ids: '7'\n"
+    )
+    env = {"PATH": path, "RUN_DIR": str(other), "HF_HOME": str(tmp_path / "hf")}
+    env |= {"ACCELERATE_USE_CPU": "true"}
+    passed = [*env, "SLURM_CONF", "PYTHON", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"]
+    flags = ("--ntasks=4", "--overcommit", "--gpus=2", f"--export={','.join(passed)}")
+    job = submit(flags=flags, steps=10**6, **env)
+    job.reach(5)
+    for rank in job.ranks():
+        seen = rank.environ()
+        assert seen.get("CUDA_VISIBLE_DEVICES") != "7"
+        assert seen["GPUS_PER_NODE"] == "1"
+        assert seen["SLURM_CPUS_PER_TASK"] == "1"  # the job's CPUs on the node, not srun's default
+        assert not shutil.which("ip") or seen["GLOO_SOCKET_IFNAME"] == "lo"
+    assert len(list((job.run_dir / "ids").iterdir())) == 2
+    assert "2 process(es) on n[1-2], rendezvous 127.0.0.1, run" in job.log()
+    assert (other / "FINISHED").exists()
+
+
+def real(name: str) -> str:
+    """The end of a program in front of the real one."""
+    return f'exec {shutil.which(name)} "$@"'
+
+
+def test_sigterm_and_a_controller_that_does_not_answer_in_the_set_up(
+    submit: Submit, program: Program, path: str, tmp_path: Path
+) -> None:
+    """Preempted before the trainer runs, and the first requeue is refused: it is done all over."""
+    mark = tmp_path / "refused"
+    refuse = f'[ "$1" != requeue ] || [ -e {mark} ] || {{ touch {mark}; exit 1; }}'
+    program("scontrol", f"{refuse}\n{real('scontrol')}")
+    job = submit(flags=("--nodes=1",), steps=2, PATH=path)
+
+    def reader() -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get("SLURM_JOB_ID") == job.id:
+                    found += [process] if "python" in process.name() else []
+        return found
+
+    job.slurm.wait_until(lambda: len(reader()) > 0, "reader of the configuration", every=0.01)
+    for process in reader():
+        process.terminate()
+    found = job.wait("COMPLETED")
+    assert found["Restarts"] == "1"
+    assert job.log().count("requeue at the set-up: ended by SIGTERM") == 2
+
+
+@pytest.mark.parametrize("container", ["pyxis", "apptainer"])
+def test_a_step_starts_in_the_container(
+    submit: Submit, program: Program, path: str, tmp_path: Path, container: str
+) -> None:
+    """Neither is installed: programs in their place note their words and start the rest."""
+    note, image = tmp_path / "words", "/images/dc gan.sqsh"
+    record = f'printf "%s\n" "$@" >>{note}'
+    program("apptainer", f'{record}\n[ "$1" = exec ] && shift 7\nexec "$@"')
+    strip = (
+        'for w in "$@"; do case $w in --*container*) ;; *) set -- "$@" "$w" ;; esac; shift; done'
+    )
+    program("srun", f"{record}\n{strip}\n{real('srun')}")
+    seen_outside = tmp_path / "outside"
+    seen_outside.symlink_to(tmp_path / "a run")
+    env = {"CONTAINER": container, "IMAGE": image, "MOUNTS": "/a:/b", "WORKDIR": str(REPO)}
+    job = submit(flags=("--nodes=1",), steps=2, PATH=path, RUN_DIR=str(seen_outside), **env)
+    job.wait("COMPLETED")
+    words = note.read_text().splitlines()
+    if container == "pyxis":
+        expected = [f"--container-image={image}", "--container-mounts=/a:/b"]
+        expected += [f"--container-workdir={REPO}", "--no-container-mount-home"]
+    else:
+        expected = ["exec", "--nv", "--bind", "/a:/b", "--pwd", str(REPO), image]
+    starts = [k for k in range(len(words)) if words[k : k + len(expected)] == expected]
+    # Once the configuration is read, once the training runs (both programs note apptainer's).
+    assert len(starts) == (2 if container == "pyxis" else 4), words
+    assert f"run {seen_outside} at step 0" in job.log()
 
 
 def test_no_more_requeues_than_allowed(submit: Submit) -> None:
@@ -184,17 +304,27 @@ def test_a_lost_batch_host_is_made_up_for(
 
 
 def test_a_lost_node_is_done_without(
-    submit: Submit, uninterrupted: Path, node_back: Callable[[str], None]
+    slurm: MiniSlurm, submit: Submit, uninterrupted: Path, node_back: Callable[[str], None]
 ) -> None:
-    """Submitted again for one node; batches and their order stay the same."""
-    job = submit("train.checkpoint_every=20")
-    job.reach(30)
-    job.slurm.lose_node("n2", job.id)
-    job.slurm.wait_until(lambda: job.slurm.show(job.id)["JobState"] == "PENDING", "requeue")
-    assert "2 process(es) on n[1-2]" in job.log()
-    job.slurm.ask("scancel", job.id)
-    job = submit("train.checkpoint_every=20", flags=("--nodes=1",))
-    job.wait("COMPLETED")
+    """Asked for one to two nodes, the job goes on with the one that is left.
+
+    n2 starts no fresh step when a rank has died, and Slurm has not noticed yet: the script does.
+    """
+    with slurm.patient():
+        job = submit("train.checkpoint_every=20", flags=("--nodes=1-2",))
+        job.reach(30)
+        assert "2 process(es) on n[1-2]" in job.log()
+        rank = job.ranks()[1]
+        slurm.lose_slurmd("n2")
+        rank.kill()
+        job.slurm.wait_until(lambda: "not all nodes answer" in job.log(), "probe", 100)
+        slurm.wait_until(lambda: slurm.show(job.id)["JobState"] == "COMPLETING", "requeue")
+        # What Slurm does by itself after SlurmdTimeout, when the script has long been ended. (In
+        # the same second, 22.05 starts the job with a credential that it has just revoked.)
+        time.sleep(5)
+        slurm.ask("scontrol", "update", "nodename=n2", "state=down", "reason=lost")
+        slurm.wait_until(lambda: "restart 1" in job.log(), "second life", 100)
+        job.wait("COMPLETED")
     assert re.search(r"1 process\(es\) on n1, .* at step [1-9]", job.log())
     assert ids_by_step(job.run_dir) == ids_by_step(uninterrupted)
     # After 76 more steps a GAN has grown another order of summation into other weights; how close
