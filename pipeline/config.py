@@ -144,7 +144,7 @@ class StabilityConfig:
     r1_gamma: float = 0.0
     """R1: gamma / 2 times the squared gradient of D at real images joins D's loss; 0 = off."""
     r1_every: int = 1
-    """R1 in one of this many steps, and that many times as strong."""
+    """R1 in one of this many updates of D, and that many times as strong."""
     label_smoothing: float = 0.0
     """D's target for real images is 1 minus this; 0.1 is usual."""
     augment: list[str] = field(default_factory=list)
