@@ -178,7 +178,10 @@ def _hub(options: argparse.Namespace, path: Path, G: nn.Module, table: Table) ->
     from pipeline import export
 
     out = options.out
-    if not (out.exists() and options.push):
+    if out.exists() and options.push:
+        export.check_hub_folder(out, G, table.model, path)
+        print(f"made before, uploaded as it is: {out}", flush=True)
+    else:
         z = table.cut(0, export.GRID_IMAGES)
         facts = _facts(path, table) | {
             "grid": f"rows 0-{export.GRID_IMAGES - 1} of seed {table.seed}"

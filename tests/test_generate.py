@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -444,6 +445,23 @@ def test_only_a_hub_folder_is_ever_uploaded(snapshot: Path, tmp_path: Path) -> N
         GenerationError, match=r"is no folder made for the Hub, it lacks README\.md"
     ):
         made("hub", snapshot, tmp_path / "mine", "--push", "me/x")
+
+
+def test_a_hub_folder_of_other_weights_is_not_uploaded(snapshot: Path, tmp_path: Path) -> None:
+    """A folder that was made before is uploaded for the same G alone; its card may be edited."""
+    hub, other = made("hub", snapshot, tmp_path / "hub"), tmp_path / "run"
+    newer = add_snapshot(other, make_config(tmp_path), 31)
+    with pytest.raises(GenerationError, match=rf"{hub} .* another G than {newer}"):
+        made("hub", newer, hub, "--push", "me/x")
+    network, config = load_snapshot(snapshot)
+    (hub / "README.md").write_text("mine")
+    export.check_hub_folder(hub, network, config.model, snapshot)
+    normal = replace(config.model, z_distribution="normal")
+    with pytest.raises(GenerationError, match="another G than"):
+        export.check_hub_folder(hub, network, normal, snapshot)
+    (hub / export.HUB_WEIGHTS).write_bytes(b"cut short")
+    with pytest.raises(GenerationError, match="another G than"):
+        export.check_hub_folder(hub, network, config.model, snapshot)
 
 
 # -- mistakes -----------------------------------------------------------------------------------
