@@ -287,22 +287,26 @@ def make(out: Path, seed: int, steps: int) -> None:
         raise GenerationError(
             "theory: needs matplotlib; install with: pip install 'dcgan-pipeline[figures]'"
         )
+    from pipeline.durable import check_new, publish
+
+    files = (out, out.with_suffix(".json"))
+    for file in files:
+        check_new(file)
+    # torch takes seconds to import; a place that cannot be written to answers without it.
     import torch
 
-    from pipeline.durable import publish
     from pipeline.theory_figure import draw
 
     torch.set_num_threads(1)  # so small that more threads only wait for each other
     moments = play(seed, steps)
+    print(table(moments), flush=True)
+    numbers = json.dumps(summary(moments, seed, steps), indent=1)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        publish(out, draw(moments))
-        numbers = json.dumps(summary(moments, seed, steps), indent=1)
-        publish(out.with_suffix(".json"), f"{numbers}\n".encode())
+        for file, content in zip(files, (draw(moments), f"{numbers}\n".encode()), strict=True):
+            publish(file, content)
     except OSError as error:
         raise GenerationError(f"--out ({out}): cannot be written: {error}.") from None
-    print(table(moments), flush=True)
-    print(f"written: {out} and {out.with_suffix('.json').name}", file=sys.stderr)
+    print(f"written: {files[0]} and {files[1].name}", file=sys.stderr)
 
 
 if __name__ == "__main__":
