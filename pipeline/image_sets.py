@@ -57,6 +57,7 @@ class ImageSet:
         num: images; image i is ``images(i, i + 1)``.
         shape: (H, W, C) of each.
         record: everything that decides the pixels, as JSON; kept with the set.
+        label: the class of an image, which goes into shards; None: it has none.
     """
 
     out: Path
@@ -64,6 +65,7 @@ class ImageSet:
     num: int
     shape: tuple[int, int, int]
     record: dict[str, Any] = field(default_factory=dict)
+    label: Callable[[int], int | None] = lambda _: None
 
     @property
     def work(self) -> Path:
@@ -173,7 +175,7 @@ def _writer(job: ImageSet, number: int) -> Iterator[Add]:
     path = job.work / _shard_name(number) if job.format == "shards" else _raw(job, number)
     with path.open("wb", buffering=1 << 20) as file:
         if job.format == "shards":
-            with _tar(file) as add:
+            with _tar(file, job.label) as add:
                 yield add
         else:
 
@@ -194,14 +196,17 @@ def _add_png(folder: Path, first: int, images: NDArray[np.uint8]) -> None:
 
 
 @contextlib.contextmanager
-def _tar(file: IO[bytes]) -> Iterator[Add]:
+def _tar(file: IO[bytes], label: Callable[[int], int | None]) -> Iterator[Add]:
     from webdataset import TarWriter  # seconds, for nothing in the other formats
 
     with TarWriter(file, encoder=False, mtime=0) as tar:
 
         def add(first: int, images: NDArray[np.uint8]) -> None:
             for row, pixels in enumerate(images, first):
-                tar.write({"__key__": f"{row:08d}", SHARD_FIELD: encode(pixels, SHARD_FIELD)})
+                sample = {"__key__": f"{row:08d}", SHARD_FIELD: encode(pixels, SHARD_FIELD)}
+                if (number := label(row)) is not None:
+                    sample["cls"] = b"%d" % number
+                tar.write(sample)
 
         yield add
 
