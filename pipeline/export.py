@@ -128,11 +128,13 @@ def write_hub_folder(
     Raises:
         GenerationError: it cannot be written.
     """
-    partial = out.with_name(f"{out.name}.tmp")
+    partial = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     weights = _weights(G)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+    except OSError as error:
+        raise GenerationError(f"--out ({out}): cannot be written: {error}.") from None
+    try:
         publish(partial / HUB_WEIGHTS, save(weights, metadata={"format": "pt"}))
         for name, content in _configuration(model).items():
             publish(partial / name, content)

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -245,6 +246,11 @@ def _begin(job: ImageSet, held: contextlib.ExitStack) -> list[int] | None:
             "folder in it."
         )
     settings = job.work / WORK_FOLDER / "settings.json"
+    if not settings.exists() and _is_foreign(job.work):
+        raise GenerationError(
+            f"--out ({job.out}): would grow in {job.work}, which holds something else; move that "
+            "away, or give another name."
+        )
     try:
         settings.parent.mkdir(parents=True, exist_ok=True)
         lock = held.enter_context((settings.parent / "lock").open("a"))
@@ -257,6 +263,8 @@ def _begin(job: ImageSet, held: contextlib.ExitStack) -> list[int] | None:
             ) from None
         if settings.exists():
             begun = json.loads(settings.read_text())
+            if not isinstance(begun, dict):
+                raise ValueError
             _refuse_differences(job, job.work, begun, free=FREE[:1])
         else:
             publish(settings, json.dumps(job.record).encode())
@@ -265,6 +273,13 @@ def _begin(job: ImageSet, held: contextlib.ExitStack) -> list[int] | None:
     except ValueError:
         raise GenerationError(f"{settings}: is damaged; remove {job.work}.") from None
     return [k for k in range(len(job.parts())) if not _marker(job, k).exists()]
+
+
+def _is_foreign(work: Path) -> bool:
+    """Whether something not begun by this command is there: its own folder comes first of all."""
+    if work.is_dir():
+        return any(path.name != WORK_FOLDER for path in work.iterdir())
+    return work.exists()
 
 
 def _finish(job: ImageSet) -> None:
@@ -304,7 +319,9 @@ def _record_at(job: ImageSet) -> dict[str, Any]:
             found = read_index(str(job.out)).made_by
         else:
             found = json.loads((job.out / RECORD_NAME).read_text())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, DataError):
+    except (OSError, ValueError, KeyError, EOFError, TypeError, DataError):
+        return {}
+    except (zipfile.BadZipFile, zlib.error):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -222,6 +222,46 @@ def test_what_lies_there_is_never_replaced(snapshot: Path, tmp_path: Path) -> No
         made("images", snapshot, tmp_path / "a.npz", "--num", 5, "--format", "npz")
 
 
+def test_files_of_others_are_one_message(snapshot: Path, tmp_path: Path) -> None:
+    """An npz that is a plain array or damaged, a record that is no object."""
+    out = tmp_path / "a.npz"
+    words = ("--num", 5, "--format", "npz")
+    with out.open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(GenerationError, match="holds something else"):
+        made("images", snapshot, out, *words)
+    with out.open("wb") as file:
+        np.savez_compressed(file, made_by=np.array("x" * 5000))
+    content = bytearray(out.read_bytes())
+    content[60] ^= 255
+    out.write_bytes(content)
+    with pytest.raises(GenerationError, match="holds something else"):
+        made("images", snapshot, out, *words)
+    settings = tmp_path / "x.tmp" / ".generate" / "settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("[]")
+    with pytest.raises(GenerationError, match="is damaged; remove"):
+        made("images", snapshot, tmp_path / "x", "--num", 5)
+
+
+def test_a_folder_of_the_user_beside_out_is_left_alone(snapshot: Path, tmp_path: Path) -> None:
+    """OUT.tmp is where a set grows; one that this command has not begun is neither taken over nor
+    removed.
+    """
+    mine = tmp_path / "x.tmp" / "mine"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    for out, words in (("x", ()), ("x.npz", ("--format", "npz"))):
+        mine.parent.rename(tmp_path / f"{out}.tmp")
+        mine = tmp_path / f"{out}.tmp" / "mine"
+        with pytest.raises(GenerationError, match=r"x.*\.tmp, which holds something else"):
+            made("images", snapshot, tmp_path / out, "--num", 5, *words)
+    mine.parent.rename(tmp_path / "hub.tmp")
+    made("hub", snapshot, tmp_path / "hub")
+    assert (tmp_path / "hub.tmp" / "mine").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hub", "hub.tmp"]
+
+
 def test_a_begun_set_of_other_settings_is_refused(snapshot: Path, tmp_path: Path) -> None:
     settings = tmp_path / "x.tmp" / ".generate" / "settings.json"
     settings.parent.mkdir(parents=True)
