@@ -17,7 +17,14 @@ import pytest
 import torch
 import webdataset as wds
 from conftest import CountingServer, pixels_of, write_shards
-from evaluating import add_checkpoint, evaluated, make_config, make_run
+from evaluating import (
+    add_checkpoint,
+    add_snapshot,
+    evaluated,
+    generator_of,
+    make_config,
+    make_run,
+)
 from launching import REPO, environment
 from PIL import Image
 
@@ -30,7 +37,7 @@ from pipeline.filters import guided_gradients
 from pipeline.ledger import best, read_rows
 from pipeline.linear_probe import check_memory, standing
 from pipeline.models import make_discriminator
-from pipeline.parzen import SIGMAS, log_likelihoods, parzen, pixels
+from pipeline.parzen import SAMPLES, SIGMAS, log_likelihoods, parzen, pixels
 from pipeline.probe import open_pair
 from pipeline.reader import Cache, Reader
 from pipeline.sampling import generate, stream, z_rows
@@ -66,6 +73,19 @@ def test_nothing_overflows_in_many_dimensions() -> None:
         [log_likelihoods(part, images[:50] * 0.5, [0.1]) for part in images.split(7)], 1
     )
     torch.testing.assert_close(found, apart, rtol=1e-12, atol=0)
+
+
+def test_more_samples_than_fit_are_taken_in_parts() -> None:
+    """Against the formula on all distances at once; a part far away adds nothing, and no NaN."""
+    samples = torch.rand(2 * SAMPLES + 7, 5, generator=stream(0, "s"))
+    samples[:SAMPLES] += 1000
+    images = torch.rand(30, 5, generator=stream(0, "x"))
+    found = log_likelihoods(images, samples, [0.1, 0.5])
+    for row, sigma in enumerate((0.1, 0.5)):
+        squares = torch.cdist(images.double(), samples.double()).square()
+        sums = torch.logsumexp(-squares / (2 * sigma**2), 1)
+        expected = sums - math.log(len(samples)) - 5 / 2 * math.log(2 * math.pi * sigma**2)
+        torch.testing.assert_close(found[row], expected, rtol=1e-9, atol=1e-7)
 
 
 def test_a_known_gaussian_scores_what_calculus_says() -> None:
@@ -138,6 +158,28 @@ def said_by(module: str, *words: object, cwd: Path = REPO) -> subprocess.Complet
         capture_output=True,
         text=True,
     )
+
+
+def test_a_sigma_at_the_end_of_the_range_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Held-out images as grey as those of a G that draws nothing: no window is narrow enough."""
+    run = make_run(tmp_path, steps=())
+    G = generator_of(10)
+    with torch.no_grad():
+        G.layers.to_image.weight.zero_()
+    add_snapshot(run, make_config(tmp_path), 10, G)
+    (tmp_path / "grey").mkdir()
+    with wds.TarWriter(str(tmp_path / "grey" / "0.tar"), encoder=False, mtime=0) as tar:
+        for k in range(20):
+            image = np.full((32, 32, 1), 118 + k, np.uint8)
+            tar.write({"__key__": f"{k}", "npy": encode(image, "npy")})
+    write_index(tmp_path / "grey", [scan(tmp_path / "grey" / "0.tar")], (32, 32, 1), {})
+    words = ("--run", run, "--metrics", "parzen", f"eval.parzen_shards={tmp_path / 'grey'}")
+    evaluated(*words)
+    assert read_rows(run)[0]["scores"]["eval/parzen_sigma_100"] == SIGMAS[0]
+    said = capsys.readouterr()
+    assert "sigma = 0.1 is at the end of the range" in said.out + said.err
 
 
 # -- what D has learned -------------------------------------------------------------------------
@@ -409,7 +451,7 @@ def test_a_short_game_shows_the_theorems(tmp_path: Path) -> None:
     assert moved.jsd < alone.jsd
     assert last.jsd < 0.01 < first.jsd
     assert last.value == pytest.approx(-math.log(4), abs=0.02)
-    assert last.off_half < 0.25
+    assert last.off_half < 0.03 < first.off_half  # D ends undecided, and was not at first
     for moment in moments:
         assert moment.value <= -math.log(4) + 2 * moment.jsd + 1e-6  # D* is the maximum
         assert moment.p_g.sum() * (theory.RIGHT - theory.LEFT) / theory.BINS == pytest.approx(
@@ -421,6 +463,28 @@ def test_a_short_game_shows_the_theorems(tmp_path: Path) -> None:
     assert draw(moments)[:8] == b"\x89PNG\r\n\x1a\n"
     numbers = theory.summary(moments, 0, 400)
     assert json.loads(json.dumps(numbers))["moments"][3]["value"] == last.value
+
+
+def fixed(function: Callable[[torch.Tensor], torch.Tensor]) -> torch.nn.Module:
+    """A network that is this function."""
+    network = torch.nn.Module()
+    network.forward = function  # type: ignore[method-assign]
+    return network
+
+
+def test_the_value_of_a_d_that_is_sure_is_exact() -> None:
+    """V = -softplus(-l) - softplus(l) of a D with the logit l everywhere, where a float32 sigmoid
+    is 1 already; and p_g outside the range that is integrated is said.
+    """
+    for logit in (18.0, 40.0, -40.0):
+        D = fixed(lambda x, logit=logit: torch.full_like(x, logit))  # type: ignore[misc]
+        moment = theory.measure("x", fixed(lambda z: z * 0.3), D)
+        assert moment.value == pytest.approx(-abs(logit), rel=1e-3)
+        assert moment.outside == 0
+        assert "outside" not in theory.table([moment])
+    wide = theory.measure("x", fixed(lambda z: z * 2), fixed(torch.zeros_like))
+    assert wide.outside == pytest.approx(0.2113, abs=1e-3)  # P(|z| > 1.25)
+    assert "21 % of p_g lies outside [-2.5, 2.5]" in theory.table([wide])
 
 
 @pytest.mark.parametrize(
