@@ -112,7 +112,8 @@ class GAN:
         """Step G against the updated D, by the configured objective; returns the loss, a scalar.
 
         Args:
-            z: G's input of the last ``update_D``.
+            z: G's input of the last ``update_D``. Algorithm 1 of the 2014 paper draws anew; its
+                authors' code, and most since, use the same: G's forward pass serves both updates.
             step: from 1.
             y: its classes, as in ``update_D``.
         """
