@@ -176,6 +176,22 @@ def test_each_change_is_what_it_says() -> None:
     torch.testing.assert_close(coloured.std((1, 2, 3)), grey.std((1, 2, 3)) * contrast)
 
 
+def test_colours_are_the_formula_image_by_image() -> None:
+    """Brightness, then saturation around an image's grey, then contrast around its mean; in three
+    channels (Zhao et al. 2020, and the authors' code).
+    """
+    x = pictures(8)
+    found = augment(x, ("color",), stream(0, "draws"))
+    numbers = torch.rand(7, 8, generator=stream(0, "draws"))
+    for k, image in enumerate(x):
+        brighter = image + numbers[0, k] - 0.5
+        grey = (brighter[0] + brighter[1] + brighter[2]) / 3
+        saturated = (brighter - grey) * 2 * numbers[1, k] + grey
+        mean = saturated.mean()
+        expected = (saturated - mean) * (numbers[2, k] + 0.5) + mean
+        torch.testing.assert_close(found[k], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_dropout_keeps_the_mean_and_leaves_out_its_share() -> None:
     h = dropped(torch.ones(100, 100), 0.3, stream(0, "draws"))
     assert h.unique().tolist() == pytest.approx([0, 1 / 0.7])
