@@ -1,12 +1,13 @@
-"""Which options make a DCGAN on Fashion-MNIST better: one at a time over the paper's, equal budget.
+"""Which options make a DCGAN on Fashion-MNIST better: one at a time over demo.yaml, equal budget.
 
     python benchmarks/ablation.py --work runs/ablation         # an hour or two on two cores
+    python benchmarks/ablation.py --read benchmarks/ablation.json    # its table again, at once
 
 Every run is the real `pipeline/train.py` and `pipeline/evaluate.py` on the demo's networks (32x32,
 the same steps and images for all); the *last* snapshot is scored, not the best. Option values are
 those of the papers they come from; none was tuned. Options are compared by their distance to
-training images, which alone may choose among them; the paper's set and the sets given by --also are
-scored against the 10,000 test images too, and that is what is reported. Finished runs are not
+training images, which alone may choose among them; demo.yaml as it is and the sets given by --also
+are scored against the 10,000 test images too, and that is what is reported. Finished runs are not
 repeated; the same command goes on after an interruption. Prints Markdown; --plot writes a picture,
 --json the numbers.
 """
@@ -29,8 +30,9 @@ from pipeline.shards import read_index
 
 REPO = Path(__file__).resolve().parents[1]
 CONFIG = "configs/demo.yaml"
+BASE = "demo.yaml"  # the paper's losses and rates on small networks, with an average of G
 VARIANTS: dict[str, list[str]] = {
-    "paper": [],
+    BASE: [],
     "least squares": ["model.loss=least_squares"],
     "hinge": ["model.loss=hinge"],
     "label smoothing 0.1": ["stability.label_smoothing=0.1"],
@@ -50,6 +52,10 @@ class Score(NamedTuple):
 
     fd: float
     kid: float
+
+
+Table = dict[str, dict[str, list[Score]]]
+"""Scores of every seed by variant and split."""
 
 
 def shards(work: Path, split: str) -> Path:
@@ -86,7 +92,7 @@ def experiment(
     for split in SPLITS if name in reported else SPLITS[:1]:
         where = [f"data.shards={work / split}", f"eval.cache_dir={work / 'references'}"]
         run("-m", "pipeline.evaluate", "--run", folder, *where, *EVALUATION)
-        if name == "paper":  # of the same training: what G is worth without the average
+        if name == BASE:  # of the same training: what G is worth without the average
             checkpoint = max((folder / "checkpoints").glob("step_*"))
             raw = ["--checkpoint", checkpoint, "eval.weights=raw"]
             run("-m", "pipeline.evaluate", *raw, *where, *EVALUATION)
@@ -115,7 +121,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--work", type=Path, required=True, metavar="DIR", help="for data and runs; kept")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--work", type=Path, metavar="DIR", help="for data and runs; kept")
+    source.add_argument("--read", type=Path, metavar="FILE.json", help="no run: its table, --plot")
     add("--steps", type=int, default=1200, help="of every run (1200)")
     add("--seeds", type=int, default=SEEDS, help="runs of each variant (3)")
     add("--jobs", type=int, default=2, help="runs at a time (2)")
@@ -124,10 +132,27 @@ def main() -> None:
     add("--plot", type=Path, metavar="FILE.png")
     add("--json", type=Path, metavar="FILE.json")
     options = parser.parse_args()
+    if options.read:
+        document = json.loads(options.read.read_text())
+        table = {
+            label: {split: [Score(*values) for values in rows] for split, rows in scores.items()}
+            for label, scores in document.items()
+        }
+        print(markdown(table))
+    else:
+        table = measured(options)
+    if options.json:
+        options.json.write_text(json.dumps(table, indent=1) + "\n")
+    if options.plot:
+        plot(table, options.plot)
+
+
+def measured(options: argparse.Namespace) -> Table:
+    """Trains and scores what is missing, and prints the table."""
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     references = {split: read_index(str(shards(work, split))).fingerprint for split in SPLITS}
-    reported = {"paper"}
+    reported = {BASE}
     variants = {k: v for k, v in VARIANTS.items() if not options.only or k in options.only}
     for word in options.also:
         name, _, settings = word.partition(":")
@@ -145,9 +170,9 @@ def main() -> None:
                 strict=True,
             )
         )
-    table: dict[str, dict[str, list[Score]]] = {}
+    table: Table = {}
     for name in variants:
-        for weights in ("raw", "ema") if name == "paper" else ("ema",):
+        for weights in ("raw", "ema") if name == BASE else ("ema",):
             label = f"{name}, no average" if weights == "raw" else name
             table[label] = {
                 split: [
@@ -160,23 +185,30 @@ def main() -> None:
     print(machine())
     print(f"{options.steps} steps of `{CONFIG}`, {options.seeds} seeds, mean ± std; 2,000 images")
     print("against 10,000, features of its `eval.extractor`\n")
-    titles = [f"{score}, {split} images" for split in SPLITS for score in ("FD", "KID")]
-    print(f"| variant | {' | '.join(titles)} |\n|{'---|' * (len(titles) + 1)}")
+    print(markdown(table))
+    return table
+
+
+def markdown(table: Table) -> str:
+    """A row for each variant: FD and KID, and their differences from BASE, seed by seed."""
+    titles = ["FD, training images", "FD − base, same seed", "KID", "KID − base, same seed"]
+    titles += ["FD, test images", "KID"]
+    lines = [f"| variant | {' | '.join(titles)} |", f"|{'---|' * (len(titles) + 1)}"]
+    base = table.get(BASE, {}).get("train", [])
     for label, scores in table.items():
-        cells = [
-            said([score[k] for score in scores[split]]) if split in scores else ""
-            for split in SPLITS
-            for k in range(2)
-        ]
-        print(f"| {label} | {' | '.join(cells)} |")
-    if options.json:
-        options.json.write_text(json.dumps(table, indent=1) + "\n")
-    if options.plot:
-        plot(table, options.plot)
+        cells = []
+        for k in range(2):
+            pairs = zip(scores["train"], base, strict=False)
+            differences = [ours[k] - theirs[k] for ours, theirs in pairs if label != BASE]
+            cells += [said([score[k] for score in scores["train"]])]
+            cells += [said(differences) if differences else ""]
+        cells += [said([s[k] for s in scores["test"]]) if "test" in scores else "" for k in (0, 1)]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def plot(table: dict[str, dict[str, list[Score]]], path: Path) -> None:
-    """Every run a point, every variant's mean a bar; the paper's as a line through all."""
+def plot(table: Table, path: Path) -> None:
+    """Every run a point, every variant's mean a bar; that of BASE as a line through all."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 0.38 * len(table) + 1), layout="constrained")
@@ -184,9 +216,9 @@ def plot(table: dict[str, dict[str, list[Score]]], path: Path) -> None:
     names = sorted(table, key=lambda n: -mean(s.fd for s in table[n]["train"]))
     for row, name in enumerate(names):
         values = [s.fd for s in table[name]["train"]]
-        axes.barh(row, mean(values), color="#bcd2ee" if name != "paper" else "#f3c98b", height=0.7)
+        axes.barh(row, mean(values), color="#bcd2ee" if name != BASE else "#f3c98b", height=0.7)
         axes.plot(values, [row] * len(values), "o", color="#24508f", ms=4)
-    axes.axvline(mean(s.fd for s in table["paper"]["train"]), color="0.4", lw=1, ls="--")
+    axes.axvline(mean(s.fd for s in table[BASE]["train"]), color="0.4", lw=1, ls="--")
     axes.set(yticks=range(len(names)), yticklabels=names)
     axes.set_xlabel("Fréchet distance to training images at the last step (lower is better)")
     figure.savefig(path, dpi=100, metadata={"Software": None})

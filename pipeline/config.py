@@ -50,7 +50,9 @@ class ModelConfig:
     kernel_size: Literal[4, 5] = 4
     """Kernel of the strided convolutions: 5 in the paper's figure 1, 4 in most later code."""
     num_classes: int = 0
-    """Classes to generate by the labels of the shards, 0 to num_classes - 1; 0 = labels unused."""
+    """Classes to generate by the labels of the shards, which must be 0 to num_classes - 1, each of
+    them there; 0 = labels unused. Grids, sets of images and evaluations take every class as often
+    as the others, whatever their shares of the shards are."""
     maxout: int = 0
     """mlp: linear pieces of each of D's hidden units; 0 = ReLU units."""
     dropout: float = 0.0
@@ -147,7 +149,7 @@ class StabilityConfig:
     r1_gamma: float = 0.0
     """R1: gamma / 2 times the squared gradient of D at real images joins D's loss; 0 = off."""
     r1_every: int = 1
-    """R1 in one of this many steps, and that many times as strong."""
+    """R1 in one of this many updates of D, and that many times as strong."""
     label_smoothing: float = 0.0
     """D's target for real images is 1 minus this; 0.1 is usual."""
     augment: list[str] = field(default_factory=list)

@@ -76,6 +76,13 @@ def open_data(config: Config, accelerator: Accelerator) -> Index:
             f"model.num_classes ({classes}) wants 0 to {classes - 1} for every sample: prepare "
             "labelled shards, set model.num_classes to the number of their labels, or to 0."
         )
+    if lost := sorted(set(range(classes)) - set(np.unique(labels).tolist())):
+        raise DataError(
+            f"data.shards ({data.shards}): no sample has the label {', '.join(map(str, lost[:9]))}"
+            f"{', ...' if len(lost) > 9 else ''}, but with model.num_classes ({classes}) G draws "
+            "every class as often as the others: number the labels from 0 without gaps and "
+            f"set model.num_classes to {classes - len(lost)}, or to 0."
+        )
 
     def make_ready(stop: Callable[[], bool]) -> None:
         check_shards(index, data.verify, stop)

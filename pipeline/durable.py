@@ -6,6 +6,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from pipeline.errors import GenerationError
+
 
 def publish(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a power cut."""
@@ -19,6 +21,22 @@ def publish(path: Path, content: bytes) -> None:
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def check_new(path: Path, field: str = "--out") -> None:
+    """Refuse a place for a result where something is or nothing can be put, before any work.
+
+    Raises:
+        GenerationError: naming the option and the place.
+    """
+    if path.exists():
+        raise GenerationError(f"{field} ({path}): exists already; give another name.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GenerationError(f"{field} ({path}): cannot be written: {error}.") from None
+    if not os.access(path.parent, os.W_OK):
+        raise GenerationError(f"{field} ({path}): its folder cannot be written to; give another.")
 
 
 def sync_folder(path: Path) -> None:

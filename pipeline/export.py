@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pipeline.checkpoint import HUB_WEIGHTS
@@ -127,16 +128,16 @@ def write_hub_folder(
     Raises:
         GenerationError: it cannot be written.
     """
-    partial = out.with_name(f"{out.name}.tmp")
-    weights = {name: value.detach().cpu().contiguous() for name, value in G.state_dict().items()}
-    settings = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
-    yaml = "".join(f"  {key}: {json.dumps(value)}\n" for key, value in settings.items())
+    partial = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    weights = _weights(G)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+    except OSError as error:
+        raise GenerationError(f"--out ({out}): cannot be written: {error}.") from None
+    try:
         publish(partial / HUB_WEIGHTS, save(weights, metadata={"format": "pt"}))
-        publish(partial / "config.yaml", f"model:\n{yaml}".encode())
-        publish(partial / "config.json", json.dumps(settings, indent=1).encode())
+        for name, content in _configuration(model).items():
+            publish(partial / name, content)
         publish(partial / "grid.png", png(image_grid(generate(G, z))))
         card = _card(model, weights, facts, licence)
         publish(partial / "README.md", card.encode())
@@ -148,13 +149,31 @@ def write_hub_folder(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def push(folder: Path, repository: str) -> str:
-    """Upload a Hub folder with the token that huggingface_hub finds; returns where it lies.
+def _weights(G: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in G.state_dict().items()}
 
-    A new repository is private; its owner can open it on the site.
+
+def _configuration(model: ModelConfig) -> dict[str, bytes]:
+    """The files that hold the architecture, by name."""
+    settings = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    yaml = "".join(f"  {key}: {json.dumps(value)}\n" for key, value in settings.items())
+    return {
+        "config.yaml": f"model:\n{yaml}".encode(),
+        "config.json": json.dumps(settings, indent=1).encode(),
+    }
+
+
+def check_hub_folder(folder: Path, G: nn.Module, model: ModelConfig, source: Path) -> None:
+    """Refuse to take a folder that was made before for the one of this G.
+
+    Args:
+        folder: as ``write_hub_folder`` leaves it; its card may have been edited.
+        G: what is asked for.
+        model: its architecture.
+        source: where G comes from, for the message.
 
     Raises:
-        GenerationError: not such a folder, not logged in, no network, or refused.
+        GenerationError: not such a folder, or one with other weights or another configuration.
     """
     missing = [name for name in HUB_FILES if not (folder / name).is_file()]
     if missing:
@@ -162,6 +181,30 @@ def push(folder: Path, repository: str) -> str:
             f"--push: {folder} is no folder made for the Hub, it lacks {', '.join(missing)}; give "
             "--out a new name."
         )
+    weights, files = _weights(G), _configuration(model)
+    try:
+        there = load_file(folder / HUB_WEIGHTS)
+        same = weights.keys() == there.keys() and all(
+            torch.equal(value, there[name]) for name, value in weights.items()
+        )
+        same = same and all((folder / name).read_bytes() == files[name] for name in files)
+    except (OSError, SafetensorError):
+        same = False
+    if not same:
+        raise GenerationError(
+            f"--push: {folder} was made before and holds another G than {source}; give --out a new "
+            f"name, or remove {folder}."
+        )
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload a Hub folder with the token that huggingface_hub finds; returns where it lies.
+
+    A new repository is private; its owner can open it on the site.
+
+    Raises:
+        GenerationError: not logged in, no network, or refused.
+    """
     need(("huggingface_hub",), "--push", "pip install huggingface_hub")
     from huggingface_hub import HfApi
 
@@ -235,6 +278,7 @@ With torch and safetensors alone:
 
 ```python
 import json, pathlib, torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn import functional as F
 c, size = json.loads(pathlib.Path("config.json").read_text()), 4

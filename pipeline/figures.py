@@ -56,7 +56,7 @@ def arithmetic(
 ) -> bytes:
     """A PNG like the paper's figure 7: mean(a) - mean(b) + mean(c), and images around it."""
     exemplars = [table.rows(rows) for rows in concepts]
-    means, result = latent.arithmetic(*exemplars)
+    means, result = latent.arithmetic(table.model, *exemplars)
     around = latent.neighbours(table.model, result, noise, table.seed)
     images = pictures.enlarge(generate(G, torch.cat([*exemplars, means, around])), scale)
     ends = np.cumsum([*map(len, exemplars), 3])

@@ -116,15 +116,19 @@ def picture(options: argparse.Namespace) -> bytes:
 
     from pipeline.linear_probe import chosen, standing
     from pipeline.pictures import enlarge, png
-    from pipeline.probe import open_pair
+    from pipeline.probe import open_pair, open_shards
     from pipeline.sampling import image_grid
-    from pipeline.shards import read_index
 
     config, found, trained, random = open_pair(options.run, options.checkpoint, options.seed)
     if config.model.architecture != "dcgan":
         raise EvaluationError(f"--run ({options.run}): this run's D has no convolutional layers.")
-    index = read_index(options.shards or config.data.shards)
-    images, _ = chosen(index, options.num_images, options.seed)
+    index = open_shards("--shards", options.shards or config.data.shards, config.model)
+    images, _ = chosen(index, options.num_images, options.seed, config.data)
+    if options.count > len(images):
+        raise EvaluationError(
+            f"--count ({options.count}): must be at most the number of images, {len(images)} here; "
+            "see --num-images."
+        )
     last = config.model.ndf * config.model.image_size // 8
     features = min(options.features, last)
     columns = []
@@ -175,8 +179,6 @@ def parse(words: list[str]) -> argparse.Namespace:
             parser.error(f"--{field} ({getattr(options, name)}): must be at least {low}")
     if options.out.suffix != ".png":
         parser.error(f"--out ({options.out}): must end in .png")
-    if options.out.exists():
-        parser.error(f"--out ({options.out}): exists already; give another name")
     return options
 
 
@@ -184,11 +186,11 @@ def main() -> None:
     """Parse the command line and draw; exit code 2 on a user's mistake."""
     options = parse(sys.argv[1:])
     with one_clear_message():
-        content = picture(options)
-        from pipeline.durable import publish
+        from pipeline.durable import check_new, publish
 
+        check_new(options.out)
+        content = picture(options)
         try:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
             publish(options.out, content)
         except OSError as error:
             raise EvaluationError(f"--out ({options.out}): cannot be written: {error}.") from None

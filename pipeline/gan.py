@@ -113,7 +113,8 @@ class GAN:
         """Step G against the updated D, by the configured objective; returns the loss, a scalar.
 
         Args:
-            z: G's input of the last ``update_D``.
+            z: G's input of the last ``update_D``. Algorithm 1 of the 2014 paper draws anew; its
+                authors' code, and most since, use the same: G's forward pass serves both updates.
             step: from 1.
             y: its classes, as in ``update_D``.
         """
@@ -171,7 +172,8 @@ class GAN:
         turn: int,
     ) -> Tensor:
         stability, smoothing = self.config.stability, self.config.stability.label_smoothing
-        penalised = stability.r1_gamma > 0 and turn == 0 and step % stability.r1_every == 0
+        number = (step - 1) * self.config.optim.d_steps + turn + 1  # of D's updates, from 1
+        penalised = stability.r1_gamma > 0 and number % stability.r1_every == 0
         totals = torch.zeros(3, device=self.accelerator.device)
         whole = torch.zeros((), device=self.accelerator.device)
         self._fakes.clear()
@@ -184,7 +186,7 @@ class GAN:
                 real_logits = self._judge(self._D, x, classes, draws)
                 fake_logits = self._judge(self._D, fake.detach(), classes, draws)
                 loss = objective = self._loss_D(real_logits, fake_logits, smoothing)
-                if penalised:  # half of gamma, for all the steps that go without
+                if penalised:  # half of gamma, for all the updates that go without
                     weight = stability.r1_gamma / 2 * stability.r1_every
                     objective = loss + weight * gradient_penalty(real_logits, x)
                 self.accelerator.backward(objective / self.accumulation)

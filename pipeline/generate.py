@@ -106,8 +106,10 @@ def _images(
         "torch": torch.__version__,
         "device": accelerator.device.type,
     }
+    if model.num_classes and options.format == "shards":
+        record["labels"] = "cls"
     shape = (model.image_size, model.image_size, model.channels)
-    job = ImageSet(options.out, options.format, options.num, shape, record)
+    job = ImageSet(options.out, options.format, options.num, shape, record, table.label)
     silent: contextlib.AbstractContextManager[Callable[[int], None]] = contextlib.nullcontext(
         lambda _: None
     )
@@ -133,7 +135,7 @@ def _single(options: argparse.Namespace, path: Path, G: nn.Module, table: Table)
     """What one process makes; no file appears before all of them are ready."""
     from pipeline import figures
     from pipeline.durable import publish
-    from pipeline.latent import interpolation, parse_rows
+    from pipeline.latent import interpolation, parse_concept, parse_rows
 
     out: Path = options.out
     files: dict[Path, bytes] = {}
@@ -149,7 +151,7 @@ def _single(options: argparse.Namespace, path: Path, G: nn.Module, table: Table)
         between = f"{table.model.z_distribution} z"
         print(f"{interpolation(table.model)} interpolation, the one for {between}")
     elif options.command == "arithmetic":
-        concepts = [parse_rows(getattr(options, name), f"--{name}") for name in "abc"]
+        concepts = [parse_concept(getattr(options, name), f"--{name}", table) for name in "abc"]
         files[out] = figures.arithmetic(G, table, concepts, options.noise, options.scale)
     elif options.command == "onnx":
         files[out] = _onnx(path, G, table)
@@ -178,11 +180,15 @@ def _hub(options: argparse.Namespace, path: Path, G: nn.Module, table: Table) ->
     from pipeline import export
 
     out = options.out
-    if not (out.exists() and options.push):
+    if out.exists() and options.push:
+        export.check_hub_folder(out, G, table.model, path)
+        print(f"made before, uploaded as it is: {out}", flush=True)
+    else:
         z = table.cut(0, export.GRID_IMAGES)
-        facts = _facts(path, table) | {
-            "grid": f"rows 0-{export.GRID_IMAGES - 1} of seed {table.seed}"
-        }
+        of = f"rows 0-{export.GRID_IMAGES - 1} of seed {table.seed}"
+        of += "" if table.truncation == 1 else f", z times {table.truncation:g}"
+        of += "" if table.of_class is None else f", all of class {table.of_class}"
+        facts = _facts(path, table) | {"grid": of}
         export.write_hub_folder(out, G, table.model, z, facts, options.license)
         print(f"written: {out}", flush=True)
     if options.push:
@@ -245,8 +251,10 @@ def parse(words: list[str]) -> argparse.Namespace:
         source.add_argument("--run", type=Path, metavar="DIR", help="the newest snapshot of a run")
         add("--out", type=Path, required=True, metavar="PATH", help="what to write")
         add("--seed", type=int, default=0, help="of the noise (0)")
-        add("--truncation", type=float, default=1.0, help="z is multiplied by it, 0 to 1 (1)")
-        add("--class", dest="of_class", type=int, metavar="N", help="images of one class (of all)")
+        command.set_defaults(truncation=1.0, of_class=None)
+        if name != "onnx":  # whose z is the caller's
+            add("--truncation", type=float, help="z is multiplied by it, 0 to 1 (1)")
+            add("--class", dest="of_class", type=int, metavar="N", help="of one class (of all)")
         if name != "images" and name != "hub":
             add("--overwrite", action="store_true", help="replace a file that exists")
         if name in ("grid", "walk", "arithmetic"):
@@ -265,7 +273,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--fps", type=float, default=20.0, help="frames per second of the film (20)")
     add = of["arithmetic"].add_argument
     for name, said in {"a": "first", "b": "subtracted", "c": "added"}.items():
-        add(f"--{name}", required=True, metavar="ROWS", help=f"rows of the {said} concept: 3,17,42")
+        rows = f"rows of the {said} concept: 3,17,42, or class:2 for the first three of a class"
+        add(f"--{name}", required=True, metavar="ROWS", help=rows)
     add("--noise", type=float, default=0.25, help="of the eight images around the result (0.25)")
     add = of["hub"].add_argument
     add("--license", default="", metavar="ID", help="of the weights, for the card: mit, ... (none)")

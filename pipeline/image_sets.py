@@ -18,21 +18,22 @@ import json
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from pipeline.decode import encode, npy_header
 from pipeline.distributed import on_rank_zero
 from pipeline.durable import publish, sync_folder
 from pipeline.errors import DataError, GenerationError
 from pipeline.features import Images
+from pipeline.image_files import Add, add_png, assemble_npz, tar
 from pipeline.sampling import BLOCK
 from pipeline.shards import read_index, scan, write_index
 from pipeline.signals import Agreement, received
@@ -42,9 +43,6 @@ RECORD_NAME = "generated.json"
 WORK_FOLDER = ".generate"
 FREE = ("snapshot", "torch", "device")  # said in the record, but no reason to refuse a whole set
 MOST_BLOCKS = 16
-SHARD_FIELD = "png"
-
-Add = Callable[[int, NDArray[np.uint8]], None]
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,7 @@ class ImageSet:
         num: images; image i is ``images(i, i + 1)``.
         shape: (H, W, C) of each.
         record: everything that decides the pixels, as JSON; kept with the set.
+        label: the class of an image, which goes into shards; None: it has none.
     """
 
     out: Path
@@ -64,6 +63,7 @@ class ImageSet:
     num: int
     shape: tuple[int, int, int]
     record: dict[str, Any] = field(default_factory=dict)
+    label: Callable[[int], int | None] = lambda _: None
 
     @property
     def work(self) -> Path:
@@ -167,13 +167,13 @@ def _write_part(job: ImageSet, number: int, images: Images) -> Iterator[None]:
 def _writer(job: ImageSet, number: int) -> Iterator[Add]:
     """A function (first row, images) that adds to a part; its bytes are on disk after the block."""
     if job.format == "png":
-        yield lambda first, images: _add_png(job.work, first, images)
+        yield lambda first, images: add_png(job.work, first, images)
         sync_folder(job.work)
         return
     path = job.work / _shard_name(number) if job.format == "shards" else _raw(job, number)
     with path.open("wb", buffering=1 << 20) as file:
         if job.format == "shards":
-            with _tar(file) as add:
+            with tar(file, job.label) as add:
                 yield add
         else:
 
@@ -182,44 +182,6 @@ def _writer(job: ImageSet, number: int) -> Iterator[Add]:
 
             yield add_raw
         file.flush()
-        os.fsync(file.fileno())
-
-
-def _add_png(folder: Path, first: int, images: NDArray[np.uint8]) -> None:
-    for row, pixels in enumerate(images, first):
-        with (folder / f"{row:08d}.png").open("wb") as file:
-            file.write(encode(pixels, "png"))
-            file.flush()
-            os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _tar(file: IO[bytes]) -> Iterator[Add]:
-    from webdataset import TarWriter  # seconds, for nothing in the other formats
-
-    with TarWriter(file, encoder=False, mtime=0) as tar:
-
-        def add(first: int, images: NDArray[np.uint8]) -> None:
-            for row, pixels in enumerate(images, first):
-                tar.write({"__key__": f"{row:08d}", SHARD_FIELD: encode(pixels, SHARD_FIELD)})
-
-        yield add
-
-
-def _assemble_npz(job: ImageSet, path: Path) -> None:
-    """One array from the raw parts, never whole in memory; equal images give equal bytes."""
-    shape = (job.num, *job.shape)
-    record = np.array(json.dumps(job.record))
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        # The name that evaluators of published sample batches look for.
-        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
-            member.write(npy_header(shape))
-            for number in range(len(job.parts())):
-                with _raw(job, number).open("rb") as part:
-                    shutil.copyfileobj(part, member, 1 << 20)
-        with archive.open(zipfile.ZipInfo("made_by.npy"), "w") as member:
-            np.lib.format.write_array(member, record, allow_pickle=False)
-    with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
@@ -240,6 +202,11 @@ def _begin(job: ImageSet, held: contextlib.ExitStack) -> list[int] | None:
             "folder in it."
         )
     settings = job.work / WORK_FOLDER / "settings.json"
+    if not settings.exists() and _is_foreign(job.work):
+        raise GenerationError(
+            f"--out ({job.out}): would grow in {job.work}, which holds something else; move that "
+            "away, or give another name."
+        )
     try:
         settings.parent.mkdir(parents=True, exist_ok=True)
         lock = held.enter_context((settings.parent / "lock").open("a"))
@@ -252,6 +219,8 @@ def _begin(job: ImageSet, held: contextlib.ExitStack) -> list[int] | None:
             ) from None
         if settings.exists():
             begun = json.loads(settings.read_text())
+            if not isinstance(begun, dict):
+                raise ValueError
             _refuse_differences(job, job.work, begun, free=FREE[:1])
         else:
             publish(settings, json.dumps(job.record).encode())
@@ -260,6 +229,13 @@ def _begin(job: ImageSet, held: contextlib.ExitStack) -> list[int] | None:
     except ValueError:
         raise GenerationError(f"{settings}: is damaged; remove {job.work}.") from None
     return [k for k in range(len(job.parts())) if not _marker(job, k).exists()]
+
+
+def _is_foreign(work: Path) -> bool:
+    """Whether something not begun by this command is there: its own folder comes first of all."""
+    if work.is_dir():
+        return any(path.name != WORK_FOLDER for path in work.iterdir())
+    return work.exists()
 
 
 def _finish(job: ImageSet) -> None:
@@ -273,7 +249,8 @@ def _finish(job: ImageSet) -> None:
     try:
         if job.format == "npz":
             whole = job.work / "whole.npz"
-            _assemble_npz(job, whole)
+            raw = [_raw(job, k) for k in range(len(job.parts()))]
+            assemble_npz(whole, raw, (job.num, *job.shape), job.record)
             os.replace(whole, job.out)
         else:
             if job.format == "shards":
@@ -299,7 +276,9 @@ def _record_at(job: ImageSet) -> dict[str, Any]:
             found = read_index(str(job.out)).made_by
         else:
             found = json.loads((job.out / RECORD_NAME).read_text())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, DataError):
+    except (OSError, ValueError, KeyError, EOFError, TypeError, DataError):
+        return {}
+    except (zipfile.BadZipFile, zlib.error):
         return {}
     return found if isinstance(found, dict) else {}
 

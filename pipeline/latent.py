@@ -21,6 +21,7 @@ from pipeline.sampling import stream, z_rows
 PURPOSE = "generate"
 """Name of the noise table: evaluations and training grids draw from others."""
 MOST_ROW = 2**40
+EXEMPLARS = 3  # of a concept: section 6.3.2 found one unstable and the mean of three enough
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ class Table:
             rows[:, self.model.z_dim + self.of_class] = 1
         return rows
 
+    def label(self, row: int) -> int | None:
+        """The class of a row; None for a G without classes."""
+        if not self.model.num_classes:
+            return None
+        return row % self.model.num_classes if self.of_class is None else self.of_class
+
     def rows(self, numbers: Sequence[int]) -> Tensor:
         """These rows, in this order: (len(numbers), z_dim + num_classes) float32 on the CPU."""
         return torch.cat([self.cut(number, number + 1) for number in numbers])
@@ -70,6 +77,24 @@ def parse_rows(text: str, field: str) -> list[int]:
             )
         numbers += range(first, last + 1)
     return numbers
+
+
+def parse_concept(text: str, field: str, table: Table) -> list[int]:
+    """Row numbers as ``parse_rows`` takes them, or those of the first rows of ``class:2``.
+
+    Raises:
+        GenerationError: not such a list, or a class that the rows do not have.
+    """
+    found = re.fullmatch(r"\s*class:(\d{1,9})\s*", text)
+    if found is None:
+        return parse_rows(text, field)
+    classes, number = table.model.num_classes, int(found[1])
+    if number >= classes or table.of_class is not None:
+        there = f"this G has classes 0 to {classes - 1}" if classes else "this G has no classes"
+        if table.of_class is not None:
+            there = f"--class {table.of_class} makes every row one of that class"
+        raise GenerationError(f"{field} ({text}): {there}; give row numbers, like 3,17,42.")
+    return [number + k * classes for k in range(EXEMPLARS)]
 
 
 def interpolation(model: ModelConfig) -> str:
@@ -124,22 +149,26 @@ def walk(model: ModelConfig, points: Tensor, steps: int, *, closed: bool = False
     return torch.stack(legs)
 
 
-def arithmetic(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def arithmetic(model: ModelConfig, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """mean(a) - mean(b) + mean(c) (section 6.3.2).
 
     A concept is the mean z of several exemplars: the paper found single ones unstable, three
-    enough. The result is not clipped to the cube of uniform z, as in the paper.
+    enough. The result is not clipped to the cube of uniform z, as in the paper. Of classes behind z
+    no sum is a class: the result is of that of c, what is added to.
 
     Args:
-        a: exemplars of the first concept, (n, z_dim); likewise b and c.
+        model: says where z ends.
+        a: exemplars of the first concept, (n, z_dim + num_classes); likewise b and c.
         b: of what is taken away.
         c: of what is added.
 
     Returns:
-        the means (3, z_dim) and the result (z_dim,).
+        the means (3, z_dim + num_classes) and the result (z_dim + num_classes,).
     """
     means = torch.stack([a.mean(0), b.mean(0), c.mean(0)])
-    return means, means[0] - means[1] + means[2]
+    result = means[0] - means[1] + means[2]
+    result[model.z_dim :] = means[2, model.z_dim :]
+    return means, result
 
 
 def neighbours(model: ModelConfig, point: Tensor, noise: float, seed: int) -> Tensor:

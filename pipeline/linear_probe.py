@@ -6,6 +6,7 @@ to produce a 4x4 spatial grid ... flattened and concatenated ... and a regulariz
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.config import DataConfig
 from pipeline.errors import EvaluationError
 from pipeline.order import permutation
 from pipeline.reader import Cache, Reader
 from pipeline.shards import Index
 
 BLOCK = 64
+TRAIN_BYTES = 28  # of a training feature: float32, and a double with its column inside liblinear
 STANDING_IMAGES = 2048
 POOLED = 4
 
@@ -41,7 +44,9 @@ class Outcome:
     converged: bool
 
 
-def labelled(index: Index, count: int, seed: int, field: str) -> tuple[NDArray[np.uint8], Labels]:
+def labelled(
+    index: Index, count: int, seed: int, field: str, data: DataConfig
+) -> tuple[NDArray[np.uint8], Labels]:
     """``count`` images of a shard set and their labels, chosen by the seed; 0 = all, in any order.
 
     Returns:
@@ -53,14 +58,39 @@ def labelled(index: Index, count: int, seed: int, field: str) -> tuple[NDArray[n
     """
     if (index.table["label"] < 0).any():
         raise EvaluationError(f"{field} ({index.location}): every sample must have a label (.cls).")
-    return chosen(index, count, seed)
+    return chosen(index, count, seed, data)
 
 
-def chosen(index: Index, count: int, seed: int) -> tuple[NDArray[np.uint8], Labels]:
+def chosen(
+    index: Index, count: int, seed: int, data: DataConfig
+) -> tuple[NDArray[np.uint8], Labels]:
     """As ``labelled``, with -1 for samples without a label."""
     ids = permutation(index.num_samples, f"probe|{seed}")[: count or None]
     images = np.empty((len(ids), *index.shape), np.uint8)
-    return images, Reader(index, Cache(index, "")).read(ids, images)
+    cache = Cache(index, data.cache_dir, data.cache_gib)
+    return images, Reader(index, cache).read(ids, images)
+
+
+def check_memory(train: int, test: int, dim: int, there: int = 0) -> None:
+    """Refuse more features than this machine has memory for.
+
+    Args:
+        train: number of training images; ``test`` of the others.
+        test: see ``train``.
+        dim: numbers of each image.
+        there: bytes of memory; 0 = those of this machine.
+
+    Raises:
+        EvaluationError: with both sizes.
+    """
+    needed = dim * (train * TRAIN_BYTES + test * 4)
+    there = there or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        fitting = max(0, there // dim - test * 4) // TRAIN_BYTES
+        raise EvaluationError(
+            f"--num-train ({train}): {dim} features of each image take {needed / 2**30:.0f} GiB, "
+            f"this machine has {there / 2**30:.0f} GiB; take at most {fitting}."
+        )
 
 
 def standing(D: nn.Module, images: NDArray[np.uint8]) -> nn.Module:
@@ -126,16 +156,20 @@ def probe(
 ) -> Outcome:
     """Train the SVM (squared hinge, L2, one against the rest) and count right answers.
 
-    Features are centred and divided by one number, their root mean square length over the training
-    images, so that one ``C`` means the same for 1,000 and for 30,000 of them. With several
-    ``strengths``, the last fifth of the training images chooses; the chosen one learns from all.
+    Features are centred and divided by one number, in place: their root mean square length over
+    the training images, so that one ``C`` means the same for 1,000 and for 30,000 of them. With
+    several ``strengths``, the last fifth of the training images chooses; the chosen one learns from
+    all.
 
     Raises:
         EvaluationError: too few training images, or all of one class.
     """
     centre = train[0].mean(0)
     length = np.sqrt(np.square(train[0] - centre).sum(1).mean()) or np.float32(1)
-    x, held, C = (train[0] - centre) / length, len(train[0]) * 4 // 5, strengths[0]
+    for features in (train[0], test[0]):  # in place: they may be gigabytes
+        features -= centre
+        features /= length
+    x, held, C = train[0], len(train[0]) * 4 // 5, strengths[0]
     if len(np.unique(train[1][:held])) < 2:
         raise EvaluationError(
             f"--num-train ({len(x)}): a classifier needs images of two classes or more; take more."
@@ -147,7 +181,7 @@ def probe(
         ]
         C = strengths[int(np.argmax(scores))]
     svm, converged = _fit(x, train[1], C)
-    accuracy = float(svm.score((test[0] - centre) / length, test[1]))
+    accuracy = float(svm.score(test[0], test[1]))
     return Outcome(name, x.shape[1], C, accuracy, converged)
 
 

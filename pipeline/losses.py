@@ -70,6 +70,10 @@ def gradient_penalty(real_logits: Tensor, real: Tensor) -> Tensor:
 
     arXiv 1801.04406. D's weights can be trained on it: the graph of the gradient is kept.
 
+    The slope is that of the sum of all logits, which is each image's own only where D treats images
+    apart. BatchNorm in D couples those of a batch: the slope at an image then holds its effect on
+    the logits of the others too. ``model.spectral_norm`` and the MLPs have no BatchNorm in D.
+
     Args:
         real_logits: (N,), computed from ``real``.
         real: (N, C, S, S), requires grad.

@@ -2,7 +2,9 @@
 
 G is "a mixture of rectifier linear activations and sigmoid activations", D has maxout units, and
 dropout while it is trained. Sizes in ``configs/gan_mlp.yaml`` are those that the authors published
-for MNIST (github.com/goodfeli/adversarial, mnist.yaml).
+for MNIST (github.com/goodfeli/adversarial, mnist.yaml). What differs from theirs: none of D's input
+pixels are dropped (theirs: 0.2 of them), and the bias of G's output starts at 0 (theirs: where G
+draws the mean image).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CheckpointError, EvaluationError, one_clear_message
 
@@ -24,70 +24,96 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pipeline.checkpoint import Checkpoint
-    from pipeline.config import Config
+    from pipeline.config import Config, ModelConfig
+    from pipeline.shards import Index
 
 
-def probe(options: argparse.Namespace) -> str:
-    """Measure what the command line names; returns the table."""
+def probe(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Measure what the command line names; returns the table and the figures as JSON."""
     from importlib.util import find_spec
 
     if find_spec("sklearn") is None:
         raise EvaluationError(
             "probe: needs scikit-learn; install with: pip install 'dcgan-pipeline[probe]'"
         )
-    if options.out is not None and options.out.exists():
-        raise EvaluationError(f"--out ({options.out}): exists already; give another name.")
     # torch takes seconds to import; --help and a mistyped path answer without it.
-    from pipeline.durable import publish
-    from pipeline.linear_probe import Outcome, conv_features, labelled, pixels, standing
+    from pipeline.durable import check_new
+    from pipeline.linear_probe import (
+        Outcome,
+        check_memory,
+        conv_features,
+        labelled,
+        pixels,
+        standing,
+    )
     from pipeline.linear_probe import probe as measure
-    from pipeline.shards import read_index
 
+    if options.out is not None:
+        check_new(options.out)
     config, found, trained, random = open_pair(options.run, options.checkpoint, options.seed)
-    size, channels = config.model.image_size, config.model.channels
-    sets = []
-    for field, location, count in (
-        ("--train", options.train or config.data.shards, options.num_train),
-        ("--test", options.test, options.num_test),
-    ):
-        index = read_index(location)
-        if index.shape != (size, size, channels):
-            raise EvaluationError(
-                f"{field} ({location}): images of shape {index.shape}, D takes "
-                f"{(size, size, channels)}; prepare them with --size {size} --channels {channels}."
-            )
-        sets.append(labelled(index, count, options.seed, field))
-    (train, train_labels), (test, test_labels) = sets
+    sources = {
+        "--train": open_shards("--train", options.train or config.data.shards, config.model),
+        "--test": open_shards("--test", options.test, config.model),
+    }
+    seen = found.state.get("stream", {}).get("fingerprint")
+    if sources["--test"].fingerprint in (sources["--train"].fingerprint, seen):
+        raise EvaluationError(
+            f"--test ({options.test}): must hold images that neither D nor the SVM learns from, "
+            "but these are the training images; prepare others, like fashion-mnist --split test."
+        )
+    counts = (options.num_train, options.num_test)
+    (train, train_labels), (test, test_labels) = (
+        labelled(index, count, options.seed, field, config.data)
+        for (field, index), count in zip(sources.items(), counts, strict=True)
+    )
+    for network in (trained, random):
+        standing(network, train)
+    check_memory(len(train), len(test), conv_features(trained, train[:1]).shape[1])
     outcomes: list[Outcome] = []
     for name, D in (("D", trained), ("random D", random), ("pixels", None)):
         begun = time.monotonic()
-        if D is not None:
-            standing(D, train)
-            features = [conv_features(D, images) for images in (train, test)]
-        else:
-            features = [pixels(images) for images in (train, test)]
+        features = [
+            conv_features(D, images) if D is not None else pixels(images)
+            for images in (train, test)
+        ]
         ready = (features[0], train_labels), (features[1], test_labels)
         outcomes.append(measure(name, *ready, options.C))
         print(f"{name}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
 
-    if options.out is not None:
-        document = {
-            "checkpoint": str(found.path.name),
-            "train_images": len(train),
-            "test_images": len(test),
-            "seed": options.seed,
-            "outcomes": [vars(outcome) for outcome in outcomes],
-        }
-        try:
-            publish(options.out, json.dumps(document, indent=1).encode())
-        except OSError as error:
-            raise EvaluationError(f"--out ({options.out}): cannot be written: {error}.") from None
-    lines = [f"{'features':<10}{'numbers':>9}{'C':>8}{'accuracy':>10}"]
+    lines = [f"{'features':<10}{'numbers':>9}{'C':>8}{'accuracy':>10}{'s.e.':>8}"]
     for one in outcomes:
         late = "" if one.converged else "  (not converged)"
-        lines.append(f"{one.name:<10}{one.dim:>9}{one.C:>8g}{one.accuracy:>10.2%}{late}")
+        error = (one.accuracy * (1 - one.accuracy) / len(test)) ** 0.5
+        lines.append(
+            f"{one.name:<10}{one.dim:>9}{one.C:>8g}{one.accuracy:>10.2%}{error:>8.2%}{late}"
+        )
     lines.append(f"{found.path.name}; {len(train)} training, {len(test)} test images")
-    return "\n".join(lines)
+    document = {
+        "checkpoint": str(found.path.name),
+        "train_images": len(train),
+        "test_images": len(test),
+        "seed": options.seed,
+        "outcomes": [vars(outcome) for outcome in outcomes],
+    }
+    return "\n".join(lines), document
+
+
+def open_shards(field: str, location: str, model: ModelConfig) -> Index:
+    """The index of shards whose images D takes.
+
+    Raises:
+        EvaluationError: images of another shape.
+        DataError: no shards there.
+    """
+    from pipeline.shards import read_index
+
+    index, size, channels = read_index(location), model.image_size, model.channels
+    if index.shape != (size, size, channels):
+        raise EvaluationError(
+            f"{field} ({location}): images of shape {index.shape}, D takes "
+            f"{(size, size, channels)}; prepare them with --size {size} --channels {channels}."
+        )
+    return index
 
 
 def open_pair(
@@ -171,7 +197,16 @@ def main(words: list[str]) -> None:
     """Parse the command line and probe; exit code 2 on a user's mistake."""
     options = parse(words)
     with one_clear_message():
-        print(probe(options), flush=True)
+        table, figures = probe(options)
+        print(table, flush=True)
+        if options.out is None:
+            return
+        from pipeline.durable import publish
+
+        try:
+            publish(options.out, json.dumps(figures, indent=1).encode())
+        except OSError as error:
+            raise EvaluationError(f"--out ({options.out}): cannot be written: {error}.") from None
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 PARTS = ((0.65, -0.35, 0.35), (0.35, 0.6, 0.3))  # p_data: weight, mean, standard deviation
 LEFT, RIGHT, BINS = -2.5, 2.5, 500  # where densities are integrated
+MOST_OUTSIDE = 0.01  # of p_g, beyond which the table says so
 SUPPORT = 0.05  # of the highest density: D is undefined where there is nothing
 BATCH, D_STEPS = 512, 4  # samples of each kind in an update, and k of algorithm 1
 G_LR, D_LR = 5e-4, 2e-3
@@ -63,6 +64,8 @@ class Moment(NamedTuple):
     """Mean |D - D*| over p_data and p_g, half of each."""
     off_half: float
     """Mean |D - 1/2| likewise."""
+    outside: float
+    """The share of p_g beyond the bins, which no number above knows of."""
 
 
 def centres() -> Values:
@@ -97,31 +100,35 @@ def measure(title: str, G: nn.Module, D: nn.Module) -> Moment:
     """Densities and theorems of a pair; p_g from 200,000 equally probable z through G."""
     import numpy as np
     import torch
+    from torch.nn.functional import softplus
 
     width, real = (RIGHT - LEFT) / BINS, p_data()
     count = 200_000
     with torch.no_grad():
         x = G(quantiles(count)[:, None])[:, 0].numpy()
-        judged = D(torch.from_numpy(centres()).float()[:, None])[:, 0].sigmoid().double().numpy()
+        logits = D(torch.from_numpy(centres()).float()[:, None])[:, 0].double()
         from_z = G(quantiles(SHOWN_Z)[:, None])[:, 0].double().numpy()
+    # log D and log(1 - D), exact where D itself is rounded to 0 or 1.
+    log_D, log_not_D = (-softplus(sign * logits).numpy() for sign in (-1, 1))
+    judged = logits.sigmoid().numpy()
     drawn = np.histogram(x, BINS, (LEFT, RIGHT))[0] / count / width
     both = real + drawn
     there = np.maximum(real, drawn) > SUPPORT * real.max()
     best = np.divide(real, both, out=np.full(BINS, 0.5), where=both > 0)
 
-    def mean_log(weights: Values, values: Values) -> float:
-        return float((weights * np.log(np.maximum(values, 1e-300))).sum() * width)
+    def mean(weights: Values, values: Values) -> float:
+        return float((weights * values).sum() * width)
 
     half = both / 2
-    jsd = mean_log(real, real / half) / 2 + (
-        mean_log(drawn, np.divide(drawn, half, out=np.ones(BINS), where=drawn > 0)) / 2
-    )
+    ratio = np.divide(drawn, half, out=np.ones(BINS), where=drawn > 0)
+    jsd = mean(real, np.log(real / half)) / 2 + mean(drawn, np.log(ratio)) / 2
     return Moment(
         *(title, drawn, judged, best, there, from_z),
-        value=mean_log(real, judged) + mean_log(drawn, 1 - judged),
+        value=mean(real, log_D) + mean(drawn, log_not_D),
         jsd=jsd,
-        off_best=float((half * np.abs(judged - best)).sum() * width),
-        off_half=float((half * np.abs(judged - 0.5)).sum() * width),
+        off_best=mean(half, np.abs(judged - best)),
+        off_half=mean(half, np.abs(judged - 0.5)),
+        outside=float(((x < LEFT) | (x > RIGHT)).mean()),
     )
 
 
@@ -244,6 +251,12 @@ def table(moments: list[Moment]) -> str:
             f"{one.off_best:>11.4f}{one.off_half:>12.4f}"
         )
     lines.append(f"-log 4 = {-math.log(4):.4f}; C(G) = -log 4 + 2 JSD (equation 6)")
+    lines += [
+        f"{one.title}: {100 * one.outside:.0f} % of p_g lies outside [{LEFT}, {RIGHT}], where "
+        "nothing is integrated: its numbers are wrong"
+        for one in moments
+        if one.outside > MOST_OUTSIDE
+    ]
     return "\n".join(lines)
 
 
@@ -253,7 +266,7 @@ def _best_value(moment: Moment) -> float:
 
 def summary(moments: list[Moment], seed: int, steps: int) -> dict[str, Any]:
     """The numbers of the figure as JSON."""
-    names = ("title", "value", "jsd", "off_best", "off_half")
+    names = ("title", "value", "jsd", "off_best", "off_half", "outside")
     rows = [
         {name: getattr(one, name) for name in names} | {"C": _best_value(one)} for one in moments
     ]
@@ -287,22 +300,26 @@ def make(out: Path, seed: int, steps: int) -> None:
         raise GenerationError(
             "theory: needs matplotlib; install with: pip install 'dcgan-pipeline[figures]'"
         )
+    from pipeline.durable import check_new, publish
+
+    files = (out, out.with_suffix(".json"))
+    for file in files:
+        check_new(file)
+    # torch takes seconds to import; a place that cannot be written to answers without it.
     import torch
 
-    from pipeline.durable import publish
     from pipeline.theory_figure import draw
 
     torch.set_num_threads(1)  # so small that more threads only wait for each other
     moments = play(seed, steps)
+    print(table(moments), flush=True)
+    numbers = json.dumps(summary(moments, seed, steps), indent=1)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        publish(out, draw(moments))
-        numbers = json.dumps(summary(moments, seed, steps), indent=1)
-        publish(out.with_suffix(".json"), f"{numbers}\n".encode())
+        for file, content in zip(files, (draw(moments), f"{numbers}\n".encode()), strict=True):
+            publish(file, content)
     except OSError as error:
         raise GenerationError(f"--out ({out}): cannot be written: {error}.") from None
-    print(table(moments), flush=True)
-    print(f"written: {out} and {out.with_suffix('.json').name}", file=sys.stderr)
+    print(f"written: {files[0]} and {files[1].name}", file=sys.stderr)
 
 
 if __name__ == "__main__":

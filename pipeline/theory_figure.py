@@ -14,6 +14,7 @@ from pipeline.theory import SHOWN_Z, Moment, centres, p_data, quantiles
 
 def draw(moments: list[Moment]) -> bytes:
     """A PNG like the paper's figure 1: densities and D above, the map from z to x below."""
+    highest = max(float(np.max(curve)) for one in moments for curve in (one.p_g, one.D))
     x, z = centres(), np.clip(quantiles(SHOWN_Z).numpy(), -1.9, 1.9)
     with mpl.rc_context({"font.size": 9, "svg.hashsalt": "theory"}):
         figure = Figure(figsize=(12, 3.9), layout="constrained")
@@ -25,7 +26,7 @@ def draw(moments: list[Moment]) -> bytes:
             best = np.where(moment.there, moment.best_D, np.nan)
             top.plot(x, best, "-", color="#1f5fd0", lw=5, alpha=0.15, label="$D^*$")
             top.axhline(0.5, color="0.8", lw=0.8, zorder=0)
-            top.set(title=moment.title, xlim=(-1.9, 1.9), ylim=(0, 1.65), xticks=[])
+            top.set(title=moment.title, xlim=(-1.9, 1.9), ylim=(0, 1.1 * highest), xticks=[])
             top.text(
                 *(0.02, 0.97),
                 f"V = {moment.value:.3f}\nJSD = {moment.jsd:.4f}\nE|D-½| = {moment.off_half:.3f}",

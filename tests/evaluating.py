@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from conftest import write_shards
+from torch import nn
 
 from pipeline import checkpoint, evaluate
 from pipeline.config import Config, DataConfig, EvalConfig, ModelConfig, RunConfig, TrackingConfig
@@ -50,8 +51,9 @@ def generator_of(step: int) -> Generator:
     return G
 
 
-def add_snapshot(run: Path, config: Config, step: int) -> Path:
-    return checkpoint.export_snapshot(run, step, generator_of(step).state_dict(), config)
+def add_snapshot(run: Path, config: Config, step: int, G: nn.Module | None = None) -> Path:
+    weights = (G or generator_of(step)).state_dict()
+    return checkpoint.export_snapshot(run, step, weights, config)
 
 
 def add_checkpoint(run: Path, step: int) -> Path:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import Config, fixed_differences, flatten, micro_batching
+from pipeline.config import Config, StabilityConfig, fixed_differences, flatten, micro_batching
 from pipeline.config_files import dump, load
 from pipeline.errors import ConfigError
 
@@ -48,6 +48,49 @@ def test_every_shipped_config_loads(path):
     if path.name.startswith("sweep"):
         pytest.skip("a W&B sweep, not a configuration")
     assert isinstance(load(path), Config)
+
+
+RADFORD = {
+    **{"model.architecture": "dcgan", "model.z_dim": 100, "model.z_distribution": "uniform"},
+    **{"model.kernel_size": 5, "model.loss": "non_saturating", "data.batch_size": 128},
+    **{"optim.g_lr": 2e-4, "optim.d_lr": 2e-4, "optim.beta1": 0.5, "optim.beta2": 0.999},
+    **{"optim.d_steps": 1, "model.num_classes": 0, "model.spectral_norm": False},
+    "train.ema_decay": 0.0,
+}
+GOODFELLOW = {
+    **{
+        "model.architecture": "mlp",
+        "model.image_size": 28,
+        "model.channels": 1,
+        "model.z_dim": 100,
+    },
+    **{"model.ngf": 1200, "model.ndf": 240, "model.maxout": 5, "model.dropout": 0.5},
+    **{"model.loss": "non_saturating", "data.batch_size": 100, "optim.d_steps": 1},
+    "train.ema_decay": 0.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("dcgan_64", RADFORD | {"model.image_size": 64, "model.ngf": 128, "model.channels": 3}),
+        ("dcgan_32", RADFORD | {"model.image_size": 32, "model.ngf": 128}),
+        ("gan_mlp", GOODFELLOW),
+    ],
+)
+def test_the_papers_configurations_hold_the_papers_values(name, values):
+    """Sections 4 and 5 of the two papers, and nothing that was found since."""
+    config = load(CHECKOUT / "configs" / f"{name}.yaml")
+    assert {key: flatten(config)[key] for key in values} == values
+    assert config.stability == StabilityConfig()
+
+
+def test_the_stable_configuration_is_the_papers_with_two_options():
+    paper, stable = (load(CHECKOUT / "configs" / f"dcgan_64{s}.yaml") for s in ("", "_stable"))
+    assert {line.split(":")[0] for line in fixed_differences(paper, stable)} == {
+        "train.ema_decay",
+        "stability.augment",
+    }
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "model:\n", "model: {}\n", "---\n"])

@@ -487,6 +487,25 @@ def test_images_of_another_shape_are_refused_with_the_remedy(uneven: Index) -> N
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        (9, r"labels 0 \(-1: none\) to 9, but model\.num_classes \(9\) wants 0 to 8"),
+        (12, r"no sample has the label 10, 11, but .*num_classes to 10"),
+        (40, r"label 10, 11, 12, 13, 14, 15, 16, 17, 18, \.\.\."),
+    ],
+)
+def test_classes_are_the_labels_of_the_shards_each_and_all(
+    classes: int, said: str, uneven: Index
+) -> None:
+    """Of a class that no image has, half of every grid would be images that G never learned."""
+    config = replace(configured(uneven), model=ModelConfig(image_size=8, num_classes=classes))
+    with pytest.raises(DataError, match=said):
+        open_data(config, Accelerator(cpu=True))
+    right = replace(config, model=replace(config.model, num_classes=10))
+    assert open_data(right, Accelerator(cpu=True)).num_samples == 997
+
+
 def test_opening_checks_every_byte_of_a_small_set(uneven: Index, tmp_path: Path) -> None:
     """A flipped bit is found before the first step, not in the middle of an epoch."""
     folder = tmp_path / "flipped"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,9 @@ from pipeline.config import ModelConfig
 from pipeline.errors import CheckpointError, GenerationError
 from pipeline.image_sets import ImageSet
 from pipeline.latent import Table
+from pipeline.models import init_weights, make_generator
 from pipeline.reader import Cache, Reader, check_shards
+from pipeline.sampling import stream
 from pipeline.shards import read_index
 
 NUM = 150  # three blocks, the last one not full
@@ -219,6 +222,46 @@ def test_what_lies_there_is_never_replaced(snapshot: Path, tmp_path: Path) -> No
         made("images", snapshot, tmp_path / "a.npz", "--num", 5, "--format", "npz")
 
 
+def test_files_of_others_are_one_message(snapshot: Path, tmp_path: Path) -> None:
+    """An npz that is a plain array or damaged, a record that is no object."""
+    out = tmp_path / "a.npz"
+    words = ("--num", 5, "--format", "npz")
+    with out.open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(GenerationError, match="holds something else"):
+        made("images", snapshot, out, *words)
+    with out.open("wb") as file:
+        np.savez_compressed(file, made_by=np.array("x" * 5000))
+    content = bytearray(out.read_bytes())
+    content[60] ^= 255
+    out.write_bytes(content)
+    with pytest.raises(GenerationError, match="holds something else"):
+        made("images", snapshot, out, *words)
+    settings = tmp_path / "x.tmp" / ".generate" / "settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("[]")
+    with pytest.raises(GenerationError, match="is damaged; remove"):
+        made("images", snapshot, tmp_path / "x", "--num", 5)
+
+
+def test_a_folder_of_the_user_beside_out_is_left_alone(snapshot: Path, tmp_path: Path) -> None:
+    """OUT.tmp is where a set grows; one that this command has not begun is neither taken over nor
+    removed.
+    """
+    mine = tmp_path / "x.tmp" / "mine"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    for out, words in (("x", ()), ("x.npz", ("--format", "npz"))):
+        mine.parent.rename(tmp_path / f"{out}.tmp")
+        mine = tmp_path / f"{out}.tmp" / "mine"
+        with pytest.raises(GenerationError, match=r"x.*\.tmp, which holds something else"):
+            made("images", snapshot, tmp_path / out, "--num", 5, *words)
+    mine.parent.rename(tmp_path / "hub.tmp")
+    made("hub", snapshot, tmp_path / "hub")
+    assert (tmp_path / "hub.tmp" / "mine").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hub", "hub.tmp"]
+
+
 def test_a_begun_set_of_other_settings_is_refused(snapshot: Path, tmp_path: Path) -> None:
     settings = tmp_path / "x.tmp" / ".generate" / "settings.json"
     settings.parent.mkdir(parents=True)
@@ -313,15 +356,35 @@ def test_a_walk_of_normal_z_keeps_to_the_sphere_and_one_of_uniform_z_to_the_cube
 
 def test_arithmetic_is_that_of_the_means() -> None:
     a, b, c = torch.full((3, 4), 3.0), torch.full((2, 4), 2.0), torch.full((1, 4), 10.0)
-    means, result = latent.arithmetic(a, b, c)
+    model = ModelConfig(z_dim=4)
+    means, result = latent.arithmetic(model, a, b, c)
     assert means[:, 0].tolist() == [3, 2, 10]
     assert result.tolist() == [11] * 4
-    around = latent.neighbours(ModelConfig(z_dim=4), result, 0.25, seed=0)
+    around = latent.neighbours(model, result, 0.25, seed=0)
     assert torch.equal(around[4], result)
     away = (around - result).abs()
     assert away.max() <= 0.25
     assert (away[[0, 1, 2, 3, 5, 6, 7, 8]].max(1).values > 0).all()
-    assert torch.equal(around, latent.neighbours(ModelConfig(z_dim=4), result, 0.25, seed=0))
+    assert torch.equal(around, latent.neighbours(model, result, 0.25, seed=0))
+
+
+def test_arithmetic_leaves_the_class_alone() -> None:
+    """z is added and subtracted; the class is that of c, also in the eight images around it."""
+    model = ModelConfig(z_dim=4, num_classes=3)
+    table = Table(model, 0)
+    a, b, c = (table.rows(latent.parse_concept(f"class:{k}", "--a", table)) for k in (2, 0, 1))
+    assert torch.equal(a, table.rows([2, 5, 8]))
+    _, result = latent.arithmetic(model, a, b, c)
+    assert torch.allclose(result[:4], (a.mean(0) - b.mean(0) + c.mean(0))[:4])
+    assert result[4:].tolist() == [0, 1, 0]
+    assert latent.neighbours(model, result, 0.25, seed=0)[:, 4:].tolist() == [[0, 1, 0]] * 9
+    for other, said in (
+        (table, "classes 0 to 2"),
+        (Table(ModelConfig(z_dim=4), 0), "no classes"),
+        (Table(model, 0, of_class=1), "--class 1 makes every row"),
+    ):
+        with pytest.raises(GenerationError, match=rf"--a \(class:3\): .*{said}"):
+            latent.parse_concept("class:3", "--a", other)
 
 
 # -- pictures -----------------------------------------------------------------------------------
@@ -377,6 +440,92 @@ def test_the_figure_of_a_sum_has_exemplars_means_and_nine_results(
     z = table.rows([0, 1, 2]).mean(0) - table.rows([3, 4]).mean(0) + table.rows([5, 6, 7]).mean(0)
     middle = picture[-64:-32, -64:-32]
     assert np.array_equal(middle, images_of(snapshot, z[None])[0, :, :, 0])
+
+
+# -- with classes, and without convolutions -------------------------------------------------------
+
+CLASSES = 3
+OTHERS = {
+    "classes": replace(MODEL, num_classes=CLASSES),
+    "mlp": replace(MODEL, architecture="mlp", ngf=16, ndf=8, num_classes=CLASSES),
+}
+
+
+@pytest.fixture(scope="module", params=sorted(OTHERS))
+def conditional(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A snapshot of a G with classes, a DCGAN's and an MLP's; as large as to tell images apart."""
+    folder, model = tmp_path_factory.mktemp("run"), OTHERS[request.param]
+    G = make_generator(model)
+    init_weights(G, stream(0, "test"))
+    with torch.no_grad():
+        for weights in G.parameters():
+            weights.mul_(4 if weights.ndim > 1 else 1)
+    return add_snapshot(folder, replace(make_config(folder), model=model), 1, G)
+
+
+def test_the_class_decides_what_is_drawn(conditional: Path, tmp_path: Path) -> None:
+    """The same z of other classes: other images, in rows and with --class; the card names it."""
+    _, config = load_snapshot(conditional)
+    assert config.model.num_classes == CLASSES
+    table = Table(config.model, 0)
+    z = table.cut(0, 1).repeat(CLASSES, 1)
+    z[:, config.model.z_dim :] = torch.eye(CLASSES)
+    drawn = images_of(conditional, z)
+    for k in range(CLASSES):
+        assert not np.array_equal(drawn[k], drawn[k - 1])
+        words = ("--rows", "0", "--class", k)
+        one = made("grid", conditional, tmp_path / f"{k}.png", *words)
+        assert np.array_equal(np.asarray(Image.open(one)), drawn[k, :, :, 0])
+    hub = made("hub", conditional, tmp_path / "hub", "--class", 1, "--truncation", 0.5)
+    card = (hub / "README.md").read_text()
+    assert "rows 0-63 of seed 0, z times 0.5, all of class 1" in card
+    assert f"a class as {CLASSES} one-hot numbers" in card
+    assert np.array_equal(images_of(hub, z), drawn)
+    grid = np.asarray(Image.open(hub / "grid.png"))
+    halved = Table(config.model, 0, 0.5, of_class=1).cut(0, 1)
+    assert np.array_equal(grid[:32, :32], images_of(conditional, halved)[0, :, :, 0])
+
+
+def test_sets_of_every_class_keep_their_labels(conditional: Path, tmp_path: Path) -> None:
+    """PNG and shards hold the same images; shards say of which class each is, also by --class."""
+    _, config = load_snapshot(conditional)
+    expected = images_of(conditional, Table(config.model, 0).cut(0, 70))
+    assert np.array_equal(
+        pixels_in(made("images", conditional, tmp_path / "png", "--num", 70)), expected
+    )
+    for words, labels in (((), [k % 3 for k in range(70)]), (("--class", 2), [2] * 70)):
+        out = tmp_path / f"shards{len(words)}"
+        made("images", conditional, out, "--num", 70, "--format", "shards", *words)
+        index, found = read_index(str(out)), np.empty_like(expected)
+        assert Reader(index, Cache(index, "")).read(np.arange(70), found).tolist() == labels
+        assert words or np.array_equal(found, expected)
+
+
+def test_sums_of_classes_and_walks_are_drawn(conditional: Path, tmp_path: Path) -> None:
+    _, config = load_snapshot(conditional)
+    words = ("--a", "class:0", "--b", "class:1", "--c", "2,5")
+    picture = np.asarray(Image.open(made("arithmetic", conditional, tmp_path / "s.png", *words)))
+    table = Table(config.model, 0)
+    means = [table.rows(rows).mean(0) for rows in ([0, 3, 6], [1, 4, 7], [2, 5])]
+    z = means[0] - means[1] + means[2]
+    z[config.model.z_dim :] = torch.tensor([0.0, 0, 1])
+    middle = picture[-64:-32, -64:-32]
+    assert np.array_equal(middle, images_of(conditional, z[None])[0, :, :, 0])
+    made("walk", conditional, tmp_path / "w.gif", "--rows", "0,1", "--steps", 2)
+    ends = np.asarray(Image.open(tmp_path / "w.png"))
+    assert np.array_equal(ends[:, -32:], images_of(conditional, table.cut(1, 2))[0, :, :, 0])
+
+
+def test_onnx_takes_the_class_behind_z(conditional: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    out = made("onnx", conditional, tmp_path / "G.onnx")
+    network, config = load_snapshot(conditional)
+    z = Table(config.model, 0).cut(0, 4)
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    assert np.abs(session.run(None, {"z": z.numpy()})[0] - network(z).numpy()).max() < 1e-4
+    with pytest.raises(SystemExit):
+        made("onnx", conditional, tmp_path / "H.onnx", "--class", 1)
 
 
 # -- exports ------------------------------------------------------------------------------------
@@ -444,6 +593,23 @@ def test_only_a_hub_folder_is_ever_uploaded(snapshot: Path, tmp_path: Path) -> N
         GenerationError, match=r"is no folder made for the Hub, it lacks README\.md"
     ):
         made("hub", snapshot, tmp_path / "mine", "--push", "me/x")
+
+
+def test_a_hub_folder_of_other_weights_is_not_uploaded(snapshot: Path, tmp_path: Path) -> None:
+    """A folder that was made before is uploaded for the same G alone; its card may be edited."""
+    hub, other = made("hub", snapshot, tmp_path / "hub"), tmp_path / "run"
+    newer = add_snapshot(other, make_config(tmp_path), 31)
+    with pytest.raises(GenerationError, match=rf"{hub} .* another G than {newer}"):
+        made("hub", newer, hub, "--push", "me/x")
+    network, config = load_snapshot(snapshot)
+    (hub / "README.md").write_text("mine")
+    export.check_hub_folder(hub, network, config.model, snapshot)
+    normal = replace(config.model, z_distribution="normal")
+    with pytest.raises(GenerationError, match="another G than"):
+        export.check_hub_folder(hub, network, normal, snapshot)
+    (hub / export.HUB_WEIGHTS).write_bytes(b"cut short")
+    with pytest.raises(GenerationError, match="another G than"):
+        export.check_hub_folder(hub, network, config.model, snapshot)
 
 
 # -- mistakes -----------------------------------------------------------------------------------

@@ -11,7 +11,15 @@ from torch import nn
 
 from pipeline.config import ModelConfig
 from pipeline.convolution import Down, Up
-from pipeline.models import Discriminator, Generator, init_weights, num_halvings, update_ema
+from pipeline.models import (
+    Discriminator,
+    Generator,
+    init_weights,
+    make_discriminator,
+    make_generator,
+    num_halvings,
+    update_ema,
+)
 from pipeline.sampling import stream
 
 SIZES = [32, 64, 128, 256]
@@ -177,6 +185,45 @@ def test_training_networks_hold_parameters_only(network: type[nn.Module]) -> Non
     x = torch.randn(shape, generator=stream(0, "x"))
     with torch.no_grad():
         assert torch.equal(one.train()(x), one.eval()(x))
+
+
+def test_d_takes_the_class_in_by_projection() -> None:
+    """D(x, y) = D(x) + <v_y, phi(x)>, phi the last feature map (Miyato & Koyama 2018)."""
+    D = made(Discriminator, small(num_classes=3))
+    x, y = torch.randn(6, 1, 32, 32, generator=stream(0, "x")), torch.tensor([2, 0, 1, 1, 2, 0])
+    with torch.no_grad():
+        phi = D.layers[:-1](x).flatten(1)
+        own, *of_classes = D.layers.to_logit.weight.flatten(1)
+        torch.testing.assert_close(D(x), phi @ own)
+        by_hand = (torch.stack(of_classes)[y] * phi).sum(1)
+        torch.testing.assert_close(D(x, y) - D(x), by_hand)
+    assert (by_hand != 0).all()
+
+
+def test_the_mlp_d_takes_the_class_as_one_hot_inputs() -> None:
+    """All weights 0 but one way: from input k behind the pixels, times k + 1, to D(x, k)."""
+    D = make_discriminator(small(architecture="mlp", num_classes=3))
+    with torch.no_grad():
+        for weights in D.parameters():
+            weights.zero_()
+        D.hidden[0].weight[0, 32 * 32 :] = torch.tensor([1.0, 2.0, 3.0])
+        D.hidden[1].weight[0, 0] = D.to_logit.weight[0, 0] = 1
+        x = torch.randn(4, 1, 32, 32, generator=stream(0, "x"))
+        assert D(x, torch.tensor([0, 1, 2, 0])).tolist() == [1, 2, 3, 1]
+
+
+@pytest.mark.parametrize("architecture", ["dcgan", "mlp"])
+def test_g_sees_the_class_through_its_own_weights(architecture: str) -> None:
+    """The same z of two classes differs exactly while the weights of the one-hot inputs do."""
+    G = make_generator(small(architecture=architecture, num_classes=2))
+    init_weights(G, stream(0, "test"))
+    z = torch.randn(3, 8, generator=stream(0, "z"))
+    first, second = (torch.cat([z, row.expand(3, 2)], 1) for row in torch.eye(2))
+    weights = G.hidden[0].weight.T if architecture == "mlp" else G.layers.project.weight
+    with torch.no_grad():
+        assert not torch.equal(G(first), G(second))
+        weights[8:] = weights[8:9].clone()
+        assert torch.equal(G(first), G(second))
 
 
 def test_a_standing_generator_has_the_same_parameters_and_statistics_beside_them() -> None:

@@ -7,25 +7,37 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import webdataset as wds
-from conftest import pixels_of, write_shards
-from evaluating import add_checkpoint, evaluated, make_run
+from conftest import CountingServer, pixels_of, write_shards
+from evaluating import (
+    add_checkpoint,
+    add_snapshot,
+    evaluated,
+    generator_of,
+    make_config,
+    make_run,
+)
 from launching import REPO, environment
 from PIL import Image
 
-from pipeline import filters, theory
+from pipeline import checkpoint, filters, linear_probe, probe, theory
 from pipeline.checkpoint import load_snapshot
+from pipeline.config_files import dump, load
 from pipeline.decode import encode
-from pipeline.errors import EvaluationError
+from pipeline.errors import EvaluationError, GenerationError, UserError
 from pipeline.filters import guided_gradients
 from pipeline.ledger import best, read_rows
-from pipeline.linear_probe import standing
-from pipeline.parzen import SIGMAS, log_likelihoods, parzen, pixels
+from pipeline.linear_probe import check_memory, standing
+from pipeline.models import make_discriminator
+from pipeline.parzen import SAMPLES, SIGMAS, log_likelihoods, parzen, pixels
 from pipeline.probe import open_pair
 from pipeline.reader import Cache, Reader
 from pipeline.sampling import generate, stream, z_rows
@@ -61,6 +73,19 @@ def test_nothing_overflows_in_many_dimensions() -> None:
         [log_likelihoods(part, images[:50] * 0.5, [0.1]) for part in images.split(7)], 1
     )
     torch.testing.assert_close(found, apart, rtol=1e-12, atol=0)
+
+
+def test_more_samples_than_fit_are_taken_in_parts() -> None:
+    """Against the formula on all distances at once; a part far away adds nothing, and no NaN."""
+    samples = torch.rand(2 * SAMPLES + 7, 5, generator=stream(0, "s"))
+    samples[:SAMPLES] += 1000
+    images = torch.rand(30, 5, generator=stream(0, "x"))
+    found = log_likelihoods(images, samples, [0.1, 0.5])
+    for row, sigma in enumerate((0.1, 0.5)):
+        squares = torch.cdist(images.double(), samples.double()).square()
+        sums = torch.logsumexp(-squares / (2 * sigma**2), 1)
+        expected = sums - math.log(len(samples)) - 5 / 2 * math.log(2 * math.pi * sigma**2)
+        torch.testing.assert_close(found[row], expected, rtol=1e-9, atol=1e-7)
 
 
 def test_a_known_gaussian_scores_what_calculus_says() -> None:
@@ -124,6 +149,39 @@ def test_the_command_scores_a_run_by_its_parzen_window(
     assert next(iter(rows[1]["scores"])) == rows[1]["headline"] == "eval/parzen_100"
 
 
+def said_by(module: str, *words: object, cwd: Path = REPO) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, words)],
+        cwd=cwd,
+        env=environment() | {"PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_sigma_at_the_end_of_the_range_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Held-out images as grey as those of a G that draws nothing: no window is narrow enough."""
+    run = make_run(tmp_path, steps=())
+    G = generator_of(10)
+    with torch.no_grad():
+        G.layers.to_image.weight.zero_()
+    add_snapshot(run, make_config(tmp_path), 10, G)
+    (tmp_path / "grey").mkdir()
+    with wds.TarWriter(str(tmp_path / "grey" / "0.tar"), encoder=False, mtime=0) as tar:
+        for k in range(20):
+            image = np.full((32, 32, 1), 118 + k, np.uint8)
+            tar.write({"__key__": f"{k}", "npy": encode(image, "npy")})
+    write_index(tmp_path / "grey", [scan(tmp_path / "grey" / "0.tar")], (32, 32, 1), {})
+    words = ("--run", run, "--metrics", "parzen", f"eval.parzen_shards={tmp_path / 'grey'}")
+    evaluated(*words)
+    assert read_rows(run)[0]["scores"]["eval/parzen_sigma_100"] == SIGMAS[0]
+    said = capsys.readouterr()
+    assert "sigma = 0.1 is at the end of the range" in said.out + said.err
+
+
 # -- what D has learned -------------------------------------------------------------------------
 
 
@@ -167,10 +225,167 @@ def test_the_probe_compares_d_with_a_random_one_and_with_pixels(
     assert "100.00%" in done.stdout
 
 
-def test_guided_gradients_are_zero_where_nothing_excites(labelled_run: Path) -> None:
-    """The gradient of a response with respect to the image, units of either sign shut by the rule;
-    for a single layer it is the filter itself at the place of the response.
-    """
+def probed(run: Path, *words: object) -> dict[str, Any]:
+    """The figures of the command, without a process of its own."""
+    pytest.importorskip("sklearn", reason="the extra probe is not installed")
+    options = probe.parse([str(word) for word in ("--run", run, "--C", "1", *words)])
+    return probe.probe(options)[1]
+
+
+def reconfigured(run: Path, section: str, **values: Any) -> Path:
+    """The run, another configuration in its folder."""
+    config = load(run / "config.yaml")
+    changed = replace(config, **{section: replace(getattr(config, section), **values)})
+    (run / "config.yaml").write_text(dump(changed))
+    return run
+
+
+def test_images_that_were_learned_from_are_no_test(labelled_run: Path, tmp_path: Path) -> None:
+    """Neither the SVM's nor, by the fingerprint in the checkpoint, those that D was trained on."""
+    with pytest.raises(EvaluationError, match=r"--test .* neither D nor the SVM learns from"):
+        probed(labelled_run, "--test", tmp_path / "shards")
+    seen = {"stream": {"fingerprint": read_index(str(tmp_path / "test")).fingerprint}}
+    D = open_pair(labelled_run, None, 0)[2]
+    checkpoint.save(labelled_run, 20, {"D": D}, {}, seen)
+    with pytest.raises(EvaluationError, match=r"--test .* neither D nor the SVM learns from"):
+        probed(labelled_run, "--test", tmp_path / "test")
+
+
+def test_mistakes_of_the_probe_are_one_message(labelled_run: Path, tmp_path: Path) -> None:
+    def refused(error: type[UserError], message: str, *words: object, run: Path) -> None:
+        with pytest.raises(error, match=message):
+            probed(run, *words)
+
+    test = ("--test", tmp_path / "test")
+    write_shards(tmp_path / "large", [40], (64, 64, 1))
+    refused(EvaluationError, r"--test .* --size 32", "--test", tmp_path / "large", run=labelled_run)
+    (tmp_path / "bare").mkdir()
+    with wds.TarWriter(str(tmp_path / "bare" / "0.tar"), encoder=False, mtime=0) as tar:
+        for k in range(40):
+            tar.write({"__key__": f"{k}", "npy": encode(pixels_of(k, (32, 32, 1)), "npy")})
+    write_index(tmp_path / "bare", [scan(tmp_path / "bare" / "0.tar")], (32, 32, 1), {})
+    bare = ("--train", tmp_path / "bare")
+    refused(
+        EvaluationError,
+        r"--train .*: every sample must have a label",
+        *test,
+        *bare,
+        run=labelled_run,
+    )
+    few = ("--num-train", 1)
+    refused(
+        EvaluationError, r"--num-train \(1\): .* two classes or more", *test, *few, run=labelled_run
+    )
+    (tmp_path / "x.json").write_text("mine")
+    there = ("--out", tmp_path / "x.json")
+    refused(GenerationError, "x.json.*exists already", *test, *there, run=labelled_run)
+    nowhere = ("--out", "/proc/nowhere/x.json")  # found out before the minutes of work
+    refused(GenerationError, "cannot be written", *test, *nowhere, run=tmp_path / "no run")
+    mlp = make_config(tmp_path).model
+    mlp = replace(mlp, architecture="mlp", ngf=8, ndf=8)
+    reconfigured(labelled_run, "model", architecture="mlp", ngf=8, ndf=8)
+    checkpoint.save(labelled_run, 20, {"D": make_discriminator(mlp)}, {}, {})
+    refused(EvaluationError, "no convolutional layers", *test, run=labelled_run)
+    words = ["--run", str(labelled_run), "--out", str(tmp_path / "f.png")]
+    with pytest.raises(EvaluationError, match="no convolutional layers"):
+        filters.picture(filters.parse(words))
+
+
+def test_features_are_refused_that_do_not_fit_into_memory() -> None:
+    """configs/dcgan_64.yaml on 60,000 images: 48 GiB, 28 bytes for each of 30,720 numbers."""
+    dim = 16 * (128 + 256 + 512 + 1024)
+    with pytest.raises(EvaluationError, match=r"take 48 GiB, this machine has 16 GiB.* most 19972"):
+        check_memory(60_000, 0, dim, 16 << 30)
+    check_memory(19_972, 0, dim, 16 << 30)
+
+
+def test_shards_of_a_url_come_through_the_cache_of_the_configuration(
+    labelled_run: Path,
+    tmp_path: Path,
+    serve: Callable[[Path], CountingServer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("aiohttp", reason="the extra http is not installed")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    server = serve(tmp_path / "test")
+    cache = tmp_path / "cache"
+    run = reconfigured(labelled_run, "data", cache_dir=str(cache))
+    probed(run, "--test", server.url)
+    words = ["--shards", server.url, "--num-images", "64", "--count", "1", "--features", "1"]
+    filters.picture(filters.parse(["--run", str(run), "--out", "f.png", *words]))
+    assert len(list(cache.glob("*.tar"))) == 1
+    assert server.gets["shard-000000.tar"] == 1
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_the_last_fifth_of_the_training_images_chooses_the_svm() -> None:
+    """Against scikit-learn's own scores; features of any scale and place count alike."""
+    svm = pytest.importorskip("sklearn.svm", reason="the extra probe is not installed")
+    draws = np.random.default_rng(0)
+    labels = draws.integers(0, 3, 300)
+    x = (draws.normal(size=(300, 20)) + np.eye(3, 20)[labels] * 2).astype(np.float32)
+    length = np.sqrt(np.square(x - x.mean(0)).sum(1).mean())
+    scaled, strengths = (x - x.mean(0)) / length, [1e-4, 1e-2, 1.0, 1e4]
+    scores = [
+        svm.LinearSVC(C=C, tol=1e-6, max_iter=100_000, dual=False)
+        .fit(scaled[:240], labels[:240])
+        .score(scaled[240:], labels[240:])
+        for C in strengths
+    ]
+    best_of_them = strengths[int(np.argmax(scores))]
+    assert best_of_them not in (strengths[0], strengths[-1])
+    moved, test = x * 50 + 7, x[:100] * 50 + 7
+    found = linear_probe.probe("x", (moved, labels), (test, labels[:100]), strengths)
+    assert vars(found)["C"] == best_of_them
+    again = svm.LinearSVC(C=best_of_them, tol=1e-6, dual=False).fit(scaled, labels)
+    assert found.accuracy == pytest.approx(again.score(scaled[:100], labels[:100]), abs=0.011)
+
+
+def test_features_are_every_activation_max_pooled_to_four_by_four(labelled_run: Path) -> None:
+    _, _, D, _ = open_pair(labelled_run, None, 0)
+    images = np.stack([pixels_of(k, (32, 32, 1)) for k in range(70)])
+    standing(D, images)
+    expected, h = [], torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        for layer in D.layers:  # type: ignore[union-attr]
+            h = layer(h)
+            if isinstance(layer, torch.nn.LeakyReLU):
+                size = h.shape[-1] // 4
+                places = h.unflatten(3, (4, size)).unflatten(2, (4, size))
+                expected.append(places.amax((3, 5)).flatten(1))
+    found = linear_probe.conv_features(D, images)
+    np.testing.assert_allclose(found, torch.cat(expected, 1).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_guided_gradients_pass_active_units_with_a_positive_gradient_only() -> None:
+    """Four units of one pixel, by hand: active or not, a positive gradient or not; one passes."""
+    first, second = torch.nn.Conv2d(1, 4, 1, bias=False), torch.nn.Conv2d(4, 1, 1, bias=False)
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([2.0, -3.0, 1.0, -1.0]).view(4, 1, 1, 1))
+        second.weight.copy_(torch.tensor([5.0, 7.0, -2.0, -4.0]).view(1, 4, 1, 1))
+    D = torch.nn.Module()
+    D.layers = torch.nn.Sequential(first, torch.nn.LeakyReLU(0.2), second, torch.nn.Identity())
+    responses, gradients = guided_gradients(D, torch.ones(1, 1, 1, 1), 0)
+    assert responses.item() == pytest.approx(5 * 2 + 7 * -3 * 0.2 - 2 * 1 - 4 * -1 * 0.2)
+    assert gradients.item() == 2 * 5
+
+
+def test_first_filters_are_the_weights_around_grey(labelled_run: Path) -> None:
+    """0 is the middle, the largest weight of a filter white or black."""
+    _, _, D, _ = open_pair(labelled_run, None, 0)
+    weight = next(iter(D.layers)).weight.detach()  # type: ignore[arg-type]
+    found = filters.first_filters(D)
+    assert found.shape == (4, 4, 4, 1)
+    for k in range(4):
+        scaled = weight[k, 0] / weight[k, 0].abs().max()
+        expected = (127.5 + 127.5 * scaled).round().to(torch.uint8)
+        assert np.array_equal(found[k, :, :, 0], expected.numpy())
+        assert found[k].min() == 0 or found[k].max() == 255
+
+
+def test_guided_gradients_of_one_layer_are_its_filter_where_it_responds(labelled_run: Path) -> None:
+    """Nothing before the only layer can shut; shapes and finite numbers through a whole D."""
     _, _, D, random = open_pair(labelled_run, None, 0)
     x = torch.rand(3, 1, 32, 32, generator=stream(0, "x")) * 2 - 1
     standing(D, np.zeros((64, 32, 32, 1), np.uint8))
@@ -203,6 +418,24 @@ def test_filters_are_drawn_beside_those_of_a_random_d(labelled_run: Path, tmp_pa
     assert height == 14 + filters.GAP + 3 * 32  # four filters of 4x4, enlarged and framed, in a row
 
 
+def test_mistakes_of_filters_are_one_message(labelled_run: Path, tmp_path: Path) -> None:
+    """A file that exists, shards of another shape, more images in a row than there are."""
+    out = tmp_path / "f.png"
+    write_shards(tmp_path / "large", [70], (64, 64, 1))
+    for words, message in (
+        (["--shards", str(tmp_path / "large")], r"--shards .* --size 32"),
+        (["--num-images", "64", "--count", "65"], r"--count \(65\): must be at most .* 64 here"),
+    ):
+        with pytest.raises(EvaluationError, match=message):
+            filters.picture(filters.parse(["--run", str(labelled_run), "--out", str(out), *words]))
+    out.write_text("mine")
+    done = said_by("pipeline.filters", "--run", labelled_run, "--out", out)
+    assert done.returncode == 2
+    assert "exists already; give another name" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert out.read_text() == "mine"
+
+
 # -- the theorems -------------------------------------------------------------------------------
 
 
@@ -218,7 +451,7 @@ def test_a_short_game_shows_the_theorems(tmp_path: Path) -> None:
     assert moved.jsd < alone.jsd
     assert last.jsd < 0.01 < first.jsd
     assert last.value == pytest.approx(-math.log(4), abs=0.02)
-    assert last.off_half < 0.25
+    assert last.off_half < 0.03 < first.off_half  # D ends undecided, and was not at first
     for moment in moments:
         assert moment.value <= -math.log(4) + 2 * moment.jsd + 1e-6  # D* is the maximum
         assert moment.p_g.sum() * (theory.RIGHT - theory.LEFT) / theory.BINS == pytest.approx(
@@ -232,22 +465,43 @@ def test_a_short_game_shows_the_theorems(tmp_path: Path) -> None:
     assert json.loads(json.dumps(numbers))["moments"][3]["value"] == last.value
 
 
+def fixed(function: Callable[[torch.Tensor], torch.Tensor]) -> torch.nn.Module:
+    """A network that is this function."""
+    network = torch.nn.Module()
+    network.forward = function  # type: ignore[method-assign]
+    return network
+
+
+def test_the_value_of_a_d_that_is_sure_is_exact() -> None:
+    """V = -softplus(-l) - softplus(l) of a D with the logit l everywhere, where a float32 sigmoid
+    is 1 already; and p_g outside the range that is integrated is said.
+    """
+    for logit in (18.0, 40.0, -40.0):
+        D = fixed(lambda x, logit=logit: torch.full_like(x, logit))  # type: ignore[misc]
+        moment = theory.measure("x", fixed(lambda z: z * 0.3), D)
+        assert moment.value == pytest.approx(-abs(logit), rel=1e-3)
+        assert moment.outside == 0
+        assert "outside" not in theory.table([moment])
+    wide = theory.measure("x", fixed(lambda z: z * 2), fixed(torch.zeros_like))
+    assert wide.outside == pytest.approx(0.2113, abs=1e-3)  # P(|z| > 1.25)
+    assert "21 % of p_g lies outside [-2.5, 2.5]" in theory.table([wide])
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--out", "x.jpg"], "must end in .png"),
         (["--out", "x.png", "--steps", "0"], "--steps must be at least 1"),
+        (["--out", "/proc/nowhere/x.png"], "cannot be written"),
+        (["--out", "there.png"], "there.json): exists already"),
     ],
 )
 def test_mistakes_of_theory_are_one_message(words: list[str], said: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.theory", *words],
-        cwd=tmp_path,
-        env=environment() | {"PYTHONPATH": str(REPO)},
-        capture_output=True,
-        text=True,
-    )
+    """All of these are found out before the half minute of training."""
+    (tmp_path / "there.json").write_text("mine")
+    done = said_by("pipeline.theory", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["there.json"]
+    assert (tmp_path / "there.json").read_text() == "mine"

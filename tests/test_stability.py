@@ -27,6 +27,7 @@ from pipeline.config import (
     micro_batching,
 )
 from pipeline.gan import GAN
+from pipeline.losses import discriminator_loss
 from pipeline.mlp import dropped
 from pipeline.models import init_weights, make_discriminator
 from pipeline.replay import Replayed
@@ -47,6 +48,9 @@ MLP = replace(
     model=replace(DCGAN, architecture="mlp", ngf=16, ndf=8, maxout=3, dropout=0.5),
     stability=StabilityConfig(),
 )
+
+
+PLAIN_MLP = ModelConfig(architecture="mlp", image_size=8, channels=1, z_dim=8, ngf=8, ndf=8)
 
 
 def pictures(count: int = 4, channels: int = 3, size: int = 32) -> Tensor:
@@ -82,6 +86,45 @@ def test_the_gradient_through_the_norm_is_that_of_the_formula() -> None:
     normed = raw.detach() / values[0]
     by_hand = (outer - (outer * normed).sum() * torch.outer(left[:, 0], right[0])) / values[0]
     torch.testing.assert_close(raw.grad, by_hand, rtol=1e-4, atol=1e-5)
+
+
+# -- R1 -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("d_steps", "every"), [(1, 1), (1, 2), (2, 1), (2, 3)])
+def test_r1_is_half_of_gamma_in_one_update_of_d_in_so_many(d_steps: int, every: int) -> None:
+    """D's gradients against those of its loss and of gamma / 2 |slope|^2, image by image; updates
+    that go without are made up for by those that do not, whichever of the k steps of D they are.
+    """
+    config = Config(
+        model=PLAIN_MLP,
+        optim=OptimConfig(d_steps=d_steps),
+        train=TrainConfig(precision="fp32"),
+        stability=StabilityConfig(r1_gamma=3.0, r1_every=every),
+    )
+    gan = GAN(config, distributed.start("fp32"), 1)
+    with torch.no_grad():
+        for parameter in gan.D.parameters():
+            parameter.mul_(50)  # first weights are so small that D hardly has a slope
+    found: list[Tensor] = []
+
+    def keep(*_: object) -> None:
+        found.extend(p.grad.clone() for p in gan.D.parameters() if p.grad is not None)
+
+    gan.opt_D.optimizer.register_step_pre_hook(keep)
+    for number in range(1, 7):
+        x, z = pictures(4, 1, 8).roll(number, 0), torch.rand(4, 8, generator=stream(0, "z"))
+        step, turn = divmod(number - 1, d_steps)
+        loss = discriminator_loss(gan.D(x), gan.D(gan.G(z).detach()))
+        if number % every == 0:
+            for image in x.clone().requires_grad_():
+                (slope,) = torch.autograd.grad(gan.D(image[None]).sum(), image, create_graph=True)
+                loss = loss + 3.0 / 2 * every * slope.square().sum() / len(x)
+        expected = torch.autograd.grad(loss, list(gan.D.parameters()), materialize_grads=True)
+        found.clear()
+        gan.update_D([x], [z], step + 1, turn=turn)
+        gan.update_G([z], step + 1)
+        torch.testing.assert_close(found, list(expected), rtol=1e-4, atol=1e-6)
 
 
 # -- DiffAugment --------------------------------------------------------------------------------
@@ -132,6 +175,22 @@ def test_each_change_is_what_it_says() -> None:
     brightness, contrast = numbers[0] - 0.5, numbers[2] + 0.5
     torch.testing.assert_close(coloured.mean((1, 2, 3)), grey.mean((1, 2, 3)) + brightness)
     torch.testing.assert_close(coloured.std((1, 2, 3)), grey.std((1, 2, 3)) * contrast)
+
+
+def test_colours_are_the_formula_image_by_image() -> None:
+    """Brightness, then saturation around an image's grey, then contrast around its mean; in three
+    channels (Zhao et al. 2020, and the authors' code).
+    """
+    x = pictures(8)
+    found = augment(x, ("color",), stream(0, "draws"))
+    numbers = torch.rand(7, 8, generator=stream(0, "draws"))
+    for k, image in enumerate(x):
+        brighter = image + numbers[0, k] - 0.5
+        grey = (brighter[0] + brighter[1] + brighter[2]) / 3
+        saturated = (brighter - grey) * 2 * numbers[1, k] + grey
+        mean = saturated.mean()
+        expected = (saturated - mean) * (numbers[2, k] + 0.5) + mean
+        torch.testing.assert_close(found[k], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_keeps_the_mean_and_leaves_out_its_share() -> None:
