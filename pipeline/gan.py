@@ -7,6 +7,7 @@ groups are micro-batches, so the same micro-batch means the same computation on 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -64,7 +65,11 @@ class GAN:
             accelerator.num_processes,
         )
         # Wrapped for DDP where there are ranks; self.G and self.D stay the networks themselves.
-        self._G, self._D, self.opt_G, self.opt_D = accelerator.prepare(self.G, self.D, opt_G, opt_D)
+        with warnings.catch_warnings():
+            # torch 2.15 has a new name for the option that accelerate knows by its old one only.
+            warnings.filterwarnings("ignore", ".*`broadcast_buffers` is deprecated", FutureWarning)
+            prepared = accelerator.prepare(self.G, self.D, opt_G, opt_D)
+        self._G, self._D, self.opt_G, self.opt_D = prepared
         if config.train.compile:
             self.G.compile()
             self.D.compile()
