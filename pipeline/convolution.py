@@ -1,10 +1,9 @@
 """The strided convolutions of both networks, and a faster gradient of their weights on CPUs.
 
-oneDNN's gradient of a weight spreads the positions of a map over registers. On the 4x4 map, which
-every size of these networks has, there are too few of them; and where both sides are wide, weights
-fall out of the caches. In bf16 it then runs at a quarter to three quarters of the speed of a matrix
-product (``benchmarks/step.py``), so that is what computes it here: the same sums, of bf16 factors,
-in float32.
+Where a layer is wide on both sides, as next to the 4x4 map, oneDNN's gradient of the weight is
+slow: in bf16 it runs at a quarter to three quarters of the speed of a matrix product
+(``benchmarks/step.py``). So one product computes it here: the same sums, of bf16 factors, in
+float32.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv_transpose2d, pad
 
-# Where the product was faster on a Zen 4 processor; elsewhere copying the windows costs more.
-FEW_POSITIONS = 16  # of the smaller map
-MANY_CHANNELS = 512  # of the smaller map
+# Of the smaller map. With fewer, on a Zen 4 processor, copying the windows cost what was gained.
+MANY_CHANNELS = 512
 
 
 class Down(nn.Conv2d):
@@ -28,8 +26,7 @@ class Down(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, before, 2h, 2w) float -> (N, width, h, w)."""
-        positions = x.shape[2] * x.shape[3] // 4
-        if self.bias is not None or not _as_a_product(self.weight, x, positions):
+        if self.bias is not None or not _as_a_product(self.weight, x):
             return super().forward(x)
         y: Tensor = _Down.apply(x.bfloat16(), self.weight.bfloat16())
         return y
@@ -44,15 +41,15 @@ class Up(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(N, before, h, w) float -> (N, width, 2h, 2w)."""
-        if not _as_a_product(self.weight, x, x.shape[2] * x.shape[3]):
+        if not _as_a_product(self.weight, x):
             return super().forward(x, output_size)
         y: Tensor = _Up.apply(x.bfloat16(), self.weight.bfloat16())
         return y
 
 
-def _as_a_product(weight: Tensor, x: Tensor, positions: int) -> bool:
+def _as_a_product(weight: Tensor, x: Tensor) -> bool:
     return (
-        (positions <= FEW_POSITIONS or weight.shape[0] >= MANY_CHANNELS)
+        weight.shape[0] >= MANY_CHANNELS
         and x.device.type == "cpu"
         and weight.requires_grad
         and torch.is_grad_enabled()
