@@ -70,7 +70,7 @@ check: $(DEV_READY)  ## Format, lint, types, shell scripts, container files, len
 bench: $(DEV_READY)  ## Tables of benchmarks/README.md: training, step, loader, order, scale, overheads
 	$(BIN)/python benchmarks/training.py --rounds 1
 	$(BIN)/python benchmarks/step.py
-	$(BIN)/python benchmarks/loader.py --rounds 2
+	$(BIN)/python benchmarks/loader.py --rounds 1
 	$(BIN)/python benchmarks/order.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/overheads.py --rounds 2
