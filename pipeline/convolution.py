@@ -28,7 +28,7 @@ class Down(nn.Conv2d):
         """(N, before, 2h, 2w) float -> (N, width, h, w)."""
         if self.bias is not None or not _as_a_product(self.weight, x):
             return super().forward(x)
-        y: Tensor = _Down.apply(x.bfloat16(), self.weight.bfloat16())
+        y: Tensor = _Strided.apply(x.bfloat16(), self.weight.bfloat16(), False)
         return y
 
 
@@ -43,7 +43,7 @@ class Up(nn.ConvTranspose2d):
         """(N, before, h, w) float -> (N, width, 2h, 2w)."""
         if not _as_a_product(self.weight, x):
             return super().forward(x, output_size)
-        y: Tensor = _Up.apply(x.bfloat16(), self.weight.bfloat16())
+        y: Tensor = _Strided.apply(x.bfloat16(), self.weight.bfloat16(), True)
         return y
 
 
@@ -59,45 +59,30 @@ def _as_a_product(weight: Tensor, x: Tensor) -> bool:
     )
 
 
-class _Down(torch.autograd.Function):
-    """(N, C, 2h, 2w), weight (O, C, k, k) -> (N, O, h, w)."""
+class _Strided(torch.autograd.Function):
+    """Between maps (N, C, 2h, 2w) and (N, O, h, w), weight (O, C, k, k): down, or ``up``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, up: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _down(x, weight)
+        ctx.up = up
+        return _strided(x, weight, up)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
         x, weight = ctx.saved_tensors
-        of_x = _up(gradient, weight) if ctx.needs_input_grad[0] else None
-        return of_x, weight_gradient(x, gradient, weight.shape[-1])
+        # The gradient of the input goes the other way by the same weight.
+        of_x = _strided(gradient, weight, not ctx.up) if ctx.needs_input_grad[0] else None
+        large, small = (gradient, x) if ctx.up else (x, gradient)
+        return of_x, weight_gradient(large, small, weight.shape[-1]), None
 
 
-class _Up(torch.autograd.Function):
-    """(N, O, h, w), weight (O, C, k, k) -> (N, C, 2h, 2w): the transpose of ``_Down``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _up(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
-        x, weight = ctx.saved_tensors
-        of_x = _down(gradient, weight) if ctx.needs_input_grad[0] else None
-        return of_x, weight_gradient(gradient, x, weight.shape[-1])
-
-
-def _down(x: Tensor, weight: Tensor) -> Tensor:
-    return conv2d(x, weight, stride=2, padding=(weight.shape[-1] - 1) // 2)
-
-
-def _up(x: Tensor, weight: Tensor) -> Tensor:
+def _strided(x: Tensor, weight: Tensor, up: bool) -> Tensor:
     kernel = weight.shape[-1]
-    return conv_transpose2d(
-        x, weight, stride=2, padding=(kernel - 1) // 2, output_padding=kernel % 2
-    )
+    padding = (kernel - 1) // 2
+    if up:
+        return conv_transpose2d(x, weight, None, 2, padding, kernel % 2)
+    return conv2d(x, weight, None, 2, padding)
 
 
 def weight_gradient(large: Tensor, small: Tensor, kernel: int) -> Tensor:
