@@ -102,7 +102,7 @@ def metrics(run_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR2", marks=pytest.mark.faults)])
 def test_a_signal_saves_and_leaves_and_the_same_command_finishes(
     name: str,
     uninterrupted: dict[int, Path],
@@ -285,6 +285,7 @@ def test_help_and_mistakes_answer_without_torch(tiny_config: Path) -> None:
     assert "did you mean data.batch_size?" in done.stderr
 
 
+@pytest.mark.faults
 def test_sigkill_leaves_no_lock(
     tiny_config: Path, training_settings: list[str], tmp_path: Path
 ) -> None:
