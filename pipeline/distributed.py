@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pipeline import signals
 from pipeline.config import Config
 from pipeline.errors import USER_ERROR_EXIT_CODE, ConfigError, LaunchError, UserError
+from pipeline.peers import Peers
 
 T = TypeVar("T")
 log = logging.getLogger("pipeline")
@@ -112,13 +113,10 @@ def refuse_unequal_precisions(accelerator: Accelerator, precision: str) -> None:
     Raises:
         ConfigError: on all ranks.
     """
-    if accelerator.num_processes == 1:
-        return
-    places: list[tuple[str, str]] = [("", "")] * accelerator.num_processes
-    dist.all_gather_object(places, (precision, socket.gethostname()))
-    found = {one: sorted({host for p, host in places if p == one}) for one, _ in sorted(places)}
+    peers = Peers(accelerator)
+    found = peers.where(peers.gather(precision))
     if len(found) > 1:
-        said = "; ".join(f"{one} on {', '.join(hosts)}" for one, hosts in found.items())
+        said = "; ".join(f"{one} on {nodes}" for one, nodes in sorted(found.items()))
         raise ConfigError(
             f"train.precision (auto): means different things to these nodes: {said}. Set "
             "train.precision=fp32 or bf16, or take nodes of one kind."
