@@ -125,16 +125,18 @@ class MiniSlurm:
         """As if its power were cut: slurmd, its job steps and all their processes are gone."""
         slurmd = self._process(f"slurmd-{node}")
         assert slurmd
-        victims = {slurmd}
+        daemons, work = {slurmd}, set()
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 env, parent = process.environ(), process.parent()
                 if (env.get("SLURM_JOB_ID"), env.get("SLURMD_NODENAME")) == (job, node):
-                    victims.add(process)
+                    work.add(process)
                     if parent and parent.name().startswith("slurmstepd"):
-                        victims.add(parent)
-        assert len(victims) > 2, victims
-        for process in victims:
+                        daemons.add(parent)
+        assert len(daemons) > 1, daemons
+        # Daemons first: a slurmstepd that outlived its script would report a killed script, and the
+        # job would end FAILED instead of waiting for its node.
+        for process in (*daemons, *(work - daemons)):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 
