@@ -32,6 +32,10 @@ class DecodeError(ValueError):
     """The bytes are not an image of the expected kind; the message says why."""
 
 
+class WrongShape(DecodeError):
+    """An image, but not of the shape that the index says."""
+
+
 def encode(pixels: Pixels, field: str) -> bytes:
     """Stored bytes of an (H, W, C) uint8 image (C = 1 or 3) as ``npy``, ``png`` or ``jpg``."""
     if field == "npy":
@@ -119,17 +123,18 @@ def decoder(field: str, shape: tuple[int, int, int]) -> Callable[[memoryview, Pi
 
         def decode_jpg(payload: memoryview, out: Pixels) -> None:
             try:
-                height, width, *_ = simplejpeg.decode_jpeg_header(payload)
-                if (height, width) != shape[:2]:
-                    _refuse_shape((height, width, shape[2]), shape)
-                simplejpeg.decode_jpeg(payload, space, buffer=out)
-            except DecodeError:
-                raise
+                # Never past the end of the row: a larger image is refused before it is decoded.
+                found = simplejpeg.decode_jpeg(payload, space, buffer=out).shape
             except (ValueError, TypeError) as error:  # CMYK and other rarities, or damage
                 try:
                     _decode_pillow(payload, out)
+                except WrongShape:
+                    raise
                 except DecodeError:
                     raise DecodeError(str(error)) from None
+            else:
+                if found != shape:
+                    _refuse_shape(found, shape)
 
         return decode_jpg
     if field == "png":
@@ -150,6 +155,8 @@ def decoder(field: str, shape: tuple[int, int, int]) -> Callable[[memoryview, Pi
 
 def _decode_pillow(payload: memoryview, out: Pixels) -> None:
     with open_pillow(payload) as image:
+        if (image.height, image.width) != out.shape[:2]:  # before a huge one is decoded
+            _refuse_shape((image.height, image.width, out.shape[2]), out.shape)
         pixels = np.asarray(flatten(image, out.shape[2]))
     _copy(pixels, out)
 
@@ -197,4 +204,4 @@ def _copy(pixels: Pixels, out: Pixels) -> None:
 
 
 def _refuse_shape(found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    raise DecodeError(f"the image has shape {tuple(found)}, the index says {tuple(wanted)}")
+    raise WrongShape(f"the image has shape {tuple(found)}, the index says {tuple(wanted)}")
