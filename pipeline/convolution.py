@@ -1,4 +1,7 @@
-"""The strided convolutions of both networks, and a faster gradient of their weights on CPUs.
+"""The convolutions of both networks, written as matrix products where that is faster.
+
+At the two ends, between a vector and the 4x4 map, they are matrix products: a convolution's kernels
+take several times as long for them. In between they are strided.
 
 Where a layer is wide on both sides, as next to the 4x4 map, oneDNN's gradient of the weight is
 slow: in bf16 it runs at a quarter to three quarters of the speed of a matrix product
@@ -12,10 +15,43 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, conv_transpose2d, pad
+from torch.nn.functional import conv2d, conv_transpose2d, linear, pad
 
 # Of the smaller map. With fewer, on a Zen 4 processor, copying the windows cost what was gained.
 MANY_CHANNELS = 512
+
+
+class FromVector(nn.ConvTranspose2d):
+    """The first layer of G, the paper's "project and reshape": one matrix product."""
+
+    def __init__(self, before: int, width: int, size: int = 4) -> None:
+        super().__init__(before, width, size, 1, 0, bias=False)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(N, before, 1, 1) float -> (N, width, size, size), laid out as the weight is."""
+        values, (_, width, *size) = x.flatten(1), self.weight.shape
+        if _is_nhwc(self.weight):
+            maps = values @ self.weight.permute(0, 2, 3, 1).flatten(1)
+            return maps.view(-1, *size, width).permute(0, 3, 1, 2)
+        return (values @ self.weight.flatten(1)).view(-1, width, *size)
+
+
+class ToVector(nn.Conv2d):
+    """The last layer of D: all of the last map by one vector for each output."""
+
+    def __init__(self, before: int, width: int, size: int = 4) -> None:
+        super().__init__(before, width, size, 1, 0, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, before, size, size) float -> (N, width, 1, 1)."""
+        weight = self.weight
+        if _is_nhwc(x):
+            x, weight = x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1)
+        return linear(x.flatten(1), weight.flatten(1))[:, :, None, None]
+
+
+def _is_nhwc(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 class Down(nn.Conv2d):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import ModelConfig
-from pipeline.convolution import Down, Up
+from pipeline.convolution import Down, FromVector, ToVector, Up
 from pipeline.mlp import D_RANGE, G_RANGE, MLPDiscriminator, MLPGenerator
 from pipeline.spectral import FIRST_ITERATIONS, follow_weights, normalise_weights, raw_weight
 
@@ -37,10 +37,7 @@ class Generator(nn.Module):
         super().__init__()
         widths = [config.ngf * 2**k for k in reversed(range(num_halvings(config)))]
         layers: OrderedDict[str, nn.Module] = OrderedDict()
-        # Project and reshape: on a 1x1 map this convolution is the paper's matrix multiplication.
-        layers["project"] = nn.ConvTranspose2d(
-            config.z_dim + config.num_classes, widths[0], 4, 1, 0, bias=False
-        )
+        layers["project"] = FromVector(config.z_dim + config.num_classes, widths[0])
         for index, width in enumerate(widths):
             size = 4 * 2**index
             layers[f"norm_{size}"] = nn.BatchNorm2d(width, track_running_stats=standing)
@@ -83,7 +80,7 @@ class Discriminator(nn.Module):
             before = width
         # The last feature map, flattened, feeds one output: a 4x4 convolution without padding.
         # With classes it has one more output, <v_y, features>, for each of them.
-        layers["to_logit"] = nn.Conv2d(before, 1 + config.num_classes, 4, 1, 0, bias=False)
+        layers["to_logit"] = ToVector(before, 1 + config.num_classes)
         self.layers = nn.Sequential(layers)
 
     def forward(self, images: Tensor, y: Tensor | None = None, _: object = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The gradient of a weight as one matrix product against PyTorch's own."""
+"""Layers that are computed as matrix products, against PyTorch's own convolutions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.convolution import Down, Up, _Strided
+from pipeline.convolution import Down, FromVector, ToVector, Up, _Strided
 from pipeline.sampling import stream
 
 KERNELS = pytest.mark.parametrize("kernel", [4, 5])
@@ -88,3 +88,28 @@ def test_where_the_product_is_used() -> None:
         assert "_Strided" not in way()
         layer.requires_grad_(True)
     assert "_Strided" not in way()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("ours", [FromVector(10, 8), ToVector(8, 3)])
+def test_between_vector_and_map(ours: nn.Module, layout: torch.memory_format) -> None:
+    """Values, gradients and layout are those of the convolution."""
+    project = isinstance(ours, FromVector)
+    theirs = (nn.ConvTranspose2d if project else nn.Conv2d)(
+        ours.in_channels, ours.out_channels, 4, bias=False
+    )
+    theirs.load_state_dict(ours.state_dict())
+    x = numbers(5, *((10, 1, 1) if project else (8, 4, 4)))
+    made, gradients = [], []
+    for layer in (ours, theirs):
+        layer.to(memory_format=layout).zero_grad()
+        x.grad = None
+        y = layer(x if project else x.to(memory_format=layout))
+        y.square().sum().backward()
+        made.append(y)
+        gradients.append((x.grad.clone(), layer.weight.grad))
+    torch.testing.assert_close(*made)
+    assert made[0].is_contiguous(memory_format=layout if project else torch.contiguous_format)
+    for found, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert gradients[0][1].is_contiguous(memory_format=layout)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.config import ModelConfig
-from pipeline.convolution import Down, Up
+from pipeline.convolution import Down, FromVector, ToVector, Up
 from pipeline.models import (
     Discriminator,
     Generator,
@@ -103,12 +103,14 @@ def test_the_architecture_guidelines(size: int) -> None:
     """No pooling, no dense layer, no bias before BatchNorm; BatchNorm and activations in place."""
     config = small(image_size=size)
     n = num_halvings(config)
+    assert issubclass(FromVector, nn.ConvTranspose2d)
     assert issubclass(Up, nn.ConvTranspose2d)
     assert issubclass(Down, nn.Conv2d)
+    assert issubclass(ToVector, nn.Conv2d)
     up, down = [nn.BatchNorm2d, nn.ReLU, Up], [Down, nn.BatchNorm2d, nn.LeakyReLU]
     g, d = (list(network(config).layers) for network in (Generator, Discriminator))
-    assert [type(layer) for layer in g] == [nn.ConvTranspose2d, *up * n, nn.Tanh]
-    assert [type(layer) for layer in d] == [Down, nn.LeakyReLU, *down * (n - 1), nn.Conv2d]
+    assert [type(layer) for layer in g] == [FromVector, *up * n, nn.Tanh]
+    assert [type(layer) for layer in d] == [Down, nn.LeakyReLU, *down * (n - 1), ToVector]
     convolutions = [layer for layer in g + d if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)]
     assert all(layer.bias is None for layer in convolutions)
     strides = [layer.stride for layer in convolutions]
