@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import socket
@@ -40,8 +41,10 @@ def start(precision: str) -> Accelerator:
     """
     _refuse_missing_gpus()
     on_cuda = torch.cuda.is_available() and not _asked_for_cpu()
-    if not on_cuda and (threads := _threads_nobody_chose()):
-        torch.set_num_threads(threads)
+    if not on_cuda:
+        _keep_freed_memory()
+        if threads := _threads_nobody_chose():
+            torch.set_num_threads(threads)
     if precision == "fp16" and not on_cuda:
         raise ConfigError(
             "train.precision (fp16): needs a CUDA device; use bf16, fp32 or auto on this machine."
@@ -82,6 +85,25 @@ def choose_kernels(accelerator: Accelerator, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at first use
         torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _keep_freed_memory() -> None:
+    """Large blocks stay in the process when they are freed, for the next step to take again.
+
+    glibc hands them back to the kernel instead, and each step then waits for the same tens of
+    thousands of pages to be zeroed and mapped anew, most of all in the convolutions' scratch
+    buffers: a tenth of the time (benchmarks/README.md). Other C libraries have no mallopt; whoever
+    tunes glibc by its environment is left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or "GLIBC_TUNABLES" in os.environ:
+        return
+    for option, value in (
+        (-4, 0),  # M_MMAP_MAX: no block has a mapping of its own, to be unmapped with it
+        (-1, -1),  # M_TRIM_THRESHOLD: the heap never shrinks
+        (-2, 256 << 20),  # M_TOP_PAD: and grows by large pieces
+    ):
+        mallopt(option, value)
 
 
 def _refuse_missing_gpus() -> None:
