@@ -117,14 +117,14 @@ container-programs:
 # -- the environment ----------------------------------------------------------------------------
 
 $(DEV_READY): requirements-dev.txt requirements.txt pyproject.toml | $(VENV)/.made-by-$(notdir $(PYTHON))
-	$(PIP) sync --quiet --require-hashes --python $(BIN)/python requirements-dev.txt
+	$(PIP) sync --quiet --require-hashes --compile-bytecode --python $(BIN)/python requirements-dev.txt
 	$(PIP) install --quiet --no-deps --no-build-isolation --python $(BIN)/python -e .
 	@touch $(RUN_READY) $@
 
 # What `make demo` needs; the development environment has it all and is left as it is.
 $(RUN_READY): requirements.txt pyproject.toml | $(VENV)/.made-by-$(notdir $(PYTHON))
 	@rm -f $(DEV_READY)
-	$(PIP) sync --quiet --require-hashes --python $(BIN)/python requirements.txt
+	$(PIP) sync --quiet --require-hashes --compile-bytecode --python $(BIN)/python requirements.txt
 	$(PIP) install --quiet --no-deps --no-build-isolation --python $(BIN)/python -e .
 	@touch $@
 
