@@ -112,8 +112,9 @@ def score(folder: Path, weights: str, reference: str) -> Score:
     return Score(fd, kid)
 
 
-def said(values: list[float]) -> str:
-    return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+def said(values: list[float], digits: int = 1) -> str:
+    middle = f"{mean(values):.{digits}f}"
+    return f"{middle} ± {stdev(values):.{digits}f}" if len(values) > 1 else middle
 
 
 def main() -> None:
