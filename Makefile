@@ -67,13 +67,14 @@ check: $(DEV_READY)  ## Format, lint, types, shell scripts, container files, len
 	@wc -l pipeline/*.py | awk '$$2 != "total" && $$1 > $(MAX_LINES) { \
 		print $$2 ": " $$1 " lines, at most $(MAX_LINES): split it"; bad = 1 } END { exit bad }'
 
-bench: $(DEV_READY)  ## Tables of benchmarks/README.md: training, step, loader, order, scale, overheads
+bench: $(DEV_READY)  ## Tables of benchmarks/: training, step, loader, order, scale, overheads, evaluation
 	$(BIN)/python benchmarks/training.py --rounds 1
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/loader.py --rounds 1
 	$(BIN)/python benchmarks/order.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/overheads.py --rounds 2
+	$(BIN)/python benchmarks/evaluation.py
 
 lock: | $(filter .venv-uv/%,$(UV))  ## requirements*.txt from pyproject.toml; pins change only where they must
 	$(PIP) compile --quiet $(LOCK) $(RUNTIME) -o requirements.txt pyproject.toml

@@ -6,7 +6,10 @@ import errno
 import fcntl
 import json
 import os
+import platform
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from launching import run, train
+from launching import environment, run, train
 from ranks import on_ranks
 
 from pipeline import distributed, signals
@@ -109,3 +112,29 @@ def test_a_file_system_without_locks_is_named_as_such(
     monkeypatch.setattr(fcntl, "lockf", lockf)
     with pytest.raises(RunFolderError, match=r"files cannot be locked there .* mount the file sys"):
         RunFolder(Config(run=RunConfig(dir=str(tmp_path))), "fp32")
+
+
+FAULTS = """
+import resource, torch
+from pipeline import distributed
+distributed.start("fp32")
+for _ in range(9):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has what is asked")
+@pytest.mark.parametrize("chosen", ["", "glibc.malloc.arena_max=8"])
+def test_freed_memory_is_taken_again(chosen: str) -> None:
+    """A tensor of 16,384 pages needs no new ones the second time; unless the user tunes glibc."""
+    huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if chosen and huge.is_file() and "[always]" in huge.read_text():
+        pytest.skip("pages of 2 MiB everywhere: no difference to be seen")
+    env = {k: v for k, v in environment().items() if k != "GLIBC_TUNABLES"}
+    env |= {"GLIBC_TUNABLES": chosen} if chosen else {}
+    found = subprocess.run(
+        [sys.executable, "-c", FAULTS], env=env, capture_output=True, text=True, check=True
+    )
+    assert (int(found.stdout) > 10_000) == bool(chosen)
