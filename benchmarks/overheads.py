@@ -35,8 +35,9 @@ PAPER = ["--config", "configs/dcgan_64.yaml"]
 SMALLER = ["model.ngf=64", "model.ndf=64", "model.kernel_size=4"]
 
 
-def trained(shards: Path, *settings: str) -> list[dict[str, float]]:
-    """The rows of metrics of the second half of a real run of 16 steps."""
+def trained(shards: Path, *settings: str) -> tuple[float, list[dict[str, float]]]:
+    """Of a real run of 16 steps: seconds from its command to its first row, rows of its end."""
+    began = time.time()
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         words = [
@@ -50,7 +51,7 @@ def trained(shards: Path, *settings: str) -> list[dict[str, float]]:
         command = [sys.executable, "pipeline/train.py", *words]
         subprocess.run(command, cwd=REPO, check=True, capture_output=True)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["step"] > 8]
+    return rows[0]["time"] - began, [row for row in rows if row["step"] > 8]
 
 
 def answers(rounds: int) -> list[str]:
@@ -122,7 +123,9 @@ def main() -> None:
             for mode, rows in runs.items():
                 # A row every step: twenty to a hundred times as many as anyone writes.
                 every = ["train.log_every=8"] if mode == "disabled" else ["train.log_every=1"]
-                rows.append(trained(shards, f"tracking.wandb={mode}", *every))
+                rows.append(trained(shards, f"tracking.wandb={mode}", *every)[1])
+        one = ["train.total_steps=1", "train.log_every=1", "tracking.wandb=disabled"]
+        first = [trained(shards, *one)[0] for _ in range(rounds)]
         waits = [rows[-1]["perf/data_wait"] for rows in runs["disabled"]]
         print(f"Waiting for data: {spread(waits, '.2%')} of the time.\n")
         plain, logged = (
@@ -148,6 +151,7 @@ def main() -> None:
         print(f"A step takes {spent:.2f} s.\n")
         print("\n".join(occasional(config, spent, gan, folder)), "\n")
     print("\n".join(answers(rounds)))
+    print(f"| train.py to the end of its first step | {spread(first, '.2f')} | yes |")
 
 
 if __name__ == "__main__":
