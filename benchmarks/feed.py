@@ -1,0 +1,152 @@
+"""What the device does with images from memory and from shards, by batch size: the GPU's table.
+
+    python benchmarks/feed.py                              # on a GPU; on a CPU name smaller batches
+    python benchmarks/feed.py --batches 16 32 --steps 5
+
+The updates of training, in this process, on the network of `benchmarks/training.py`: once with
+images and z that lie on the device already, once fed as `pipeline/train.py` feeds them. Rates
+alternate and are medians; the ceiling is a large matrix product in the same precision. Prints
+Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import replace
+from itertools import repeat
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from accelerate import Accelerator
+from loader import fashion_mnist, machine, prepare
+from step import ceiling, wait
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline import distributed
+from pipeline.config import Config, DataConfig, ModelConfig, TrainConfig
+from pipeline.data import Loader, ToDevice, make_order, normalise
+from pipeline.gan import GAN
+from pipeline.sampling import draw_z, stream
+from pipeline.shards import Index
+
+ROUNDS = 3
+Inputs = tuple[Tensor, Tensor]
+
+
+def from_memory(config: Config, device: torch.device) -> Iterator[Inputs]:
+    """The same images and z again and again."""
+    batch = config.data.batch_size
+    x = torch.rand(batch, 3, 64, 64, device=device) * 2 - 1
+    z = draw_z(config.model, batch, stream(0, "z", 0)).to(device)
+    return repeat((x.to(memory_format=torch.channels_last), z))
+
+
+def from_shards(
+    config: Config, index: Index, device: torch.device
+) -> Generator[Inputs, None, None]:
+    """As in `pipeline/train.py`."""
+    to_device = ToDevice(device)
+    with closing(Loader(config, index, make_order(config, index)).batches()) as batches:
+        for number, batch in enumerate(batches):
+            z = draw_z(config.model, config.data.batch_size, stream(0, "z", number))
+            images, z = to_device(batch.images, z)
+            yield normalise(images, device), z
+
+
+def seconds(step: Callable[[Inputs], None], feed: Iterator[Inputs], steps: int) -> float:
+    wait()
+    began = perf_counter()
+    for _ in range(steps):
+        step(next(feed))
+    wait()
+    return (perf_counter() - began) / steps
+
+
+def row(config: Config, index: Index, accelerator: Accelerator, steps: int, best: float) -> str:
+    """Rates, share of the ceiling and memory of one configuration."""
+    batch, device = config.data.batch_size, accelerator.device
+    on_cuda = device.type == "cuda"
+    gan = GAN(config, accelerator, 1)
+
+    def step(inputs: Inputs) -> None:
+        x, z = inputs
+        gan.update_D([x], [z], 1)
+        gan.update_G([z], 1)
+        gan.update_average()
+
+    memory = from_memory(config, device)
+    with FlopCounterMode(display=False) as counter:  # the first call is not captured yet
+        step(next(memory))
+    flops = counter.get_total_flops() / 1e12
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    with closing(from_shards(config, index, device)) as shards:
+        for feed in (memory, shards):
+            seconds(step, feed, 20 if on_cuda else 2)  # compiled, captured, queues filled
+        spent = [[seconds(step, feed, steps) for feed in (memory, shards)] for _ in range(ROUNDS)]
+    in_memory, on_disk = (median(times) for times in zip(*spent, strict=True))
+    share = median(a / b for a, b in spent)
+    peak = f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if on_cuda else "not measured"
+    return (
+        f"{batch / in_memory:,.0f} | {batch / on_disk:,.0f} | {share:.1%} "
+        f"| {flops / in_memory:.3f} | {flops / in_memory / best:.0%} | {peak} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
+    parser.add_argument("--steps", type=int, default=50, help="of each of three rounds")
+    parser.add_argument("--width", type=int, default=64, help="ngf and ndf")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    options = parser.parse_args()
+    given = TrainConfig(precision=options.precision)
+    precision = distributed.resolve_precision(Config(train=given))
+    accelerator = distributed.start(precision)
+    distributed.choose_kernels(accelerator, deterministic=False)
+    device = accelerator.device
+    best = ceiling(torch.bfloat16 if precision == "bf16" else torch.float32, device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    variants = {"eager": TrainConfig(), "compiled": TrainConfig(compile=True)}
+    if device.type == "cuda":
+        variants["CUDA graphs"] = TrainConfig(cuda_graph=True)
+    print(machine())
+    print(
+        f"{name}, {precision}, ngf = ndf = {options.width}; a matrix product: {best:.2f} TFLOP/s.\n"
+    )
+    print(
+        "| updates | batch | from memory, images/s | from shards | of that from memory | TFLOP/s",
+        end="",
+    )
+    print(" | of the product | peak memory |\n|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        source = fashion_mnist(12_800, Path(folder) / "raw")
+        index = prepare(source, Path(folder) / "npy", 64, "npy")
+        for batch in options.batches:
+            for title, train in variants.items():
+                config = Config(
+                    model=ModelConfig(ngf=options.width, ndf=options.width),
+                    data=DataConfig(
+                        shards=index.location, batch_size=batch, workers=options.workers, prefetch=4
+                    ),
+                    train=replace(train, micro_batch=batch),
+                )
+                try:
+                    shown = row(config, index, accelerator, options.steps, best)
+                except torch.OutOfMemoryError:
+                    shown = "does not fit | | | | | |"
+                print(f"| {title} | {batch} | {shown}", flush=True)
+                accelerator.free_memory()
+
+
+if __name__ == "__main__":
+    main()
