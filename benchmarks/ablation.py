@@ -99,6 +99,24 @@ def experiment(
     return folder
 
 
+def experiments(
+    work: Path,
+    variants: dict[str, list[str]],
+    reported: set[str],
+    *,
+    seeds: int,
+    steps: int,
+    jobs: int,
+) -> dict[tuple[str, int], Path]:
+    """The folders of all variants and seeds, so many at a time."""
+    wanted = [(name, seed) for seed in range(seeds) for name in variants]
+    with ThreadPoolExecutor(jobs) as pool:
+        done = pool.map(
+            lambda job: experiment(work, job[0], variants[job[0]], job[1], steps, reported), wanted
+        )
+        return dict(zip(wanted, done, strict=True))
+
+
 def score(folder: Path, weights: str, reference: str) -> Score:
     """Of the last step, against the images with this fingerprint."""
     rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
@@ -159,18 +177,8 @@ def measured(options: argparse.Namespace) -> Table:
         name, _, settings = word.partition(":")
         variants[name] = settings.split(";")
         reported.add(name)
-    jobs = [(name, seed) for seed in range(options.seeds) for name in variants]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        folders = dict(
-            zip(
-                jobs,
-                pool.map(
-                    lambda j: experiment(work, j[0], variants[j[0]], j[1], options.steps, reported),
-                    jobs,
-                ),
-                strict=True,
-            )
-        )
+    budget = {"seeds": options.seeds, "steps": options.steps, "jobs": options.jobs}
+    folders = experiments(work, variants, reported, **budget)
     table: Table = {}
     for name in variants:
         for weights in ("raw", "ema") if name == BASE else ("ema",):

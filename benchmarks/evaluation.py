@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from loader import fashion_mnist, machine
+from loader import fashion_mnist, machine, prepare
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -65,16 +65,12 @@ class Rows(Dataset[Tensor]):
 
 def short_run(folder: Path, images: int) -> Path:
     """A run of the demo's network on so many images, ended after a few steps."""
-    python, shards, run = sys.executable, folder / "shards", folder / "run"
-    shape = ["--size", "32", "--channels", "1"]
-    source = [*fashion_mnist(images, folder / "idx"), "--out", str(shards), *shape]
+    source, run = fashion_mnist(images, folder / "idx"), folder / "run"
+    shards = prepare(source, folder / "shards", 32, "npy", channels=1).location
     settings = [f"data.shards={shards}", f"run.dir={run}", f"train.total_steps={STEPS}"]
     settings += ["train.sample_every=0", "tracking.wandb=disabled"]
-    for command in (
-        [python, "-m", "pipeline.prepare", *source],
-        [python, "pipeline/train.py", "--config", "configs/demo.yaml", *settings],
-    ):
-        subprocess.run(command, cwd=REPO, check=True, capture_output=True)
+    command = [sys.executable, "pipeline/train.py", "--config", "configs/demo.yaml", *settings]
+    subprocess.run(command, cwd=REPO, check=True, capture_output=True)
     return run
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 from itertools import repeat
@@ -24,9 +24,8 @@ from time import perf_counter
 import torch
 from accelerate import Accelerator
 from loader import fashion_mnist, machine, prepare
-from step import ceiling, wait
+from step import ceiling, operations, update, wait
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import distributed
 from pipeline.config import Config, DataConfig, ModelConfig, TrainConfig
@@ -59,11 +58,12 @@ def from_shards(
             yield normalise(images, device), z
 
 
-def seconds(step: Callable[[Inputs], None], feed: Iterator[Inputs], steps: int) -> float:
+def per_step(gan: GAN, feed: Iterator[Inputs], steps: int) -> float:
+    """Seconds."""
     wait()
     began = perf_counter()
     for _ in range(steps):
-        step(next(feed))
+        update(gan, *next(feed))
     wait()
     return (perf_counter() - began) / steps
 
@@ -74,22 +74,14 @@ def row(config: Config, index: Index, accelerator: Accelerator, steps: int, best
     on_cuda = device.type == "cuda"
     gan = GAN(config, accelerator, 1)
 
-    def step(inputs: Inputs) -> None:
-        x, z = inputs
-        gan.update_D([x], [z], 1)
-        gan.update_G([z], 1)
-        gan.update_average()
-
     memory = from_memory(config, device)
-    with FlopCounterMode(display=False) as counter:  # the first call is not captured yet
-        step(next(memory))
-    flops = counter.get_total_flops() / 1e12
+    flops = operations(lambda: update(gan, *next(memory)))  # the first call is not captured yet
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     with closing(from_shards(config, index, device)) as shards:
         for feed in (memory, shards):
-            seconds(step, feed, 20 if on_cuda else 2)  # compiled, captured, queues filled
-        spent = [[seconds(step, feed, steps) for feed in (memory, shards)] for _ in range(ROUNDS)]
+            per_step(gan, feed, 20 if on_cuda else 2)  # compiled, captured, queues filled
+        spent = [[per_step(gan, feed, steps) for feed in (memory, shards)] for _ in range(ROUNDS)]
     in_memory, on_disk = (median(times) for times in zip(*spent, strict=True))
     share = median(a / b for a, b in spent)
     peak = f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if on_cuda else "not measured"
@@ -123,11 +115,9 @@ def main() -> None:
     print(
         f"{name}, {precision}, ngf = ndf = {options.width}; a matrix product: {best:.2f} TFLOP/s.\n"
     )
-    print(
-        "| updates | batch | from memory, images/s | from shards | of that from memory | TFLOP/s",
-        end="",
-    )
-    print(" | of the product | peak memory |\n|---|---|---|---|---|---|---|---|")
+    titles = ["updates", "batch", "from memory, images/s", "from shards", "of that from memory"]
+    titles += ["TFLOP/s", "of the product", "peak memory"]
+    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     with tempfile.TemporaryDirectory() as folder:
         source = fashion_mnist(12_800, Path(folder) / "raw")
         index = prepare(source, Path(folder) / "npy", 64, "npy")

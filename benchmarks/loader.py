@@ -57,10 +57,12 @@ CPU = torch.device("cpu")
 # -- the same images in every form ---------------------------------------------------------------
 
 
-def prepare(source: list[str], out: Path, size: int, kind: str) -> Index:
+def prepare(source: list[str], out: Path, size: int, kind: str, channels: int = 3) -> Index:
     command = [sys.executable, "-m", "pipeline.prepare", *source, "--out", str(out)]
-    options = ["--size", str(size), "--channels", "3", "--format", kind, "--shard-mib", "8"]
-    subprocess.run([*command, *options], check=True, capture_output=True)
+    shape = ["--size", str(size), "--channels", str(channels)]
+    subprocess.run(
+        [*command, *shape, "--format", kind, "--shard-mib", "8"], check=True, capture_output=True
+    )
     return read_index(str(out))
 
 

@@ -35,9 +35,8 @@ PAPER = ["--config", "configs/dcgan_64.yaml"]
 SMALLER = ["model.ngf=64", "model.ndf=64", "model.kernel_size=4"]
 
 
-def trained(shards: Path, *settings: str) -> tuple[float, list[dict[str, float]]]:
-    """Of a real run of 16 steps: seconds from its command to its first row, rows of its end."""
-    began = time.time()
+def trained(shards: Path, *settings: str) -> list[dict[str, float]]:
+    """The rows of metrics of a real run of 16 steps."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         words = [
@@ -50,8 +49,14 @@ def trained(shards: Path, *settings: str) -> tuple[float, list[dict[str, float]]
         words += ["train.sample_every=0", "train.checkpoint_every=0", *settings]
         command = [sys.executable, "pipeline/train.py", *words]
         subprocess.run(command, cwd=REPO, check=True, capture_output=True)
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return rows[0]["time"] - began, [row for row in rows if row["step"] > 8]
+        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def to_first_step(shards: Path) -> float:
+    """Seconds from the training command to the end of its first step."""
+    one = ["train.total_steps=1", "train.log_every=1", "tracking.wandb=disabled"]
+    began = time.time()
+    return trained(shards, *one)[0]["time"] - began
 
 
 def answers(rounds: int) -> list[str]:
@@ -123,9 +128,9 @@ def main() -> None:
             for mode, rows in runs.items():
                 # A row every step: twenty to a hundred times as many as anyone writes.
                 every = ["train.log_every=8"] if mode == "disabled" else ["train.log_every=1"]
-                rows.append(trained(shards, f"tracking.wandb={mode}", *every)[1])
-        one = ["train.total_steps=1", "train.log_every=1", "tracking.wandb=disabled"]
-        first = [trained(shards, *one)[0] for _ in range(rounds)]
+                found = trained(shards, f"tracking.wandb={mode}", *every)
+                rows.append([row for row in found if row["step"] > 8])
+        first = [to_first_step(shards) for _ in range(rounds)]
         waits = [rows[-1]["perf/data_wait"] for rows in runs["disabled"]]
         print(f"Waiting for data: {spread(waits, '.2%')} of the time.\n")
         plain, logged = (

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ablation import CONFIG, EVALUATION, REPO, run, said, score, shards
+from ablation import CONFIG, REPO, experiments, said, score, shards
 from loader import machine
 
 from pipeline.shards import read_index
@@ -26,20 +25,6 @@ LAST = 0.25  # of a run, whose rows are averaged for the table
 COLOURS = {"fp32": "#24508f", "bf16": "#e08a1e"}
 Job = tuple[str, int]
 Rows = list[dict[str, Any]]
-
-
-def trained(work: Path, job: Job, steps: int) -> Path:
-    """The folder of a finished and scored run."""
-    precision, seed = job
-    folder = work / f"{precision}-{seed}"
-    if not (folder / "FINISHED").is_file():
-        words = [f"run.dir={folder}", f"run.seed={seed}", f"train.precision={precision}"]
-        words += [f"data.shards={work / 'train'}", f"train.total_steps={steps}"]
-        words += ["train.checkpoint_every=0", "train.sample_every=0", "train.log_every=10"]
-        run("pipeline/train.py", "--config", CONFIG, *words, "tracking.wandb=disabled")
-    where = [f"data.shards={work / 'train'}", f"eval.cache_dir={work / 'references'}"]
-    run("-m", "pipeline.evaluate", "--run", folder, *where, *EVALUATION)
-    return folder
 
 
 def markdown(rows: dict[Job, Rows], folders: dict[Job, Path], reference: str) -> str:
@@ -91,10 +76,9 @@ def main() -> None:
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     reference = read_index(str(shards(work, "train"))).fingerprint
-    jobs = [(precision, seed) for seed in range(options.seeds) for precision in PRECISIONS]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        done = pool.map(lambda job: trained(work, job, options.steps), jobs)
-        folders = dict(zip(jobs, done, strict=True))
+    variants = {p: [f"train.precision={p}", "train.log_every=10"] for p in PRECISIONS}
+    budget = {"seeds": options.seeds, "steps": options.steps, "jobs": options.jobs}
+    folders = experiments(work, variants, set(), **budget)
     rows = {
         job: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for job, folder in folders.items()

@@ -57,6 +57,20 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
+def update(gan: GAN, x: Tensor, z: Tensor) -> None:
+    """Both updates and the average, on one batch."""
+    gan.update_D([x], [z], 1)
+    gan.update_G([z], 1)
+    gan.update_average()
+
+
+def operations(work: Callable[[], object]) -> float:
+    """TFLOP of a call."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return float(counter.get_total_flops()) / 1e12
+
+
 def ceiling(dtype: torch.dtype, device: torch.device) -> float:
     """TFLOP/s of a square matrix product: what no convolution is likely to pass."""
     n = 8192 if device.type == "cuda" else 2048
@@ -138,18 +152,14 @@ def report(options: argparse.Namespace) -> str:
     )
     gan = GAN(config, accelerator, 1)
     x = torch.rand(options.batch, 3, 64, 64, device=device) * 2 - 1
-    real = [x.to(memory_format=torch.channels_last)]
-    noise = [torch.rand(options.batch, config.model.z_dim, device=device) * 2 - 1]
+    x = x.to(memory_format=torch.channels_last)
+    z = torch.rand(options.batch, config.model.z_dim, device=device) * 2 - 1
 
     def step() -> None:
-        gan.update_D(real, noise, 1)
-        gan.update_G(noise, 1)
-        gan.update_average()
+        update(gan, x, z)
 
     step()
-    with FlopCounterMode(display=False) as counter:
-        step()
-    flops = counter.get_total_flops() / 1e12
+    flops = operations(step)
     spent, best = seconds(step, options.repeat), ceiling(dtype, device)
     shown = [
         machine(),
