@@ -22,6 +22,7 @@ DEMO_TRAIN := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixe
 
 export UV_PYTHON_DOWNLOADS := never
 export UV_HTTP_TIMEOUT ?= 300
+export UV_COMPILE_BYTECODE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -118,14 +119,14 @@ container-programs:
 # -- the environment ----------------------------------------------------------------------------
 
 $(DEV_READY): requirements-dev.txt requirements.txt pyproject.toml | $(VENV)/.made-by-$(notdir $(PYTHON))
-	$(PIP) sync --quiet --require-hashes --compile-bytecode --python $(BIN)/python requirements-dev.txt
+	$(PIP) sync --quiet --require-hashes --python $(BIN)/python requirements-dev.txt
 	$(PIP) install --quiet --no-deps --no-build-isolation --python $(BIN)/python -e .
 	@touch $(RUN_READY) $@
 
 # What `make demo` needs; the development environment has it all and is left as it is.
 $(RUN_READY): requirements.txt pyproject.toml | $(VENV)/.made-by-$(notdir $(PYTHON))
 	@rm -f $(DEV_READY)
-	$(PIP) sync --quiet --require-hashes --compile-bytecode --python $(BIN)/python requirements.txt
+	$(PIP) sync --quiet --require-hashes --python $(BIN)/python requirements.txt
 	$(PIP) install --quiet --no-deps --no-build-isolation --python $(BIN)/python -e .
 	@touch $@
 
