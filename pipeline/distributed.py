@@ -92,8 +92,8 @@ def _keep_freed_memory() -> None:
 
     glibc hands them back to the kernel instead, and each step then waits for the same tens of
     thousands of pages to be zeroed and mapped anew, most of all in the convolutions' scratch
-    buffers: a tenth of the time (benchmarks/README.md). Other C libraries have no mallopt; whoever
-    tunes glibc by its environment is left alone.
+    buffers: a twentieth of the time (benchmarks/README.md). Other C libraries have no mallopt;
+    whoever tunes glibc by its environment is left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or "GLIBC_TUNABLES" in os.environ:
