@@ -265,6 +265,12 @@ def _impossible(config: Config) -> list[str]:
             "train.compile (true): must be false with stability.r1_gamma: torch.compile has no "
             "second derivatives"
         )
+    with_norms = config.model.architecture == "dcgan" and not config.model.spectral_norm
+    if config.stability.r1_gamma and config.train.precision == "fp16" and with_norms:
+        faults.append(
+            "train.precision (fp16): must be bf16 or fp32 with stability.r1_gamma, unless "
+            "model.spectral_norm=true: BatchNorm's second derivatives overflow in fp16"
+        )
     batch, micro = config.data.batch_size, config.train.micro_batch
     if micro is not None and (micro < 1 or batch % micro):
         faults.append(f"train.micro_batch ({micro}): must divide data.batch_size ({batch}) evenly")

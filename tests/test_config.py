@@ -330,6 +330,7 @@ def test_an_impossible_value_is_refused(write, override, reason):
     [
         (["model.loss=hinge", "stability.label_smoothing=0.1"], "must be 0 with model.loss=hinge"),
         (["train.compile=true", "stability.r1_gamma=1"], "must be false with stability.r1_gamma"),
+        (["train.precision=fp16", "stability.r1_gamma=1"], "BatchNorm's second derivatives"),
         (
             ["train.cuda_graph=true", "stability.r1_gamma=1"],
             "must be false with stability.r1_gamma",
