@@ -9,14 +9,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch
 
-from pipeline.theory import SHOWN_Z, Moment, centres, p_data, quantiles
+from pipeline.game import SHOWN_Z, Moment, centres, p_data, quantiles
 
 
 def draw(moments: list[Moment]) -> bytes:
     """A PNG like the paper's figure 1: densities and D above, the map from z to x below."""
     highest = max(float(np.max(curve)) for one in moments for curve in (one.p_g, one.D))
     x, z = centres(), np.clip(quantiles(SHOWN_Z).numpy(), -1.9, 1.9)
-    with mpl.rc_context({"font.size": 9, "svg.hashsalt": "theory"}):
+    with mpl.rc_context({"font.size": 9}):
         figure = Figure(figsize=(12, 3.9), layout="constrained")
         above, below = figure.subplots(2, len(moments), sharey="row", height_ratios=(5, 1.6))
         for top, low, moment in zip(above, below, moments, strict=True):
