@@ -275,11 +275,14 @@ def compare(options: argparse.Namespace, folder: Path) -> str:
         Contender(RAW, kind, lambda kind=kind: our_batches(sets[kind], workers, floats=False))
         for kind in FORMATS
     ]
-    for kind in ("jpg", "png"):
-        contenders += [
-            Contender("ImageFolder", kind, lambda kind=kind: image_folder(files[kind], workers)),
-            Contender("webdataset", kind, lambda kind=kind: stock_webdataset(sets[kind], workers)),
-        ]
+    contenders += [
+        Contender("ImageFolder", kind, lambda kind=kind: image_folder(files[kind], workers))
+        for kind in files
+    ]
+    contenders += [
+        Contender("webdataset", kind, lambda kind=kind: stock_webdataset(sets[kind], workers))
+        for kind in FORMATS
+    ]
     limits = {kind: Contender(f"bare loops x {workers}", kind, list) for kind in FORMATS}
     starts: dict[float, list[float]] = {fraction: [] for fraction in STARTS}
     for number in range(options.rounds):
