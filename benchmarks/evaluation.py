@@ -14,7 +14,7 @@ much as others and must get the same scores.
    ours is computed once per data set. ``calculate_metrics`` is given images that are ready, and
    extracts the features of both sides; start-up is not in its time either.
 
-Prints Markdown for benchmarks/README.md.
+Prints Markdown for benchmarks/evaluation.md.
 """
 
 from __future__ import annotations

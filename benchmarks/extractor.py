@@ -4,7 +4,7 @@
     python benchmarks/extractor.py --shards data/fashion-mnist-32 --num-images 2600   # FD of 1280
 
 Disjoint real images give the floor. Noise, blur, dropped classes and repeated images must raise the
-Frechet distance and KID step by step. Prints Markdown for benchmarks/README.md.
+Frechet distance and KID step by step. Prints Markdown for benchmarks/evaluation.md.
 """
 
 from __future__ import annotations

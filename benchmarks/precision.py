@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ablation import CONFIG, REPO, experiments, said, score, shards
+from ablation import CONFIG, experiments, said, score, shards
 from loader import machine
 
 from pipeline.shards import read_index
@@ -90,7 +90,7 @@ def main() -> None:
     print("over the last quarter, scores of the last snapshot, 2,000 images against 10,000.\n")
     print(markdown(rows, folders, reference))
     if options.plot:
-        plot(rows, REPO / options.plot)
+        plot(rows, options.plot)
 
 
 if __name__ == "__main__":

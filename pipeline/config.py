@@ -126,8 +126,8 @@ class TrainConfig:
     compile: bool = _may_change(False)
     """torch.compile both networks."""
     deterministic: bool = _may_change(False)
-    """On GPUs only kernels that repeat a run bit for bit, for exact resume; slower. False = the
-    fastest, found by trial. CPUs always repeat it."""
+    """On GPUs kernels that repeat a run bit for bit, for exact resume; slower, with a warning where
+    PyTorch has none. False = the fastest, found by trial. CPUs always repeat it."""
     cuda_graph: bool = _may_change(False)
     """Replay each update as one CUDA graph (one GPU, bf16 or fp32, no random draws in D)."""
     checkpoint_every: int = _may_change(1000)

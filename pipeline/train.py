@@ -4,9 +4,9 @@
     accelerate launch pipeline/train.py --config configs/dcgan_64.yaml run.dir=runs/b
     accelerate launch --multi_gpu --num_processes 8 pipeline/train.py --config configs/dcgan_64.yaml
 
-To resume, run the same command again. SIGTERM, SIGUSR2 and Ctrl-C save a checkpoint and leave.
-The state of a run is step + weights + optimizers; data order, noise and grids are functions of
-(seed, step), so a resumed run computes what the uninterrupted one would have.
+To resume, run the same command again. SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C save a checkpoint and
+leave. The state of a run is step + weights + optimizers; data order, noise and grids are functions
+of (seed, step), so a resumed run computes what the uninterrupted one would have.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ PROGRAMS = ("buildah", "mmdebstrap")
 IMAGE, STANDIN = "localhost/dcgan-pipeline-test", "localhost/dcgan-standin-base"
 CHROOT = ["--isolation", "chroot"]
 UID = 1000
-# How this machine reaches its packages: settings of pip and uv, and certificates of a proxy.
+# How the host reaches its package index: settings of pip and uv, and certificates of a proxy.
 REACH = ("/etc/pip.conf", "/etc/uv/uv.toml", "/etc/ssl/certs")
 REACH_AT_HOME = (".config/pip/pip.conf", ".pip/pip.conf", ".config/uv/uv.toml")
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
