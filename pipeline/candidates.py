@@ -22,12 +22,11 @@ from pipeline.errors import CheckpointError, EvaluationError
 from pipeline.features import Images
 from pipeline.protocol import PURPOSE
 from pipeline.reader import Cache, Reader
-from pipeline.sampling import generate, image_grid, sampler, z_rows
+from pipeline.sampling import generate, sampler, z_rows
 from pipeline.scores import chosen_ids
 from pipeline.shards import Index
 
 NETWORK = {"ema": "G_ema", "raw": "G"}
-GRID_IMAGES = 64
 WHITE = (255, 255, 255)
 
 
@@ -91,21 +90,13 @@ def open_generator(
             G = sampler(config.model, found[NETWORK[weights]], device)
         except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{candidate.path}: cannot be used: {error}.") from None
-    if not all(bool(torch.isfinite(p).all()) for p in G.parameters()):
-        raise CheckpointError(
-            f"{candidate.path}: its weights are NaN or infinite: training had diverged."
-        )
+    checkpoint.check_finite(G, candidate.path)
     return G, config.model
 
 
 def generated(G: nn.Module, model: ModelConfig, seed: int) -> Images:
     """Images of G from the table of evaluation noise of a seed."""
     return lambda start, stop: generate(G, z_rows(model, seed, PURPOSE, start, stop - start))
-
-
-def grid(G: nn.Module, model: ModelConfig, seed: int) -> NDArray[np.uint8]:
-    """One picture of images from z that are fixed for a run: those of its training samples."""
-    return image_grid(generate(G, z_rows(model, seed, "grid", 0, GRID_IMAGES)))
 
 
 def reals(index: Index, data: DataConfig, count: int) -> Images:
@@ -123,10 +114,11 @@ def reals(index: Index, data: DataConfig, count: int) -> Images:
 
 
 def folder(name: str, shape: tuple[int, int, int], count: int) -> Images:
-    """The first ``count`` images, by name, of a folder, zip archive or tars of images.
+    """``count`` images of a folder, zip archive or tars of images, in the order of their names.
 
-    They pass through the path by which ``pipeline.prepare`` makes shards: cropped to the central
-    square and resized if they have another size than ``shape`` (H, W, C).
+    Of more than ``count`` a fixed random choice: the first ones may be of a few classes only. They
+    pass through the path by which ``pipeline.prepare`` makes shards: cropped to the central square
+    and resized if they have another size than ``shape`` (H, W, C).
 
     Raises:
         DataError: nothing usable there.
@@ -141,6 +133,7 @@ def folder(name: str, shape: tuple[int, int, int], count: int) -> Images:
             f"as many; set eval.num_images={len(source.names)} for both sides of a comparison."
         )
     read = sources.reader(source, shape[0], shape[2], WHITE)
+    chosen = np.sort(chosen_ids(len(source.names), count)).tolist()
 
     def one(row: int) -> NDArray[np.uint8]:
         try:
@@ -150,4 +143,4 @@ def folder(name: str, shape: tuple[int, int, int], count: int) -> Images:
                 f"--images {name}: {source.names[row]}: {error}; remove it from there."
             ) from None
 
-    return lambda start, stop: np.stack([one(row) for row in range(start, stop)])
+    return lambda start, stop: np.stack([one(row) for row in chosen[start:stop]])

@@ -94,7 +94,7 @@ def save(
     final = run_dir / "checkpoints" / f"step_{step:08d}"
     with _written_aside(final) as partial:
         for name, network in networks.items():
-            save_file(_portable(network.state_dict()), partial / f"{name}.safetensors")
+            save_file(portable(network.state_dict()), partial / f"{name}.safetensors")
         torch.save({k: v.state_dict() for k, v in optimizers.items()}, partial / OPTIMIZERS)
         document = dict(state) | {
             "step": step,
@@ -116,7 +116,7 @@ def export_snapshot(
     """
     final = run_dir / "snapshots" / f"step_{step:08d}"
     with _written_aside(final) as partial:
-        tensors = _portable(sampler(config.model, weights, device).state_dict())
+        tensors = portable(sampler(config.model, weights, device).state_dict())
         save_file(tensors, partial / GENERATOR, metadata={"step": str(step)})
         (partial / "config.yaml").write_text(dump(config))
     return final
@@ -136,6 +136,16 @@ def load_snapshot(path: Path, device: Any = "cpu") -> tuple[nn.Module, Config]:
         return sampler(config.model, load_file(file), device), config
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be used: {error}.") from None
+
+
+def check_finite(G: nn.Module, path: Path) -> None:
+    """Refuse a network that came from ``path`` with NaN or infinity in weights or statistics.
+
+    Raises:
+        CheckpointError: naming the place.
+    """
+    if not all(bool(torch.isfinite(values).all()) for values in G.state_dict().values()):
+        raise CheckpointError(f"{path}: its weights are NaN or infinite: training had diverged.")
 
 
 def weights_file(path: Path) -> Path:
@@ -219,7 +229,7 @@ def clean(run_dir: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies as safetensors wants them: contiguous; the memory layout is not part of the state."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from pipeline.config import Config
 
 STEP_KEY = "train/step"
-METRIC_GROUPS = ("loss", "scores", "perf", "progress", "grad_norm", "memory", "eval", "samples")
+METRIC_GROUPS = ("loss", "scores", "perf", "progress", "memory", "eval", "samples")
 QUEUE_ROWS = 10_000  # a day of rows at one in ten seconds; images wait as paths, not as pixels
 FLUSH_SECONDS = 1.0  # wandb-core's default of 15 s is what a SIGTERM to it would cost
 SAAS_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # one service under two names

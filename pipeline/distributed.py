@@ -43,8 +43,7 @@ def start(precision: str) -> Accelerator:
     on_cuda = torch.cuda.is_available() and not _asked_for_cpu()
     if not on_cuda:
         _keep_freed_memory()
-        if threads := _threads_nobody_chose():
-            torch.set_num_threads(threads)
+        use_all_cores()
     if precision == "fp16" and not on_cuda:
         raise ConfigError(
             "train.precision (fp16): needs a CUDA device; use bf16, fp32 or auto on this machine."
@@ -171,21 +170,21 @@ def _cpu_flags() -> set[str]:
     return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
-def _threads_nobody_chose() -> int | None:
-    """Threads for this process where the launcher said 1 because nobody had told it otherwise.
+def use_all_cores() -> None:
+    """This process's share of them, where the launcher said 1 because nobody had told it otherwise.
 
     accelerate launch (and torchrun with several processes) sets OMP_NUM_THREADS=1 then, which
-    leaves the other cores of a CPU machine idle. A value that the launcher itself was given, in
-    its environment or on its command line, stands.
+    leaves the other cores idle. A value that the launcher itself was given, in its environment or
+    on its command line, stands.
     """
     launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     if not launched or os.environ.get("OMP_NUM_THREADS") != "1":
-        return None
+        return
     given = [*_of_the_launcher("environ"), *_of_the_launcher("cmdline")]
     if not given or any("OMP_NUM_THREADS=" in word or "cpu_threads" in word for word in given):
-        return None
+        return
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, len(os.sched_getaffinity(0)) // neighbours)
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
 
 
 def _of_the_launcher(what: str) -> list[str]:
@@ -214,16 +213,26 @@ def warn_of_a_lost_launch(accelerator: Accelerator) -> None:
             )
 
 
-def on_rank_zero(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """The result of ``work`` on rank 0, given to every rank; so is its ``UserError``."""
+def on_rank_zero(accelerator: Accelerator, work: Callable[[], T], *, lengthy: bool = False) -> T:
+    """The result of ``work`` on rank 0, given to every rank; so is its ``UserError``.
+
+    With ``lengthy`` it may take longer than the ranks' time limit for each other; it then runs in a
+    thread. Stop signals wait for its end.
+    """
     if accelerator.num_processes == 1:
         return work()
     outcome: list[object] = [None, None]
-    if accelerator.is_main_process:
+
+    def attempt(_: object = None) -> None:
         try:
             outcome[0] = work()
         except UserError as error:
             outcome[1] = error
+
+    if lengthy:
+        while_others_wait(accelerator, accelerator.is_main_process, attempt, stoppable=False)
+    elif accelerator.is_main_process:
+        attempt()
     dist.broadcast_object_list(outcome)
     if isinstance(outcome[1], UserError):
         raise outcome[1]
@@ -231,7 +240,11 @@ def on_rank_zero(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 def while_others_wait(
-    accelerator: Accelerator, mine: bool, work: Callable[[Callable[[], bool]], object]
+    accelerator: Accelerator,
+    mine: bool,
+    work: Callable[[Callable[[], bool]], object],
+    *,
+    stoppable: bool = True,
 ) -> None:
     """``work`` on the ranks whose it is, for as long as it takes, while the others wait for them.
 
@@ -239,7 +252,7 @@ def while_others_wait(
     ranks ask each other every second, and ``work``, in a thread, is given a function to ask too.
 
     Raises:
-        Stopped: a stop signal came to any rank; on all of them.
+        Stopped: a stop signal came to any rank, and it is ``stoppable``; on all of them.
         UserError: of ``work``, on the rank that met it. The others leave in silence.
     """
     leave = Event()
@@ -249,7 +262,7 @@ def while_others_wait(
             while True:
                 ended = task is None or bool(wait([task], ASK_SECONDS).done)
                 failed = task is not None and ended and task.exception() is not None
-                facts = [not ended, failed, signals.received() is not None]
+                facts = [not ended, failed, stoppable and signals.received() is not None]
                 working, failure, stop = _on_any_rank(accelerator, facts)
                 if task is not None and failed:
                     task.result()

@@ -24,6 +24,7 @@ from pipeline.distributed import on_rank_zero
 from pipeline.errors import CheckpointError, RunFolderError
 from pipeline.evaluator import Evaluator
 from pipeline.ledger import Key, Ledger, Row, best, key_of
+from pipeline.sampling import sample_grid
 
 
 class RunEvaluation:
@@ -114,7 +115,7 @@ class RunEvaluation:
                 lambda: self._record(
                     candidate,
                     scores,
-                    candidates.grid(G, model, config.run.seed),
+                    sample_grid(G, model, config.run.seed),
                     time.monotonic() - began,
                 ),
             )

@@ -124,7 +124,7 @@ class Evaluator:
             write_reference(path, self.reference)
             say(f"reference: {side.reference_images} real images -> {path}")
 
-        on_rank_zero(self.accelerator, keep)
+        on_rank_zero(self.accelerator, keep, lengthy=True)
 
     def score(self, images: Images, name: str) -> dict[str, float]:
         """Scores of ``eval.num_images`` images by metric key; {} on ranks other than 0."""
@@ -135,7 +135,7 @@ class Evaluator:
             assert self.reference is not None
             scores.update(compute_scores(features, self.extractor, self.reference, self.protocol))
 
-        on_rank_zero(self.accelerator, compute)
+        on_rank_zero(self.accelerator, compute, lengthy=True)
         return scores
 
     def close(self) -> None:

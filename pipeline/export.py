@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from pipeline.checkpoint import HUB_WEIGHTS
+from pipeline.checkpoint import HUB_WEIGHTS, portable
 from pipeline.config import ModelConfig
 from pipeline.durable import publish, sync_folder
 from pipeline.errors import GenerationError
@@ -33,7 +33,6 @@ from pipeline.sampling import generate, image_grid, z_rows
 OPSET = 20
 TOLERANCE = 1e-4  # of values in [-1, 1]: a grey level is 0.0078
 CHECKED_BATCHES = (1, 7, 64)
-GRID_IMAGES = 64
 HUB_FILES = ("README.md", HUB_WEIGHTS, "config.yaml", "config.json", "grid.png")
 
 
@@ -129,7 +128,7 @@ def write_hub_folder(
         GenerationError: it cannot be written.
     """
     partial = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    weights = _weights(G)
+    weights = portable(G.state_dict())
     try:
         partial.mkdir(parents=True)
     except OSError as error:
@@ -147,10 +146,6 @@ def write_hub_folder(
         raise GenerationError(f"--out ({out}): cannot be written: {error}.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _weights(G: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in G.state_dict().items()}
 
 
 def _configuration(model: ModelConfig) -> dict[str, bytes]:
@@ -181,7 +176,7 @@ def check_hub_folder(folder: Path, G: nn.Module, model: ModelConfig, source: Pat
             f"--push: {folder} is no folder made for the Hub, it lacks {', '.join(missing)}; give "
             "--out a new name."
         )
-    weights, files = _weights(G), _configuration(model)
+    weights, files = portable(G.state_dict()), _configuration(model)
     try:
         there = load_file(folder / HUB_WEIGHTS)
         same = weights.keys() == there.keys() and all(

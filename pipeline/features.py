@@ -16,7 +16,7 @@ import hashlib
 import importlib
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -115,7 +115,7 @@ def load_extractor(config: EvalConfig, accelerator: Accelerator) -> Extractor:
         torch.backends.cuda.matmul.allow_tf32 = False
     probe = np.zeros((1, 32, 32, 3), np.uint8)
     extractor = Extractor(
-        name, network, layer, logits, 0, sha256 or _state_sha256(network), precision
+        name, network, layer, logits, 0, sha256 or tensors_sha256(network.state_dict()), precision
     )
     dim = int(extractor(probe, accelerator.device)[layer].shape[1])
     return Extractor(name, network, layer, logits, dim, extractor.sha256, precision)
@@ -181,6 +181,15 @@ def register(name: str, cls: type) -> None:
         raise EvaluationError(f"{name}: another feature extractor has this name.")
 
 
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, types, shapes and values, whatever the order and the device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def slug(name: str) -> str:
     """An extractor's name as it stands in metric keys: ``my.module:Net`` -> ``my-module-Net``."""
     return re.sub(r"[^A-Za-z0-9-]+", "-", name)
@@ -227,14 +236,6 @@ def _reloaded(content: io.BytesIO) -> io.BytesIO:
     torch.save(weights, out)
     out.seek(0)
     return out
-
-
-def _state_sha256(network: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 if "efficientnet-lite0" not in FEATURE_EXTRACTORS_REGISTRY:

@@ -87,17 +87,22 @@ def excited(D: nn.Module, images: Pixels, features: int, count: int) -> Pixels:
     """
     import numpy as np
     import torch
+    from torch import nn
 
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    from pipeline.data import normalise
+    from pipeline.sampling import BLOCK, image_grid
+
+    x = normalise(torch.from_numpy(images), torch.device("cpu"))
+    before_logit = list(D.layers)[:-1]  # type: ignore[arg-type]
+    with torch.no_grad():
+        maps = (nn.Sequential(*before_logit)(part)[:, :features] for part in x.split(BLOCK))
+        responses = torch.cat([each.flatten(2).amax(2) for each in maps])
     cells = []
     for feature in range(features):
-        responses = torch.cat([guided_gradients(D, part, feature)[0] for part in x.split(256)])
-        top = responses.argsort(descending=True, stable=True)[:count]
+        top = responses[:, feature].argsort(descending=True, stable=True)[:count]
         _, gradients = guided_gradients(D, x[top], feature)
         cells.append(np.stack([images[top.numpy()], _as_pixels(gradients)], 1))
     pairs = np.concatenate(cells)
-    from pipeline.sampling import image_grid
-
     return image_grid(pairs.reshape(-1, *images.shape[1:]), columns=2 * count)
 
 

@@ -31,7 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import CheckpointError, GenerationError, one_clear_message
+from pipeline.errors import GenerationError, one_clear_message
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -58,7 +58,7 @@ def generate(options: argparse.Namespace) -> None:
     import torch
 
     from pipeline import distributed
-    from pipeline.checkpoint import load_snapshot
+    from pipeline.checkpoint import check_finite, load_snapshot
     from pipeline.latent import Table
 
     accelerator = distributed.start("fp32")
@@ -68,8 +68,7 @@ def generate(options: argparse.Namespace) -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     G, config = load_snapshot(path, "cpu" if options.command == "onnx" else accelerator.device)
-    if not all(bool(torch.isfinite(values).all()) for values in G.state_dict().values()):
-        raise CheckpointError(f"{path}: its weights are NaN or infinite: training had diverged.")
+    check_finite(G, path)
     classes = config.model.num_classes
     if options.of_class is not None and not options.of_class < classes:
         there = f"classes 0 to {classes - 1}" if classes else "no classes (model.num_classes is 0)"
@@ -178,14 +177,15 @@ def _onnx(path: Path, G: nn.Module, table: Table) -> bytes:
 
 def _hub(options: argparse.Namespace, path: Path, G: nn.Module, table: Table) -> None:
     from pipeline import export
+    from pipeline.sampling import GRID_IMAGES
 
     out = options.out
     if out.exists() and options.push:
         export.check_hub_folder(out, G, table.model, path)
         print(f"made before, uploaded as it is: {out}", flush=True)
     else:
-        z = table.cut(0, export.GRID_IMAGES)
-        of = f"rows 0-{export.GRID_IMAGES - 1} of seed {table.seed}"
+        z = table.cut(0, GRID_IMAGES)
+        of = f"rows 0-{GRID_IMAGES - 1} of seed {table.seed}"
         of += "" if table.truncation == 1 else f", z times {table.truncation:g}"
         of += "" if table.of_class is None else f", all of class {table.of_class}"
         facts = _facts(path, table) | {"grid": of}

@@ -35,7 +35,7 @@ from pipeline.errors import DataError, GenerationError
 from pipeline.features import Images
 from pipeline.image_files import Add, add_png, assemble_npz, tar
 from pipeline.sampling import BLOCK
-from pipeline.shards import read_index, scan, write_index
+from pipeline.shards import read_index, scan, shard_name, write_index
 from pipeline.signals import Agreement, received
 
 FORMATS = ("png", "npz", "shards")
@@ -117,7 +117,7 @@ def write(
         for message in filter(None, failures):
             raise GenerationError(message)
         if not stopped:
-            on_rank_zero(accelerator, lambda: _finish(job))
+            on_rank_zero(accelerator, lambda: _finish(job), lengthy=True)
         return "stopped" if stopped else "written"
 
 
@@ -141,7 +141,7 @@ def _write_parts(
                     next(part, None)
                 except OSError as error:
                     failure = str(_unwritable(job, error))
-            stop, failed = agreement.agree(received() is not None, bool(failure))
+            stop, failed = agreement.agree(received() is not None, also=bool(failure))
             if stop or failed:
                 return stop and not failed, failure
             advance(sum(len(parts[k][block * BLOCK : (block + 1) * BLOCK]) for k in numbers))
@@ -170,7 +170,7 @@ def _writer(job: ImageSet, number: int) -> Iterator[Add]:
         yield lambda first, images: add_png(job.work, first, images)
         sync_folder(job.work)
         return
-    path = job.work / _shard_name(number) if job.format == "shards" else _raw(job, number)
+    path = job.work / shard_name(number) if job.format == "shards" else _raw(job, number)
     with path.open("wb", buffering=1 << 20) as file:
         if job.format == "shards":
             with tar(file, job.label) as add:
@@ -254,7 +254,7 @@ def _finish(job: ImageSet) -> None:
             os.replace(whole, job.out)
         else:
             if job.format == "shards":
-                scans = [scan(job.work / _shard_name(k)) for k in range(len(job.parts()))]
+                scans = [scan(job.work / shard_name(k)) for k in range(len(job.parts()))]
                 write_index(job.work, scans, job.shape, job.record)
             else:
                 publish(job.work / RECORD_NAME, json.dumps(job.record, indent=1).encode())
@@ -313,7 +313,3 @@ def _marker(job: ImageSet, number: int) -> Path:
 
 def _raw(job: ImageSet, number: int) -> Path:
     return job.work / WORK_FOLDER / f"{number:06d}.raw"
-
-
-def _shard_name(number: int) -> str:
-    return f"shard-{number:06d}.tar"

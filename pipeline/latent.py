@@ -31,8 +31,8 @@ class Table:
     Truncation multiplies z by a number in (0, 1]: images come nearer to what G draws for z = 0,
     with fewer failures and less variety. 1 is what G was trained on.
 
-    A G with ``num_classes`` takes the class as one-hot numbers behind z: row i is of class i mod
-    num_classes, or all are of ``of_class``.
+    A G with ``num_classes`` takes the class as one-hot numbers appended to z: row i is of class
+    i mod num_classes, or all are of ``of_class``.
     """
 
     model: ModelConfig
@@ -135,7 +135,7 @@ def walk(model: ModelConfig, points: Tensor, steps: int, *, closed: bool = False
         steps: from one point to the next.
         closed: go back to the first point, for a film that repeats without a jump.
 
-    Classes behind z change on lines.
+    Classes appended to z change on lines.
 
     Returns:
         (legs, steps + 1, width of points) float32: every leg holds both its ends.
@@ -153,7 +153,7 @@ def arithmetic(model: ModelConfig, a: Tensor, b: Tensor, c: Tensor) -> tuple[Ten
     """mean(a) - mean(b) + mean(c) (section 6.3.2).
 
     A concept is the mean z of several exemplars: the paper found single ones unstable, three
-    enough. The result is not clipped to the cube of uniform z, as in the paper. Of classes behind z
+    enough. The result is not clipped to the cube of uniform z, as in the paper. Of classes after z
     no sum is a class: the result is of that of c, what is added to.
 
     Args:

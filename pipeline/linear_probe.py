@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config import DataConfig
+from pipeline.data import normalise
 from pipeline.errors import EvaluationError
 from pipeline.order import permutation
 from pipeline.reader import Cache, Reader
@@ -197,5 +198,6 @@ def _fit(x: Features, labels: Labels, C: float) -> tuple[Any, bool]:
 
 
 def _batches(images: NDArray[np.uint8]) -> list[Tensor]:
-    whole = torch.from_numpy(images).permute(0, 3, 1, 2)
-    return [batch.float() / 127.5 - 1 for batch in whole.split(BLOCK)]
+    return [
+        normalise(batch, torch.device("cpu")) for batch in torch.from_numpy(images).split(BLOCK)
+    ]

@@ -2,7 +2,8 @@
 
 Working on logits keeps every loss finite and its gradient exact where sigmoid saturates:
 -log sigmoid(l) = softplus(-l) and -log(1 - sigmoid(l)) = softplus(l). The hinge and least-squares
-objectives take D's output as it is. All inputs are float (N,), all results float scalars: means
+objectives take D's output as it is (so least squares draws it to 0 and 1, and the sigmoid that
+is logged as D(x) towards 0.5 and 0.73). All inputs are float (N,), all results float scalars: means
 over the batch.
 """
 

@@ -30,7 +30,7 @@ from pipeline.decode import DecodeError, encode
 from pipeline.durable import publish, sha256_of
 from pipeline.errors import DataError, UserError
 from pipeline.order import permutation
-from pipeline.shards import INDEX_NAME, NO_LABEL, ROW, Shard
+from pipeline.shards import INDEX_NAME, NO_LABEL, ROW, Shard, shard_name
 from pipeline.sources import Source, reader
 from pipeline.spread import REPORT_SECONDS
 
@@ -98,11 +98,6 @@ class Packed:
     field: str
     skipped: list[tuple[str, str]]
     enlarged: int
-
-
-def shard_name(number: int) -> str:
-    """The file name of a shard."""
-    return f"shard-{number:06d}.tar"
 
 
 def pack(job: Job, number: int) -> Iterator[int | Packed]:

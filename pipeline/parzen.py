@@ -2,10 +2,10 @@
 
 A Gaussian of width sigma is put on each of N generated images, pixels in [0, 1]; the score is the
 mean log density of held-out images under the mixture, with its standard error. sigma is the one
-that is best for other held-out images: the first tenth of the same set. The authors' code chose it
-on 1,000 images left out of the training set, and scored the whole test set.
+that is best for other held-out images: a tenth of the same set, a fixed random choice. The authors'
+code chose it on 1,000 images left out of the training set, and scored the whole test set.
 
-What it is worth: it was the only likelihood that could be had of a GAN, and is the figure of the
+What it is worth: it was the only likelihood estimate available for a GAN, and is the figure of the
 paper's table 1. In hundreds of dimensions it is far from the true likelihood, it can rank a model
 that repeats cluster centres above the data itself, and it need not agree with how images look
 (Theis et al. 2016, arXiv 1511.01844). It serves to compare with the paper; FID or KID decide.
@@ -188,7 +188,7 @@ class ParzenEvaluator(Evaluator):
             images = candidates.reals(self.held_out, self.config.data, count)
             self._images = pixels(images(0, count))["pixels"]
 
-        on_rank_zero(self.accelerator, load)
+        on_rank_zero(self.accelerator, load, lengthy=True)
 
     def score(self, images: Images, name: str) -> dict[str, float]:
         """Scores of ``eval.num_images`` images by metric key; {} on ranks other than 0."""
@@ -206,5 +206,5 @@ class ParzenEvaluator(Evaluator):
                 )
             scores.update(zip(map(self.protocol.key, self.protocol.columns), values, strict=True))
 
-        on_rank_zero(self.accelerator, compute)
+        on_rank_zero(self.accelerator, compute, lengthy=True)
         return scores

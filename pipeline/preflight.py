@@ -144,8 +144,8 @@ def _stop_requests(peers: Peers) -> Finding:
     def agree() -> float:
         agreement = Agreement(peers.count, timedelta(seconds=GLOO_SECONDS))
         began = time.perf_counter()
-        agreement.agree(stop=peers.rank == peers.count - 1, save=False)
-        agreed = agreement.agree(stop=False, save=False)
+        agreement.agree(stop=peers.rank == peers.count - 1, also=False)
+        agreed = agreement.agree(stop=False, also=False)
         seconds = time.perf_counter() - began
         agreement.close()
         if agreed != (True, False):

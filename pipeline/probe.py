@@ -137,7 +137,9 @@ def open_pair(
     if not (run / "config.yaml").is_file():
         raise EvaluationError(f"--run ({run}): holds no config.yaml; give a run folder.")
     config = load(run / "config.yaml")
-    found = checkpoint.read(folder) if folder else checkpoint.newest(run)[0]
+    found, damaged = (checkpoint.read(folder), []) if folder else checkpoint.newest(run)
+    for line in damaged:
+        print(f"damaged checkpoint passed over: {line}", file=sys.stderr, flush=True)
     if found is None:
         raise CheckpointError(
             f"--run ({run}): no checkpoint there; D is not in a snapshot. Training writes one "

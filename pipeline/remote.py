@@ -17,6 +17,12 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def open_url(url: str) -> Iterator[IO[bytes]]:
+    """A file to read from, closed with the block.
+
+    Raises:
+        DataError: a scheme that is not installed, or nothing there.
+        ConnectionError: the network failed; another try may succeed.
+    """
     import fsspec  # only remote data pays for it
 
     scheme = url.split("://")[0]

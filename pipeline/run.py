@@ -26,12 +26,11 @@ from pipeline.errors import CheckpointError
 from pipeline.gan import GAN
 from pipeline.order import Order
 from pipeline.run_folder import RunFolder
-from pipeline.sampling import generate, image_grid, sampler, z_rows
+from pipeline.sampling import sample_grid, sampler
 from pipeline.shards import Index
 from pipeline.tracking import NullTracker, Tracker
 
 log = logging.getLogger("pipeline")
-GRID_IMAGES = 64
 
 
 class Run:
@@ -116,7 +115,7 @@ class Run:
         minutes = self.config.train.checkpoint_minutes
         late = self.is_main and 0 < minutes * 60 < time.monotonic() - self._saved_at
         self._stop, self._save_by_clock = self._agreement.agree(
-            stop=signals.received() is not None, save=late
+            stop=signals.received() is not None, also=late
         )
         self.tracker.advance(step)
 
@@ -146,8 +145,7 @@ class Run:
         if self.is_main:
             model, seed = self.config.model, self.config.run.seed
             G = sampler(model, gan.G_ema.state_dict(), self.accelerator.device)
-            images = generate(G, z_rows(model, seed, "grid", 0, GRID_IMAGES))
-            self.tracker.images(step, image_grid(images))
+            self.tracker.images(step, sample_grid(G, model, seed))
 
     def save(self, step: int, gan: GAN) -> None:
         """Commit a checkpoint, then prune; a snapshot of G_ema with each regular one."""

@@ -23,6 +23,8 @@ BLOCK = 64
 """Images per forward pass and rows per noise stream when sampling."""
 STANDING_BATCHES = 16
 """Batches of ``BLOCK`` fixed z that the BatchNorm statistics of a sampler are computed from."""
+GRID_IMAGES = 64
+"""Images in a picture of samples."""
 
 
 def stream(seed: int, purpose: str, index: int = 0) -> torch.Generator:
@@ -112,6 +114,11 @@ def generate(G: nn.Module, z: Tensor) -> NDArray[np.uint8]:
             padded = torch.cat([block, block.new_zeros(BLOCK - len(block), z.shape[1])])
             out.append(to_uint8(G(padded.to(device)))[: len(block)].cpu().numpy())
     return np.concatenate(out)
+
+
+def sample_grid(G: nn.Module, model: ModelConfig, seed: int) -> NDArray[np.uint8]:
+    """One picture, (8 S, 8 S, C), of images from z that are fixed for a run."""
+    return image_grid(generate(G, z_rows(model, seed, "grid", 0, GRID_IMAGES)))
 
 
 def to_uint8(images: Tensor) -> Tensor:

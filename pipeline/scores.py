@@ -7,7 +7,6 @@ protocol and is refused when it does not fit.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from pipeline.durable import publish
 from pipeline.errors import EvaluationError
-from pipeline.features import Extractor
+from pipeline.features import Extractor, tensors_sha256
 from pipeline.order import permutation
 from pipeline.protocol import PURPOSE, Protocol, RealSide
 
@@ -69,7 +68,7 @@ def write_reference(path: Path, reference: Reference) -> None:
         "mu": torch.from_numpy(reference.mu),
         "sigma": torch.from_numpy(reference.sigma),
     }
-    about = {"side": dataclasses.asdict(reference.side), "sha256": _tensors_sha256(tensors)}
+    about = {"side": dataclasses.asdict(reference.side), "sha256": tensors_sha256(tensors)}
     # One entry: safetensors writes several in random order, and equal references would differ.
     metadata = {"reference": json.dumps(about)}
     try:
@@ -96,7 +95,7 @@ def read_reference(path: Path, side: RealSide) -> Reference:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         about = json.loads(metadata["reference"])
-        if _tensors_sha256(tensors) != about["sha256"]:
+        if tensors_sha256(tensors) != about["sha256"]:
             raise ValueError("its checksum differs")
         fields = about["side"]
         found = RealSide(**fields | {"image_shape": tuple(fields["image_shape"])})
@@ -168,11 +167,3 @@ def table(rows: list[dict[str, Any]], protocol: Protocol, best_step: int | None)
         cells = "".join(f"{value:>12.5g}" for value in values)
         lines.append(f"{row['step']:>8}{cells}{'  best' if row['step'] == best_step else ''}")
     return "\n".join(lines)
-
-
-def _tensors_sha256(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -85,6 +85,11 @@ class Index:
 # -- writing ------------------------------------------------------------------------------------
 
 
+def shard_name(number: int) -> str:
+    """The file name of a shard that is written here."""
+    return f"shard-{number:06d}.tar"
+
+
 def scan(path: Path) -> tuple[Shard, NDArray[np.void], str]:
     """(shard, table rows, image field) of one tar on disk, from its headers alone.
 

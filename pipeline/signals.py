@@ -73,15 +73,20 @@ class Agreement:
 
             self._group = dist.new_group(backend="gloo", timeout=patience)
 
-    def agree(self, stop: bool, save: bool) -> tuple[bool, bool]:
-        """(stop, save): whether any rank asked, in this call (one process) or the one before."""
+    def agree(self, stop: bool, also: bool) -> tuple[bool, bool]:
+        """(stop, also): whether any rank asked, in this call (one process) or the one before.
+
+        Args:
+            stop: this rank wants all to stop.
+            also: whatever else the caller shares: a checkpoint that is due, a failure.
+        """
         if self._group is None:
-            return stop, save
+            return stop, also
         import torch
         import torch.distributed as dist
 
         agreed = self._read()
-        self._flags = torch.tensor([int(stop), int(save)])
+        self._flags = torch.tensor([int(stop), int(also)])
         self._work = dist.all_reduce(
             self._flags, dist.ReduceOp.MAX, group=self._group, async_op=True
         )
@@ -96,5 +101,5 @@ class Agreement:
         if self._work is None or self._flags is None:
             return False, False
         self._work.wait()
-        stop, save = self._flags.tolist()
-        return bool(stop), bool(save)
+        stop, also = self._flags.tolist()
+        return bool(stop), bool(also)

@@ -22,11 +22,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline.config import Config
-from pipeline.dashboard import STEP_KEY, Dashboard, Picture, make_run_id, say
+from pipeline.dashboard import STEP_KEY, Dashboard, Picture, say
 from pipeline.durable import publish
 from pipeline.errors import RunFolderError
-
-__all__ = ["NullTracker", "Tracker", "make_run_id"]
 
 
 class Tracker:

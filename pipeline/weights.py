@@ -82,7 +82,7 @@ def fetch(url: str, target: Path, sha256: str) -> Path:
     except OSError as error:  # URLError is one
         reason = getattr(error, "reason", error)
         raise EvaluationError(
-            f"Inception's weights are not in {target.parent} and cannot be fetched from {url}: "
+            f"{target.name} is not in {target.parent} and cannot be fetched from {url}: "
             f"{reason}. {_how_to_get()}"
         ) from None
     finally:

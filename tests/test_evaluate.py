@@ -21,7 +21,6 @@ from evaluating import (
     add_checkpoint,
     add_snapshot,
     evaluated,
-    generator_of,
     make_config,
     make_run,
 )
@@ -177,6 +176,21 @@ def test_a_bare_folder_is_scored_by_the_same_protocol(
     evaluated("--run", run, "--images", folder)
     printed = dict(re.findall(r"^(eval/\S+) +(\S+)$", capsys.readouterr().out, re.M))
     assert printed == {key: f"{value:.5g}" for key, value in scores(run)[20].items()}
+
+
+def test_more_images_than_needed_are_sampled_from_the_whole_folder(tmp_path: Path) -> None:
+    """By a fixed choice, in the order of names: the first ones could all be of one class."""
+    for k in range(60):
+        path = tmp_path / f"class_{k // 30}" / f"{k:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((32, 32), 4 * k, np.uint8)).save(path)
+    grey = candidates.folder(str(tmp_path), (32, 32, 1), 20)(0, 20)[:, 0, 0, 0] // 4
+    assert grey.tolist() == sorted(set(grey.tolist()))
+    assert 5 < (grey >= 30).sum() < 15
+    again = candidates.folder(str(tmp_path), (32, 32, 1), 20)
+    assert np.array_equal(again(5, 9)[:, 0, 0, 0] // 4, grey[5:9])
+    everything = candidates.folder(str(tmp_path), (32, 32, 1), 60)(0, 60)[:, 0, 0, 0] // 4
+    assert everything.tolist() == list(range(60))
 
 
 def test_a_snapshot_alone_is_scored_and_printed(
@@ -486,11 +500,12 @@ def test_one_bad_snapshot_does_not_hold_up_the_others(run: Path) -> None:
     assert list(scores(run)) == [20]
 
 
-def test_a_diverged_generator_is_no_score(run: Path) -> None:
-    """NaN weights would still give uint8 images, and a number."""
-    state = generator_of(10).state_dict()
-    state["layers.project.weight"][0] = float("nan")
-    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+@pytest.mark.parametrize("name", ["layers.project.weight", "layers.norm_4.running_var"])
+def test_a_diverged_generator_is_no_score(run: Path, name: str) -> None:
+    """NaN in weights or statistics would still give uint8 images, and a number."""
+    state = checkpoint.load_snapshot(run / "snapshots" / "step_00000020")[0].state_dict()
+    state[name][0] = float("nan")
+    tensors = {key: tensor.contiguous() for key, tensor in state.items()}
     save_file(tensors, run / "snapshots" / "step_00000020" / "generator.safetensors")
     assert "training had diverged" in refusal("--run", run, kind=CheckpointError)
 

@@ -18,6 +18,7 @@ import torch
 import webdataset as wds
 from conftest import CountingServer, pixels_of, write_shards
 from evaluating import (
+    MODEL,
     add_checkpoint,
     add_snapshot,
     evaluated,
@@ -28,7 +29,7 @@ from evaluating import (
 from launching import REPO, environment
 from PIL import Image
 
-from pipeline import checkpoint, filters, linear_probe, probe, theory
+from pipeline import checkpoint, filters, game, linear_probe, probe
 from pipeline.checkpoint import load_snapshot
 from pipeline.config_files import dump, load
 from pipeline.decode import encode
@@ -36,7 +37,7 @@ from pipeline.errors import EvaluationError, GenerationError, UserError
 from pipeline.filters import guided_gradients
 from pipeline.ledger import best, read_rows
 from pipeline.linear_probe import check_memory, standing
-from pipeline.models import make_discriminator
+from pipeline.models import init_weights, make_discriminator
 from pipeline.parzen import SAMPLES, SIGMAS, log_likelihoods, parzen, pixels
 from pipeline.probe import open_pair
 from pipeline.reader import Cache, Reader
@@ -291,6 +292,23 @@ def test_mistakes_of_the_probe_are_one_message(labelled_run: Path, tmp_path: Pat
         filters.picture(filters.parse(words))
 
 
+def test_the_pair_is_the_checkpoints_d_and_one_with_first_weights(
+    labelled_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a damaged checkpoint that is passed over is named."""
+    broken = add_checkpoint(labelled_run, 20) / "D.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-1] + b"x")
+    _, found, trained, random = open_pair(labelled_run, None, 5)
+    assert "step_00000020: D.safetensors is damaged" in capsys.readouterr().err
+    assert checkpoint.step_of(found.path) == 10
+    kept, first = checkpoint.read(found.path).weights["D"], make_discriminator(MODEL)
+    init_weights(first, stream(5, "probe"))
+    for name, value in trained.state_dict().items():
+        assert torch.equal(value, kept[name])
+        assert torch.equal(random.state_dict()[name], first.state_dict()[name])
+    assert not torch.equal(trained.layers[0].weight, random.layers[0].weight)  # type: ignore[index, union-attr]
+
+
 def test_features_are_refused_that_do_not_fit_into_memory() -> None:
     """configs/dcgan_64.yaml on 60,000 images: 48 GiB, 28 bytes for each of 30,720 numbers."""
     dim = 16 * (128 + 256 + 512 + 1024)
@@ -408,6 +426,27 @@ def test_guided_gradients_of_one_layer_are_its_filter_where_it_responds(labelled
         torch.testing.assert_close(gradients[k, 0], whole[1:33, 1:33])
 
 
+def test_the_most_exciting_images_stand_left_of_what_excites(labelled_run: Path) -> None:
+    """A row for each feature, the largest response first, by the definition of a response."""
+    _, _, D, _ = open_pair(labelled_run, None, 0)
+    images = np.stack([pixels_of(k, (32, 32, 1)) for k in range(70)])
+    standing(D, images)
+    found = filters.excited(D, images, features=3, count=2)
+    assert found.shape == (3 * 32, 4 * 32, 1)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    for feature in range(3):
+        row = found[feature * 32 :][:32]
+        with torch.no_grad():
+            h = torch.nn.Sequential(*list(D.layers)[:-1])(x)  # type: ignore[arg-type]
+        best = h[:, feature].amax((1, 2)).argsort(descending=True)[:2]
+        _, slopes = guided_gradients(D, x[best], feature)
+        for k, image in enumerate(best.tolist()):
+            assert np.array_equal(row[:, 64 * k : 64 * k + 32], images[image])
+            scaled = (slopes[k, 0] / slopes[k].abs().max()).numpy()
+            right = row[:, 64 * k + 32 : 64 * k + 64, 0]
+            np.testing.assert_allclose(right, 127.5 + 127.5 * scaled, atol=0.51)
+
+
 def test_filters_are_drawn_beside_those_of_a_random_d(labelled_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "filters.png"
     words = ["--run", str(labelled_run), "--out", str(out), "--num-images", "100", "--count", "2"]
@@ -442,7 +481,7 @@ def test_mistakes_of_filters_are_one_message(labelled_run: Path, tmp_path: Path)
 def test_a_short_game_shows_the_theorems(tmp_path: Path) -> None:
     """Proposition 1: D trained alone comes to D*. Theorem 1: C(G) falls to -log 4, V follows."""
     torch.set_num_threads(1)
-    moments = theory.play(seed=0, steps=400)
+    moments = game.play(seed=0, steps=400)
     first, alone, moved, last = moments
     assert first.off_best > alone.off_best
     assert alone.off_best < 0.1
@@ -454,14 +493,12 @@ def test_a_short_game_shows_the_theorems(tmp_path: Path) -> None:
     assert last.off_half < 0.03 < first.off_half  # D ends undecided, and was not at first
     for moment in moments:
         assert moment.value <= -math.log(4) + 2 * moment.jsd + 1e-6  # D* is the maximum
-        assert moment.p_g.sum() * (theory.RIGHT - theory.LEFT) / theory.BINS == pytest.approx(
-            1, abs=0.02
-        )
+        assert moment.p_g.sum() * (game.RIGHT - game.LEFT) / game.BINS == pytest.approx(1, abs=0.02)
     pytest.importorskip("matplotlib", reason="the extra figures is not installed")
     from pipeline.theory_figure import draw
 
     assert draw(moments)[:8] == b"\x89PNG\r\n\x1a\n"
-    numbers = theory.summary(moments, 0, 400)
+    numbers = game.summary(moments, 0, 400)
     assert json.loads(json.dumps(numbers))["moments"][3]["value"] == last.value
 
 
@@ -478,13 +515,13 @@ def test_the_value_of_a_d_that_is_sure_is_exact() -> None:
     """
     for logit in (18.0, 40.0, -40.0):
         D = fixed(lambda x, logit=logit: torch.full_like(x, logit))  # type: ignore[misc]
-        moment = theory.measure("x", fixed(lambda z: z * 0.3), D)
+        moment = game.measure("x", fixed(lambda z: z * 0.3), D)
         assert moment.value == pytest.approx(-abs(logit), rel=1e-3)
         assert moment.outside == 0
-        assert "outside" not in theory.table([moment])
-    wide = theory.measure("x", fixed(lambda z: z * 2), fixed(torch.zeros_like))
+        assert "outside" not in game.table([moment])
+    wide = game.measure("x", fixed(lambda z: z * 2), fixed(torch.zeros_like))
     assert wide.outside == pytest.approx(0.2113, abs=1e-3)  # P(|z| > 1.25)
-    assert "21 % of p_g lies outside [-2.5, 2.5]" in theory.table([wide])
+    assert "21 % of p_g lies outside [-2.5, 2.5]" in game.table([wide])
 
 
 @pytest.mark.parametrize(
