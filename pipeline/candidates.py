@@ -61,7 +61,7 @@ def at(path: Path, weights: str) -> Candidate:
     """
     snapshot = (path / checkpoint.GENERATOR).is_file()
     number = path.name.removeprefix("step_")
-    if not number.isdigit() or not (snapshot or (path / checkpoint.STATE).is_file()):
+    if not number.isdecimal() or not (snapshot or (path / checkpoint.STATE).is_file()):
         raise EvaluationError(
             f"--checkpoint {path}: must be a folder step_N of checkpoints/ or snapshots/ of a run."
         )

@@ -68,7 +68,7 @@ def snapshots(run_dir: Path) -> list[Path]:
 
 
 def _steps(folder: Path) -> list[Path]:
-    found = [p for p in folder.glob("step_*") if p.name.removeprefix("step_").isdigit()]
+    found = [p for p in folder.glob("step_*") if p.name.removeprefix("step_").isdecimal()]
     return sorted(found, key=step_of)
 
 

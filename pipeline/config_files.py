@@ -110,6 +110,8 @@ def _read_yaml(path: Path) -> DictConfig:
         if not isinstance(error.errno, int):  # OmegaConf's word for a bare number or date
             raise ConfigError(f"--config {path}: must hold sections (run:, model:, ...).") from None
         raise ConfigError(f"--config {path}: cannot be read: {error}.") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--config {path}: not a configuration: {error}.") from None
     except YAMLError as error:
         detail = " ".join(str(error).split())
         raise ConfigError(f"--config {path}: not valid YAML: {detail}.") from None
@@ -217,6 +219,10 @@ def _impossible(config: Config) -> list[str]:
     for key, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             faults.append(f"{key} ({value}): must be a finite number")
+        if isinstance(value, int) and abs(value) >= 2**40 and not key.endswith(".seed"):
+            faults.append(f"{key}: must be below 2**40")
+    need("at most 65536", lambda v: v <= 2**16, "model.z_dim", "model.num_classes", "model.maxout")
+    need("at most 65536", lambda v: v <= 2**16, "model.ngf", "model.ndf")
     need("a folder, e.g. runs/first", lambda v: v and "://" not in v, "run.dir", "data.cache_dir")
     need("a folder, e.g. ~/.cache/refs", lambda v: v and "://" not in v, "eval.cache_dir")
     need("a local file", lambda v: "://" not in v, "eval.extractor_weights", "eval.reference")

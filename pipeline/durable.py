@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import GenerationError
@@ -11,32 +13,107 @@ from pipeline.errors import GenerationError
 
 def publish(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a power cut."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial = _aside(path)
     try:
-        with partial.open("wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
+        _write(partial, content)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
-def check_new(path: Path, field: str = "--out") -> None:
-    """Refuse a place for a result where something is or nothing can be put, before any work.
+def place_for(
+    path: Path,
+    field: str = "--out",
+    *,
+    replace: bool = False,
+    reuse: bool = False,
+    option: str = "",
+) -> Path:
+    """The absolute path of a result; refused, before any work, where it could not be put.
+
+    Args:
+        path: as the user wrote it; ``~`` is expanded, links are followed, its folder is made.
+        field: the option it came from.
+        replace: a file that is there may be replaced.
+        reuse: what is there is looked at by the caller.
+        option: which makes the command replace a file.
 
     Raises:
-        GenerationError: naming the option and the place.
+        GenerationError: something is there, or nothing can be put there.
     """
-    if path.exists():
-        raise GenerationError(f"{field} ({path}): exists already; give another name.")
     try:
+        path = path.expanduser().resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        _aside(path).exists()  # a name may be too long
+        there, is_file = path.exists(), path.is_file()
+    except (OSError, RuntimeError) as error:  # the latter: no such user, or links in a circle
         raise GenerationError(f"{field} ({path}): cannot be written: {error}.") from None
+    if there and not (reuse or (replace and is_file)):
+        remedy = "give another name" + (f", or {option}" if option and is_file else "")
+        raise GenerationError(f"{field} ({path}): exists already; {remedy}.")
     if not os.access(path.parent, os.W_OK):
         raise GenerationError(f"{field} ({path}): its folder cannot be written to; give another.")
+    return path
+
+
+def write_results(files: Mapping[Path, bytes], *, replace: bool = False) -> None:
+    """Publish all of these files, or none; one that has appeared meanwhile is not replaced unasked.
+
+    Raises:
+        GenerationError: one of them cannot be written.
+    """
+    partials = {path: _aside(path) for path in files}
+    made: list[Path] = []
+    try:
+        for path, partial in partials.items():
+            _write(partial, files[path])
+        for path, partial in partials.items():
+            if replace:
+                os.replace(partial, path)
+            else:
+                _rename_new(partial, path)
+                made.append(path)
+        for folder in {path.parent for path in files}:
+            sync_folder(folder)
+    except OSError as error:
+        for done in made:
+            done.unlink(missing_ok=True)
+        reason = (
+            "exists now" if isinstance(error, FileExistsError) else f"cannot be written: {error}"
+        )
+        raise GenerationError(f"--out ({path}): {reason}; give another name.") from None
+    finally:
+        for partial in partials.values():
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _rename_new(partial: Path, path: Path) -> None:
+    """As ``os.rename``, but a file that is there stays.
+
+    Raises:
+        FileExistsError: there is one.
+    """
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise FileExistsError(str(path)) from None
+        os.replace(partial, path)
 
 
 def sync_folder(path: Path) -> None:

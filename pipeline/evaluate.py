@@ -236,7 +236,8 @@ def main() -> None:
         if options.command == "fetch-weights":
             from pipeline.weights import fetch_inception
 
-            print(f"eval.extractor_weights={fetch_inception(options.to).resolve()}")
+            with signals.interruptible("interrupted: nothing was kept"):
+                print(f"eval.extractor_weights={fetch_inception(options.to).resolve()}")
         else:
             finished = evaluate(options, configuration(options))
     sys.exit(signals.exit_code(finished))

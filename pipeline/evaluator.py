@@ -56,7 +56,7 @@ class Evaluator:
         self._open(self.index)
 
     def _read_index(self, field: str, location: str) -> Index:
-        index, model = read_index(location), self.config.model
+        index, model = read_index(location, field=field), self.config.model
         wanted = (model.image_size, model.image_size, model.channels)
         if index.shape != wanted:
             remedy = "name the shards that the run was trained on"

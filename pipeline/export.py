@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -127,10 +128,11 @@ def write_hub_folder(
     Raises:
         GenerationError: it cannot be written.
     """
-    partial = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     weights = portable(G.state_dict())
     try:
-        partial.mkdir(parents=True)
+        # A name of its own: one that a kill has left behind may have this process's number.
+        partial = Path(tempfile.mkdtemp(".tmp", f"{out.name}.", out.parent))
+        partial.chmod(0o755)
     except OSError as error:
         raise GenerationError(f"--out ({out}): cannot be written: {error}.") from None
     try:

@@ -18,6 +18,7 @@ def grid(
     G: nn.Module, table: Table, rows: Sequence[int], columns: int, scale: int, numbers: bool
 ) -> bytes:
     """A PNG of these rows' images, left to right; with ``numbers`` its row below each."""
+    _check_size(len(rows), table, scale)
     images = pictures.enlarge(generate(G, table.rows(rows)), scale)
     cells = pictures.numbered(images, rows) if numbers else images
     return pictures.png(image_grid(cells, min(columns, len(rows))))
@@ -40,6 +41,7 @@ def walk(
     """
     if len(rows) < 2:
         raise GenerationError(f"--rows ({rows[0]}): must be two rows or more for a walk.")
+    _check_size(len(rows) * (steps + 1), table, scale)
     legs = latent.walk(table.model, table.rows(rows), steps, closed=closed)
     images = generate(G, legs.flatten(0, 1))
     # The end of one leg is the start of the next: shown once in the film.
@@ -55,6 +57,7 @@ def arithmetic(
     G: nn.Module, table: Table, concepts: Sequence[Sequence[int]], noise: float, scale: int
 ) -> bytes:
     """A PNG like the paper's figure 7: mean(a) - mean(b) + mean(c), and images around it."""
+    _check_size(sum(map(len, concepts)), table, scale)
     exemplars = [table.rows(rows) for rows in concepts]
     means, result = latent.arithmetic(table.model, *exemplars)
     around = latent.neighbours(table.model, result, noise, table.seed)
@@ -62,3 +65,9 @@ def arithmetic(
     ends = np.cumsum([*map(len, exemplars), 3])
     *parts, of_means, results = np.split(images, ends)
     return pictures.png(pictures.sum_figure(parts, of_means, results))
+
+
+def _check_size(count: int, table: Table, scale: int) -> None:
+    """Before any of so many images is made."""
+    numbers = count * (table.model.image_size * scale) ** 2 * table.model.channels
+    pictures.check_size(numbers, "fewer rows or steps, or a smaller --scale")

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import signals
 from pipeline.errors import EvaluationError, one_clear_message
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def picture(options: argparse.Namespace) -> bytes:
     import numpy as np
 
     from pipeline.linear_probe import chosen, standing
-    from pipeline.pictures import enlarge, png
+    from pipeline.pictures import check_size, enlarge, png
     from pipeline.probe import open_pair, open_shards
     from pipeline.sampling import image_grid
 
@@ -136,6 +137,9 @@ def picture(options: argparse.Namespace) -> bytes:
         )
     last = config.model.ndf * config.model.image_size // 8
     features = min(options.features, last)
+    side = config.model.image_size * options.scale
+    remedy = "a smaller --count, --features or --scale"
+    check_size(4 * options.count * features * side**2 * config.model.channels, remedy)
     columns = []
     for D in (trained, random):
         standing(D, images)
@@ -178,10 +182,16 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--scale", type=int, default=2, help="side of the square a pixel becomes (2)")
     add("--seed", type=int, default=0, help="of the choice of images and of the random D (0)")
     options = parser.parse_args(words)
-    for name, low in (("num_images", 64), ("features", 1), ("count", 1), ("scale", 1), ("seed", 0)):
-        if getattr(options, name) < low:
-            field = name.replace("_", "-")
-            parser.error(f"--{field} ({getattr(options, name)}): must be at least {low}")
+    for name, low, high in (
+        ("num_images", 64, 2**40),
+        ("features", 1, 2**16),
+        ("count", 1, 2**16),
+        ("scale", 1, 64),
+        ("seed", 0, 2**63 - 1),
+    ):
+        if not low <= getattr(options, name) <= high:
+            field, value = name.replace("_", "-"), getattr(options, name)
+            parser.error(f"--{field} ({value}): must be between {low} and {high}")
     if options.out.suffix != ".png":
         parser.error(f"--out ({options.out}): must end in .png")
     return options
@@ -190,15 +200,11 @@ def parse(words: list[str]) -> argparse.Namespace:
 def main() -> None:
     """Parse the command line and draw; exit code 2 on a user's mistake."""
     options = parse(sys.argv[1:])
-    with one_clear_message():
-        from pipeline.durable import check_new, publish
+    with one_clear_message(), signals.interruptible("interrupted: nothing was written"):
+        from pipeline.durable import place_for, write_results
 
-        check_new(options.out)
-        content = picture(options)
-        try:
-            publish(options.out, content)
-        except OSError as error:
-            raise EvaluationError(f"--out ({options.out}): cannot be written: {error}.") from None
+        out = place_for(options.out)
+        write_results({out: picture(options)})
         print(f"written: {options.out}", flush=True)
 
 

@@ -25,12 +25,15 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import re
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.durable import place_for
 from pipeline.errors import GenerationError, one_clear_message
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from pipeline.latent import Table
 
 MOST_IMAGES = 10**8  # eight digits name an image
+KEPT = "finished parts are kept, the same command continues"
 COMMANDS = {
     "images": "a set of images: PNG files, npz or WebDataset shards; on any number of processes",
     "grid": "one picture of many images",
@@ -52,8 +56,8 @@ COMMANDS = {
 
 def generate(options: argparse.Namespace) -> None:
     """Make what the command line names."""
-    _check_place(options)
     path = _snapshot(options)
+    _check_place(options)
     # torch takes seconds to import; --help and a mistyped path answer without it.
     import torch
 
@@ -105,6 +109,7 @@ def _images(
         "torch": torch.__version__,
         "device": accelerator.device.type,
     }
+    record |= {name: getattr(model, name) for name in ("z_dim", "z_distribution", "num_classes")}
     if model.num_classes and options.format == "shards":
         record["labels"] = "cls"
     shape = (model.image_size, model.image_size, model.channels)
@@ -122,8 +127,7 @@ def _images(
     if outcome == "stopped":
         name = signals.received() or "SIGTERM"
         if is_main:
-            again = "finished parts are kept, the same command continues"
-            print(f"stopped by {name}: {again}.", file=sys.stderr, flush=True)
+            print(f"stopped by {name}: {KEPT}.", file=sys.stderr, flush=True)
         sys.exit(128 + signal.Signals[name])
     if is_main:
         said = "already complete, nothing to do" if outcome == "complete" else "written"
@@ -133,7 +137,7 @@ def _images(
 def _single(options: argparse.Namespace, path: Path, G: nn.Module, table: Table) -> None:
     """What one process makes; no file appears before all of them are ready."""
     from pipeline import figures
-    from pipeline.durable import publish
+    from pipeline.durable import write_results
     from pipeline.latent import interpolation, parse_concept, parse_rows
 
     out: Path = options.out
@@ -156,11 +160,8 @@ def _single(options: argparse.Namespace, path: Path, G: nn.Module, table: Table)
         files[out] = _onnx(path, G, table)
     else:
         _hub(options, path, G, table)
+    write_results(files, replace=options.overwrite)
     for file, content in files.items():
-        try:
-            publish(file, content)
-        except OSError as error:
-            raise GenerationError(f"--out ({file}): cannot be written: {error}.") from None
         print(f"written: {file} ({len(content) / 1024:.0f} KiB)", flush=True)
 
 
@@ -208,28 +209,29 @@ def _facts(path: Path, table: Table) -> dict[str, str]:
 
 def _check_place(options: argparse.Namespace) -> None:
     """Refuse an ``--out`` that cannot be written, or that would be replaced, before any work."""
-    out = options.out = options.out.expanduser().resolve()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise GenerationError(f"--out ({out}): cannot be written: {error}.") from None
-    if options.command == "images" or (options.command == "hub" and options.push):
-        return  # they look themselves, and go on with what is there
-    for path in [out, out.with_suffix(".png")] if options.command == "walk" else [out]:
-        replaceable = path.is_file() and getattr(options, "overwrite", False)
-        if path.exists() and not replaceable:
-            remedy = "give another name" + (", or --overwrite" if path.is_file() else "")
-            raise GenerationError(f"--out ({path}): exists already; {remedy}.")
+    # A set of images and a folder to push look themselves, and go on with what is there.
+    reuse = options.command == "images" or (options.command == "hub" and bool(options.push))
+    option = "" if options.command in ("images", "hub") else "--overwrite"
+    out, check = options.out, partial(place_for, replace=options.overwrite, option=option)
+    options.out = check(out, reuse=reuse)
+    if options.command == "walk":
+        check(out.with_suffix(".png"))
 
 
 def _snapshot(options: argparse.Namespace) -> Path:
+    field, given = ("--snapshot", options.snapshot) if options.snapshot else ("--run", options.run)
+    try:
+        path: Path = given.expanduser()
+        path.exists()  # a name may be too long
+    except (OSError, RuntimeError) as error:
+        raise GenerationError(f"{field} ({given}): cannot be read: {error}.") from None
     if options.snapshot:
-        return Path(options.snapshot).expanduser()
-    found: list[Path] = [p for p in options.run.glob("snapshots/step_*") if p.name[5:].isdigit()]
+        return path
+    found = [p for p in path.glob("snapshots/step_*") if p.name[5:].isdecimal()]
     if not found:
-        near = sorted(str(p.parent) for p in options.run.parent.glob("*/snapshots"))[:10]
+        near = sorted(str(p.parent) for p in path.parent.glob("*/snapshots"))[:10]
         raise GenerationError(
-            f"--run ({options.run}): no snapshot there; training writes one with each checkpoint. "
+            f"--run ({path}): no snapshot there; training writes one with each checkpoint. "
             f"Runs with snapshots beside it: {', '.join(near) or 'none'}."
         )
     return max(found, key=lambda p: int(p.name[5:]))
@@ -251,7 +253,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         source.add_argument("--run", type=Path, metavar="DIR", help="the newest snapshot of a run")
         add("--out", type=Path, required=True, metavar="PATH", help="what to write")
         add("--seed", type=int, default=0, help="of the noise (0)")
-        command.set_defaults(truncation=1.0, of_class=None)
+        command.set_defaults(truncation=1.0, of_class=None, overwrite=False)
         if name != "onnx":  # whose z is the caller's
             add("--truncation", type=float, help="z is multiplied by it, 0 to 1 (1)")
             add("--class", dest="of_class", type=int, metavar="N", help="of one class (of all)")
@@ -295,6 +297,8 @@ def parse(words: list[str]) -> argparse.Namespace:
         if value is not None and not low <= value <= high:
             word = name.removeprefix("of_")
             of[options.command].error(f"--{word} ({value}): must be between {low} and {high}")
+    if not re.fullmatch(r"[A-Za-z0-9.-]*", getattr(options, "license", "")):
+        of["hub"].error(f"--license ({options.license}): must be an identifier like apache-2.0")
     suffix = {"walk": ".gif", "grid": ".png", "arithmetic": ".png", "onnx": ".onnx"}.get(
         options.command, ".npz" if getattr(options, "format", "") == "npz" else ""
     )
@@ -303,22 +307,19 @@ def parse(words: list[str]) -> argparse.Namespace:
     return options
 
 
-def _interrupt(number: int, _: object) -> None:
-    raise KeyboardInterrupt(number)
-
-
 def main() -> None:
     """Run a command; exit code 2 on a user's mistake, 128 + n after signal n."""
     options = parse(sys.argv[1:])
-    try:
-        if options.command != "images":  # which has a state to leave behind, and ranks to agree
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, _interrupt)
-        with one_clear_message():
-            generate(options)
-    except KeyboardInterrupt as stop:
-        print("interrupted: nothing was written.", file=sys.stderr, flush=True)
-        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
+    with one_clear_message():
+        if options.command == "images":  # which has a state to leave behind, and ranks to agree
+            try:
+                generate(options)
+            except KeyboardInterrupt:  # the second one
+                print(f"interrupted: {KEPT}.", file=sys.stderr, flush=True)
+                sys.exit(128 + signal.SIGINT)
+        else:
+            with signals.interruptible("interrupted: nothing is half-written"):
+                generate(options)
 
 
 if __name__ == "__main__":

@@ -192,14 +192,16 @@ def _begin(job: ImageSet, held: contextlib.ExitStack) -> list[int] | None:
     """Parts that are missing, None if the set is complete; holds the work folder's lock."""
     if job.out.exists() and not (job.out.is_dir() and not any(job.out.iterdir())):
         _refuse_differences(job, job.out, _record_at(job), free=FREE)
-        shutil.rmtree(job.out / WORK_FOLDER, ignore_errors=True)  # a kill at the very end
+        _refuse_gaps(job)
+        shutil.rmtree(_left_at_the_end(job), ignore_errors=True)  # a kill at the very end
         return None
     if job.out.is_dir() and job.format == "npz":
         raise GenerationError(f"--out ({job.out}): is a folder; --format npz writes a file.")
-    if os.path.ismount(job.out):
+    if os.path.ismount(job.out) or job.out == Path.cwd():
+        kind = "a mount point" if os.path.ismount(job.out) else "the current folder"
         raise GenerationError(
-            f"--out ({job.out}): is a mount point, which nothing can be renamed to; name a new "
-            "folder in it."
+            f"--out ({job.out}): is {kind}, which nothing can be renamed to; name a new folder in "
+            "it."
         )
     settings = job.work / WORK_FOLDER / "settings.json"
     if not settings.exists() and _is_foreign(job.work):
@@ -226,7 +228,7 @@ def _begin(job: ImageSet, held: contextlib.ExitStack) -> list[int] | None:
             publish(settings, json.dumps(job.record).encode())
     except OSError as error:
         raise _unwritable(job, error) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise GenerationError(f"{settings}: is damaged; remove {job.work}.") from None
     return [k for k in range(len(job.parts())) if not _marker(job, k).exists()]
 
@@ -262,8 +264,26 @@ def _finish(job: ImageSet) -> None:
         sync_folder(job.out.parent)
     except OSError as error:
         raise _unwritable(job, error) from None
-    left = job.work if job.format == "npz" else job.out / WORK_FOLDER
-    shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(_left_at_the_end(job), ignore_errors=True)
+
+
+def _left_at_the_end(job: ImageSet) -> Path:
+    """What is removed when the set has its name."""
+    if job.format == "npz" and (job.work / WORK_FOLDER).is_dir():
+        return job.work
+    return job.out / WORK_FOLDER
+
+
+def _refuse_gaps(job: ImageSet) -> None:
+    """A folder of PNG files that somebody took some from is not the whole set."""
+    if job.format == "png":
+        there = {path.name for path in job.out.iterdir()}
+        missing = [row for row in range(job.num) if f"{row:08d}.png" not in there]
+        if missing:
+            raise GenerationError(
+                f"--out ({job.out}): {len(missing)} of {job.num} images are gone from there, the "
+                f"first is {missing[0]:08d}.png; give another --out, or remove what is left."
+            )
 
 
 def _record_at(job: ImageSet) -> dict[str, Any]:
@@ -276,7 +296,7 @@ def _record_at(job: ImageSet) -> dict[str, Any]:
             found = read_index(str(job.out)).made_by
         else:
             found = json.loads((job.out / RECORD_NAME).read_text())
-    except (OSError, ValueError, KeyError, EOFError, TypeError, DataError):
+    except (OSError, ValueError, KeyError, EOFError, TypeError, RecursionError, DataError):
         return {}
     except (zipfile.BadZipFile, zlib.error):
         return {}
@@ -286,9 +306,9 @@ def _record_at(job: ImageSet) -> dict[str, Any]:
 def _refuse_differences(
     job: ImageSet, where: Path, found: dict[str, Any], free: tuple[str, ...]
 ) -> None:
-    remedy = f"Give another --out, or remove {where}."
     if not found:
-        raise GenerationError(f"--out ({where}): holds something else. {remedy}")
+        raise GenerationError(f"--out ({where}): holds something else. Give another --out.")
+    remedy = f"Give another --out, or remove {where}."
     differing = [
         f"{key}: {found.get(key)} there, {value} now"
         for key, value in job.record.items()

@@ -20,7 +20,7 @@ from pipeline.sampling import stream, z_rows
 
 PURPOSE = "generate"
 """Name of the noise table: evaluations and training grids draw from others."""
-MOST_ROW = 2**40
+MOST_ROW, MOST_ROWS = 2**40, 10_000
 EXEMPLARS = 3  # of a concept: section 6.3.2 found one unstable and the mean of three enough
 
 
@@ -70,10 +70,12 @@ def parse_rows(text: str, field: str) -> list[int]:
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d{1,12})(?:-(\d{1,12}))?\s*", part)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-        if not first <= last < MOST_ROW or last - first >= 10_000:
+        count = len(numbers) + last + 1 - first
+        if not first <= last < MOST_ROW or count > MOST_ROWS:
             raise GenerationError(
-                f"{field} ({text}): must be row numbers and ranges like 3,17,40-43; the command "
-                "grid --numbers shows which image has which number."
+                f"{field} ({text if len(text) < 100 else f'{text[:100]}...'}): must be row numbers "
+                f"and ranges like 3,17,40-43, at most {MOST_ROWS} in all, below {MOST_ROW}; the "
+                "command grid --numbers shows which image has which number."
             )
         numbers += range(first, last + 1)
     return numbers

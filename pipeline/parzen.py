@@ -90,8 +90,8 @@ def log_likelihoods(images: Tensor, samples: Tensor, sigmas: Sequence[float]) ->
     """Log p(x) of every image under the mixture of Gaussians at the samples, for each sigma.
 
     Args:
-        images: (M, D) float, pixels in [0, 1].
-        samples: (N, D) float.
+        images: (M, D), pixels in [0, 1] as floats, or uint8 ones.
+        samples: (N, D) likewise.
         sigmas: standard deviations in units of pixels.
 
     Returns:
@@ -101,10 +101,10 @@ def log_likelihoods(images: Tensor, samples: Tensor, sigmas: Sequence[float]) ->
     count, dim = samples.shape
     total = torch.full((len(sigmas), len(images)), -math.inf, dtype=torch.float64)
     for some in samples.split(max(1, min(SAMPLES, NUMBERS // dim))):
-        near = some.double()
+        near = _unit(some)
         lengths = near.square().sum(1)
         for start in range(0, len(images), CHUNK):
-            x = images[start : start + CHUNK].double()
+            x = _unit(images[start : start + CHUNK])
             distances = x.square().sum(1)[:, None] + lengths - 2 * x @ near.T
             part = total[:, start : start + CHUNK]
             for row, sigma in zip(part, sigmas, strict=True):
@@ -113,11 +113,16 @@ def log_likelihoods(images: Tensor, samples: Tensor, sigmas: Sequence[float]) ->
     return total - torch.tensor(volumes, dtype=torch.float64)[:, None]
 
 
+def _unit(pixels: Tensor) -> Tensor:
+    """As doubles in [0, 1]."""
+    return pixels.double() / 255 if pixels.dtype == torch.uint8 else pixels.double()
+
+
 def parzen(samples: Tensor, validation: Tensor, test: Tensor) -> tuple[float, float, float]:
     """(mean log-likelihood of the test images, its standard error, the sigma that was chosen).
 
     Args:
-        samples: (N, D) float in [0, 1], generated.
+        samples: (N, D), generated; all as in ``log_likelihoods``.
         validation: (V, D), chooses sigma.
         test: (T, D), at least 2.
     """
@@ -127,9 +132,9 @@ def parzen(samples: Tensor, validation: Tensor, test: Tensor) -> tuple[float, fl
     return float(found.mean()), float(found.std() / math.sqrt(len(found))), sigma
 
 
-def pixels(rows: NDArray[np.uint8], _: object = None) -> dict[str, Tensor]:
-    """(n, H, W, C) uint8 -> {"pixels": (n, H * W * C) float32 in [0, 1]}: an extractor."""
-    return {"pixels": torch.from_numpy(rows).flatten(1).float() / 255}
+def pixels(rows: NDArray[np.uint8], device: torch.device) -> dict[str, Tensor]:
+    """(n, H, W, C) uint8 -> {"pixels": (n, H * W * C) uint8 on the device}: an extractor."""
+    return {"pixels": torch.from_numpy(rows).flatten(1).to(device)}
 
 
 class ParzenEvaluator(Evaluator):
@@ -186,7 +191,7 @@ class ParzenEvaluator(Evaluator):
             check_shards(self.held_out, self.config.data.verify)
             count = self.held_out.num_samples
             images = candidates.reals(self.held_out, self.config.data, count)
-            self._images = pixels(images(0, count))["pixels"]
+            self._images = torch.from_numpy(images(0, count)).flatten(1)
 
         on_rank_zero(self.accelerator, load, lengthy=True)
 

@@ -10,12 +10,33 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.decode import encode
+from pipeline.errors import GenerationError
 from pipeline.sampling import image_grid
 
 Pixels = NDArray[np.uint8]
 CAPTION = 13  # pixels under a numbered cell
 SIGN = 24  # pixels between the columns of a sum
 WHITE = 255
+MOST_NUMBERS = (
+    1 << 29
+)  # of a picture or a film: half a gigabyte, several times over while it is made
+
+
+def check_size(numbers: int, remedy: str) -> None:
+    """Refuse a picture or film that would not fit into memory.
+
+    Args:
+        numbers: of all its pixels, in all channels.
+        remedy: what to ask for instead.
+
+    Raises:
+        GenerationError: more than ``MOST_NUMBERS``.
+    """
+    if numbers > MOST_NUMBERS:
+        raise GenerationError(
+            f"--out: would have {numbers:,} numbers, at most {MOST_NUMBERS:,} can be drawn; give "
+            f"{remedy}."
+        )
 
 
 def enlarge(images: Pixels, scale: int) -> Pixels:

@@ -20,7 +20,6 @@ import argparse
 import math
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -53,8 +52,9 @@ from pipeline.packing import (
 )
 from pipeline.reader import check_shards
 from pipeline.shards import INDEX_NAME, Index, read_index, write_index
+from pipeline.signals import interruptible
 from pipeline.sources import Source, find
-from pipeline.spread import STOP_SIGNALS, progress, spread
+from pipeline.spread import progress, spread
 
 LISTED = 10
 
@@ -278,24 +278,12 @@ def _note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr, flush=True)
 
 
-def _interrupt(number: int, _: object) -> None:
-    raise KeyboardInterrupt(number)
-
-
 def main() -> None:
     """Run the command; exit code 2 on a user's mistake or a fault found, 128 + n on signal n."""
     options = parse()
-    for number in STOP_SIGNALS:
-        signal.signal(number, _interrupt)
-    with one_clear_message():
-        try:
-            print(verify(options.verify, options.workers) if options.verify else prepare(options))
-        except KeyboardInterrupt as stop:
-            again = (
-                "" if options.verify else ": finished shards are kept, the same command continues"
-            )
-            print(f"interrupted{again}.", file=sys.stderr, flush=True)
-            sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
+    again = "" if options.verify else ": finished shards are kept, the same command continues"
+    with one_clear_message(), interruptible(f"interrupted{again}"):
+        print(verify(options.verify, options.workers) if options.verify else prepare(options))
 
 
 if __name__ == "__main__":

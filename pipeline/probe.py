@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import signals
 from pipeline.errors import CheckpointError, EvaluationError, one_clear_message
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def probe(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             "probe: needs scikit-learn; install with: pip install 'dcgan-pipeline[probe]'"
         )
     # torch takes seconds to import; --help and a mistyped path answer without it.
-    from pipeline.durable import check_new
+    from pipeline.durable import place_for
     from pipeline.linear_probe import (
         Outcome,
         check_memory,
@@ -49,8 +50,10 @@ def probe(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from pipeline.linear_probe import probe as measure
 
     if options.out is not None:
-        check_new(options.out)
+        options.out = place_for(options.out)
     config, found, trained, random = open_pair(options.run, options.checkpoint, options.seed)
+    if config.model.architecture != "dcgan":
+        raise EvaluationError(f"--run ({options.run}): this run's D has no convolutional layers.")
     sources = {
         "--train": open_shards("--train", options.train or config.data.shards, config.model),
         "--test": open_shards("--test", options.test, config.model),
@@ -107,7 +110,7 @@ def open_shards(field: str, location: str, model: ModelConfig) -> Index:
     """
     from pipeline.shards import read_index
 
-    index, size, channels = read_index(location), model.image_size, model.channels
+    index, size, channels = read_index(location, field=field), model.image_size, model.channels
     if index.shape != (size, size, channels):
         raise EvaluationError(
             f"{field} ({location}): images of shape {index.shape}, D takes "
@@ -198,17 +201,13 @@ def parse(words: list[str]) -> argparse.Namespace:
 def main(words: list[str]) -> None:
     """Parse the command line and probe; exit code 2 on a user's mistake."""
     options = parse(words)
-    with one_clear_message():
+    with one_clear_message(), signals.interruptible("interrupted: nothing was written"):
         table, figures = probe(options)
         print(table, flush=True)
-        if options.out is None:
-            return
-        from pipeline.durable import publish
+        if options.out is not None:
+            from pipeline.durable import write_results
 
-        try:
-            publish(options.out, json.dumps(figures, indent=1).encode())
-        except OSError as error:
-            raise EvaluationError(f"--out ({options.out}): cannot be written: {error}.") from None
+            write_results({options.out: json.dumps(figures, indent=1).encode()})
 
 
 if __name__ == "__main__":

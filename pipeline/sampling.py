@@ -84,6 +84,10 @@ def sampler(
     given = {name: value.shape for name, value in weights.items()}
     if {n: s for n, s in expected.items() if n in given or n not in statistics} != given:
         raise ValueError("the weights belong to another architecture than the configuration")
+    if statistics & given.keys() not in (set(), statistics):
+        raise ValueError("some of the BatchNorm statistics are missing")
+    if any(bool((v < 0).any()) for name, v in weights.items() if name.endswith("running_var")):
+        raise ValueError("a BatchNorm variance is negative")
     G.load_state_dict(dict(weights), strict=False)
     G.requires_grad_(False)
     if statistics and not statistics & set(weights):

@@ -189,18 +189,19 @@ def write_index(
 # -- reading ------------------------------------------------------------------------------------
 
 
-def read_index(location: str, command: str = "") -> Index:
+def read_index(location: str, command: str = "", field: str = "data.shards") -> Index:
     """The checked index of a folder or URL.
 
     Args:
         location: folder or URL of the set.
         command: what would make the set, for the message when it is missing.
+        field: the key or option that named the place, for the same message.
 
     Raises:
         DataError: no index there, damaged, or naming files outside its own folder.
     """
     location = location.rstrip("/") if "://" in location else location
-    document_bytes = _read_beside(location, INDEX_NAME, command=command)
+    document_bytes = _read_beside(location, INDEX_NAME, command=command, field=field)
     try:
         document = json.loads(document_bytes)
         if document["__kind__"] != KIND:
@@ -216,7 +217,7 @@ def read_index(location: str, command: str = "") -> Index:
             raise ValueError("a shard has a negative number of samples or no bytes")
         if min(height, width, channels) < 1:
             raise ValueError(f"shape is {document['shape']}")
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(
             f"{location}/{INDEX_NAME}: not an index of this project ({error}); "
             f"make it again: python -m pipeline.prepare {location} --out {location}"
@@ -255,7 +256,9 @@ def _open_table(raw: bytes | Path, digest: str, name: str) -> NDArray[np.void]:
     return table
 
 
-def _read_beside(location: str, name: str, lazy: bool = False, command: str = "") -> Any:
+def _read_beside(
+    location: str, name: str, lazy: bool = False, command: str = "", field: str = "data.shards"
+) -> Any:
     """The bytes of a file in the shard folder; a local path instead when ``lazy``."""
     if "://" in location:
 
@@ -278,6 +281,6 @@ def _read_beside(location: str, name: str, lazy: bool = False, command: str = ""
             )
         else:
             found = f"no {name}" if path.parent.is_dir() else "no such folder"
-        raise DataError(f"data.shards ({location}): {found}. Make it with: {remedy}") from None
+        raise DataError(f"{field} ({location}): {found}. Make it with: {remedy}") from None
     except OSError as error:
-        raise DataError(f"data.shards ({location}): cannot be read: {error}.") from None
+        raise DataError(f"{field} ({location}): cannot be read: {error}.") from None

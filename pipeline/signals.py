@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +41,32 @@ def received() -> str | None:
 def never() -> bool:
     """For work that nothing but a kill ends."""
     return False
+
+
+@contextmanager
+def interruptible(said: str) -> Iterator[None]:
+    """End the process at the first SIGINT or SIGTERM, for work that leaves nothing to agree on.
+
+    Exit code 128 + n and one line. An error that the interruption caused in a library is not shown.
+
+    Args:
+        said: the line, with what is true of the files then.
+    """
+    came: list[int] = []
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    try:
+        yield
+    except (KeyboardInterrupt, Exception):
+        if not came:
+            raise
+        print(f"{said}.", file=sys.stderr, flush=True)
+        sys.exit(128 + came[0])
 
 
 def exit_code(finished: bool) -> int:

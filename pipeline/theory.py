@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+from pipeline import signals
 from pipeline.errors import GenerationError, one_clear_message
 
 
@@ -31,7 +32,7 @@ def main() -> None:
         parser.error(f"--out ({options.out}): must end in .png")
     if not (options.steps >= 1 and 0 <= options.seed < 2**63):
         parser.error("--steps must be at least 1, --seed between 0 and 2**63 - 1")
-    with one_clear_message():
+    with one_clear_message(), signals.interruptible("interrupted: nothing was written"):
         make(options.out, options.seed, options.steps)
 
 
@@ -43,11 +44,9 @@ def make(out: Path, seed: int, steps: int) -> None:
         raise GenerationError(
             "theory: needs matplotlib; install with: pip install 'dcgan-pipeline[figures]'"
         )
-    from pipeline.durable import check_new, publish
+    from pipeline.durable import place_for, write_results
 
-    files = (out, out.with_suffix(".json"))
-    for file in files:
-        check_new(file)
+    picture, figures = place_for(out), place_for(out.with_suffix(".json"))
     # torch takes seconds to import; a place that cannot be written to answers without it.
     import torch
 
@@ -58,12 +57,8 @@ def make(out: Path, seed: int, steps: int) -> None:
     moments = play(seed, steps)
     print(table(moments), flush=True)
     numbers = json.dumps(summary(moments, seed, steps), indent=1)
-    try:
-        for file, content in zip(files, (draw(moments), f"{numbers}\n".encode()), strict=True):
-            publish(file, content)
-    except OSError as error:
-        raise GenerationError(f"--out ({out}): cannot be written: {error}.") from None
-    print(f"written: {files[0]} and {files[1].name}", file=sys.stderr)
+    write_results({picture: draw(moments), figures: f"{numbers}\n".encode()})
+    print(f"written: {picture} and {figures.name}", file=sys.stderr)
 
 
 if __name__ == "__main__":

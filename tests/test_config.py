@@ -100,6 +100,14 @@ def test_an_empty_file_or_section_is_all_defaults(write, text):
     assert (config.model, config.optim) == (Config().model, Config().optim)
 
 
+@pytest.mark.parametrize(
+    "text", ["model: " + "[" * 2000 + "]" * 2000, "model: {ngf: 1" + "0" * 5000 + "}"]
+)
+def test_a_file_that_no_parser_can_read_is_one_message(write, text):
+    """Nested beyond Python's stack, a number beyond its digits."""
+    assert "not a configuration" in refusal(write(text))
+
+
 def test_precedence_is_defaults_then_file_then_command_line(write):
     """The command line wins over the file, the file over the defaults."""
     config = load(write("model:\n  ngf: 16\n  ndf: 16\n"), ["model.ndf=8"])
@@ -299,6 +307,9 @@ def test_a_wrong_type_or_form_is_refused(write, override, reason):
         ("data.cache_gib=.inf", "finite"),
         ("data.cache_gib=.nan", "finite"),
         ("optim.g_lr=.inf", "finite"),
+        ("optim.d_steps=10000000000000000000000", "below 2**40"),
+        ("model.ngf=10000000", "at most 65536"),
+        ("model.num_classes=100000000000", "at most 65536"),
         ("optim.g_lr=0", "above 0"),
         ("optim.beta2=1", "in [0, 1)"),
         ("train.ema_decay=1", "in [0, 1)"),

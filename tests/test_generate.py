@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -217,6 +218,16 @@ def test_what_lies_there_is_never_replaced(snapshot: Path, tmp_path: Path) -> No
     assert bytes_in(out) == before
     (tmp_path / "empty").mkdir()
     made("images", snapshot, tmp_path / "empty", "--num", 5)
+    (tmp_path / "empty" / "00000003.png").unlink()
+    with pytest.raises(GenerationError, match=r"1 of 5 images are gone .* 00000003\.png"):
+        made("images", snapshot, tmp_path / "empty", "--num", 5)
+    other = shutil.copytree(snapshot, tmp_path / "other")
+    settings = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(
+        re.sub("z_distribution: .*", "z_distribution: normal", settings)
+    )
+    with pytest.raises(GenerationError, match="z_distribution: uniform there, normal now"):
+        made("images", other, out, "--num", 5)
     (tmp_path / "a.npz").write_text("mine")
     with pytest.raises(GenerationError, match="holds something else"):
         made("images", snapshot, tmp_path / "a.npz", "--num", 5, "--format", "npz")
@@ -646,6 +657,14 @@ def test_weights_that_cannot_be_used_are_refused(snapshot: Path, tmp_path: Path)
         made("grid", tmp_path / "damaged", tmp_path / "g.png")
     with pytest.raises(CheckpointError, match="not a snapshot"):
         made("grid", tmp_path, tmp_path / "g.png")
+    for change, said in (("gone", "statistics are missing"), ("negative", "variance is negative")):
+        weights = load_file(snapshot / "generator.safetensors")
+        variance = weights.pop("layers.norm_4.running_var")
+        if change == "negative":
+            weights["layers.norm_4.running_var"] = -variance
+        save_file(weights, tmp_path / "damaged" / "generator.safetensors")
+        with pytest.raises(CheckpointError, match=said):
+            made("grid", tmp_path / "damaged", tmp_path / "g.png")
     assert not (tmp_path / "g.png").exists()
 
 
@@ -659,7 +678,13 @@ def test_weights_that_cannot_be_used_are_refused(snapshot: Path, tmp_path: Path)
         (["grid", "--out", "x.png"], "one of the arguments --snapshot --run is required"),
         (["grid", "--run", "R", "--out", "x.png", "--truncation", "1.5"], "--truncation (1.5)"),
         (["grid", "--run", "R", "--out", "x.png", "--truncation", "nan"], "--truncation (nan)"),
-        (["grid", "--run", "R", "--out", "/proc/x/g.png"], "cannot be written"),
+        (["grid", "--run", "S", "--out", "/proc/x/g.png"], "cannot be written"),
+        (["grid", "--run", "S", "--out", "~nobody-here/g.png"], "cannot be written"),
+        (["grid", "--run", "S", "--out", f"{'x' * 251}.png"], "cannot be written"),
+        (["images", "--run", "S", "--out", "x" * 250, "--num", "3"], "cannot be written"),
+        (["grid", "--snapshot", "~nobody-here/s", "--out", "x.png"], "--snapshot (~nobody-here/s)"),
+        (["grid", "--run", "x" * 300, "--out", "x.png"], "cannot be read"),
+        (["hub", "--run", "S", "--out", "h", "--license", "a: b"], "must be an identifier"),
         (["grid", "--run", "R", "--out", "x.png"], "--run (R): no snapshot there"),
     ],
 )
@@ -667,6 +692,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     words: list[str], said: str, tmp_path: Path
 ) -> None:
     """All of these end before torch is imported."""
+    (tmp_path / "S" / "snapshots" / "step_00000001").mkdir(parents=True)
     command = [sys.executable, "-m", "pipeline.generate", *words]
     env = os.environ | {"PYTHONPATH": str(REPO)}
     done = subprocess.run(
@@ -675,7 +701,19 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["S"]
+
+
+def test_pictures_beyond_the_memory_are_refused(snapshot: Path, tmp_path: Path) -> None:
+    """Before an image is made."""
+    out, film = tmp_path / "g.png", tmp_path / "w.gif"
+    with pytest.raises(GenerationError, match="41,943,040,000 numbers, at most 536,870,912"):
+        made("grid", snapshot, out, "--rows", "0-9999", "--scale", 64)
+    with pytest.raises(GenerationError, match="give fewer rows or steps, or a smaller --scale"):
+        made("walk", snapshot, film, "--rows", "0-2000", "--steps", 10000)
+    with pytest.raises(GenerationError, match=r"--rows \(0-9999,7\): .* at most 10000 in all"):
+        made("grid", snapshot, out, "--rows", "0-9999,7")
+    assert not list(tmp_path.glob("*.*"))
 
 
 def test_the_newest_snapshot_of_a_run_is_taken(tmp_path: Path) -> None:

@@ -33,12 +33,12 @@ from pipeline import checkpoint, filters, game, linear_probe, probe
 from pipeline.checkpoint import load_snapshot
 from pipeline.config_files import dump, load
 from pipeline.decode import encode
-from pipeline.errors import EvaluationError, GenerationError, UserError
+from pipeline.errors import DataError, EvaluationError, GenerationError, UserError
 from pipeline.filters import guided_gradients
 from pipeline.ledger import best, read_rows
 from pipeline.linear_probe import check_memory, standing
 from pipeline.models import init_weights, make_discriminator
-from pipeline.parzen import SAMPLES, SIGMAS, log_likelihoods, parzen, pixels
+from pipeline.parzen import SAMPLES, SIGMAS, log_likelihoods, parzen
 from pipeline.probe import open_pair
 from pipeline.reader import Cache, Reader
 from pipeline.sampling import generate, stream, z_rows
@@ -144,8 +144,8 @@ def test_the_command_scores_a_run_by_its_parzen_window(
     index = read_index(str(tmp_path / "held-out"))
     images = np.empty((40, 32, 32, 1), np.uint8)
     Reader(index, Cache(index, "")).read(chosen_ids(40, 40), images)
-    held_out = pixels(images)["pixels"]
-    expected = parzen(pixels(samples)["pixels"], held_out[:4], held_out[4:])
+    held_out, drawn = (torch.from_numpy(x).flatten(1).double() / 255 for x in (images, samples))
+    expected = parzen(drawn, held_out[:4], held_out[4:])
     assert tuple(rows[1]["scores"].values()) == pytest.approx(expected)
     assert next(iter(rows[1]["scores"])) == rows[1]["headline"] == "eval/parzen_100"
 
@@ -260,6 +260,8 @@ def test_mistakes_of_the_probe_are_one_message(labelled_run: Path, tmp_path: Pat
     test = ("--test", tmp_path / "test")
     write_shards(tmp_path / "large", [40], (64, 64, 1))
     refused(EvaluationError, r"--test .* --size 32", "--test", tmp_path / "large", run=labelled_run)
+    nothing = ("--test", tmp_path / "nothing")
+    refused(DataError, r"--test .*nothing\): no such folder", *nothing, run=labelled_run)
     (tmp_path / "bare").mkdir()
     with wds.TarWriter(str(tmp_path / "bare" / "0.tar"), encoder=False, mtime=0) as tar:
         for k in range(40):

@@ -1,0 +1,83 @@
+"""Results of commands: all files or none, nobody's file replaced, one line when interrupted."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launching import REPO, environment
+
+from pipeline import durable
+from pipeline.errors import GenerationError
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_that_appeared_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    """The place was free when the work began. Of two files none is left when one cannot be."""
+    a, b = tmp_path / "a.gif", tmp_path / "b.png"
+    assert durable.place_for(b) == b
+    b.write_text("mine")
+    with pytest.raises(GenerationError, match=r"b\.png\): exists now; give another name"):
+        durable.write_results({a: b"film", b: b"picture"})
+    assert names(tmp_path) == ["b.png"]
+    assert b.read_text() == "mine"
+    durable.write_results({a: b"film", b: b"picture"}, replace=True)
+    assert (a.read_bytes(), b.read_bytes()) == (b"film", b"picture")
+    assert names(tmp_path) == ["a.gif", "b.png"]
+
+
+def test_without_hard_links_results_are_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refused)
+    durable.write_results({tmp_path / "a": b"1"})
+    with pytest.raises(GenerationError, match="exists now"):
+        durable.write_results({tmp_path / "a": b"2"})
+    assert (tmp_path / "a").read_bytes() == b"1"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_place_is_followed_to_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``~`` is the home folder, also behind ``--out=``; a link stays a link."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert durable.place_for(Path("~/new/x.png")) == tmp_path / "new" / "x.png"
+    (tmp_path / "link.png").symlink_to("new/real.png")
+    durable.write_results({durable.place_for(tmp_path / "link.png"): b"1"})
+    assert (tmp_path / "new" / "real.png").read_bytes() == b"1"
+    assert (tmp_path / "link.png").is_symlink()
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / "loop" / "x.png", Path("~nobody-here/x.png"), tmp_path / ("x" * 250)):
+        with pytest.raises(GenerationError, match="cannot be written"):
+            durable.place_for(path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_command_with_one_line(number: signal.Signals, tmp_path: Path) -> None:
+    """While it trains; ``evaluate probe``, ``filters`` and ``prepare`` end the same way."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.theory", "--out", str(tmp_path / "t.png")],
+        env=environment() | {"PYTHONPATH": str(REPO)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libtorch" not in maps.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert said == "interrupted: nothing was written.\n"
+    assert process.returncode == 128 + number
+    assert not names(tmp_path)
