@@ -129,7 +129,7 @@ def _read_overrides(overrides: Sequence[str], faults: list[str]) -> DictConfig:
             faults.append(f"{item!r}: must read section.key=value, e.g. optim.g_lr=1e-4")
     try:
         return OmegaConf.from_dotlist(good)
-    except (OmegaConfBaseException, YAMLError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
         faults.append(f"overrides cannot be read: {' '.join(str(error).split())}")
         return OmegaConf.create()
 

@@ -7,10 +7,9 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import TypeVar
 
 import torch
@@ -203,7 +202,9 @@ def warn_of_a_lost_launch(accelerator: Accelerator) -> None:
     """
     words = _of_the_launcher("cmdline")
     for word, value in pairwise(words):
-        asked = int(value) if word.replace("-", "_") == "__num_processes" and value.isdigit() else 0
+        asked = (
+            int(value) if word.replace("-", "_") == "__num_processes" and value.isdecimal() else 0
+        )
         if asked > accelerator.num_processes:
             log.warning(
                 "--num_processes %s was asked for, but this run has %s process: accelerate launch "
@@ -255,25 +256,39 @@ def while_others_wait(
         Stopped: a stop signal came to any rank, and it is ``stoppable``; on all of them.
         UserError: of ``work``, on the rank that met it. The others leave in silence.
     """
-    leave = Event()
-    with ThreadPoolExecutor(1) as pool:
-        task = pool.submit(work, leave.is_set) if mine else None
+    leave, failures = Event(), list[BaseException]()
+
+    def attempt() -> None:
         try:
-            while True:
-                ended = task is None or bool(wait([task], ASK_SECONDS).done)
-                failed = task is not None and ended and task.exception() is not None
-                facts = [not ended, failed, stoppable and signals.received() is not None]
-                working, failure, stop = _on_any_rank(accelerator, facts)
-                if task is not None and failed:
-                    task.result()
-                if failure:
-                    raise SystemExit(USER_ERROR_EXIT_CODE)
-                if not working:
-                    return
-                if stop:
-                    raise signals.Stopped
-        finally:
-            leave.set()
+            work(leave.is_set)
+        except BaseException as error:
+            failures.append(error)
+
+    # A daemon: a second Ctrl-C, which means now, leaves it behind.
+    thread = Thread(target=attempt, daemon=True)
+    if mine:
+        thread.start()
+    try:
+        while True:
+            if mine:
+                thread.join(ASK_SECONDS)
+            busy = thread.is_alive()
+            failed = not busy and bool(failures)
+            facts = [busy, failed, stoppable and signals.received() is not None]
+            working, failure, stop = _on_any_rank(accelerator, facts)
+            if failed:
+                raise failures[0]
+            if failure:
+                raise SystemExit(USER_ERROR_EXIT_CODE)
+            if not working:
+                return
+            if stop:
+                leave.set()
+                if mine:
+                    thread.join()
+                raise signals.Stopped
+    finally:
+        leave.set()
 
 
 def _on_any_rank(accelerator: Accelerator, facts: list[bool]) -> list[bool]:

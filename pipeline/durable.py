@@ -52,13 +52,15 @@ def place_for(
     if there and not (reuse or (replace and is_file)):
         remedy = "give another name" + (f", or {option}" if option and is_file else "")
         raise GenerationError(f"{field} ({path}): exists already; {remedy}.")
-    if not os.access(path.parent, os.W_OK):
+    if not (there and reuse) and not os.access(path.parent, os.W_OK):
         raise GenerationError(f"{field} ({path}): its folder cannot be written to; give another.")
     return path
 
 
 def write_results(files: Mapping[Path, bytes], *, replace: bool = False) -> None:
     """Publish all of these files, or none; one that has appeared meanwhile is not replaced unasked.
+
+    What was replaced is not brought back when a later one fails.
 
     Raises:
         GenerationError: one of them cannot be written.
@@ -74,19 +76,22 @@ def write_results(files: Mapping[Path, bytes], *, replace: bool = False) -> None
             else:
                 _rename_new(partial, path)
                 made.append(path)
-        for folder in {path.parent for path in files}:
-            sync_folder(folder)
-    except OSError as error:
+    except BaseException as error:  # an interruption too
         for done in made:
-            done.unlink(missing_ok=True)
-        reason = (
-            "exists now" if isinstance(error, FileExistsError) else f"cannot be written: {error}"
-        )
+            with suppress(OSError):
+                done.unlink()
+        if not isinstance(error, OSError):
+            raise
+        there = isinstance(error, FileExistsError)
+        reason = "exists now" if there else f"cannot be written: {error}"
         raise GenerationError(f"--out ({path}): {reason}; give another name.") from None
     finally:
         for partial in partials.values():
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
+    for folder in {path.parent for path in files}:
+        with suppress(OSError):  # the files are there
+            sync_folder(folder)
 
 
 def _aside(path: Path) -> Path:
@@ -109,7 +114,8 @@ def _rename_new(partial: Path, path: Path) -> None:
     try:
         os.link(partial, path)
     except FileExistsError:
-        raise
+        if not path.samefile(partial):  # as NFS may say of what it has just linked itself
+            raise
     except OSError:  # a file system without hard links
         if path.exists():
             raise FileExistsError(str(path)) from None

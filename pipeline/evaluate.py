@@ -51,7 +51,7 @@ def evaluate(options: argparse.Namespace, config: Config) -> bool:
     from pipeline import distributed
 
     accelerator = distributed.start("fp32")
-    distributed.use_all_cores()  # of a GPU machine too: the scores themselves are computed on CPUs
+    distributed.use_all_cores()  # of a GPU machine too: precision and recall are computed on CPUs
     distributed.warn_of_a_lost_launch(accelerator)
     evaluator = _evaluator(options.metrics)(config, accelerator)
     if accelerator.is_main_process:

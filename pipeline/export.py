@@ -13,10 +13,10 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -131,8 +131,8 @@ def write_hub_folder(
     weights = portable(G.state_dict())
     try:
         # A name of its own: one that a kill has left behind may have this process's number.
-        partial = Path(tempfile.mkdtemp(".tmp", f"{out.name}.", out.parent))
-        partial.chmod(0o755)
+        partial = out.with_name(f"{out.name}.{uuid4().hex}.tmp")
+        partial.mkdir()
     except OSError as error:
         raise GenerationError(f"--out ({out}): cannot be written: {error}.") from None
     try:

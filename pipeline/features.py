@@ -145,7 +145,8 @@ def extract(
         advance: called with the number of images done in each round.
 
     Returns:
-        {layer: (count, D) float32 on the CPU} on rank 0, {} on the others; None when stopped.
+        {layer: (count, D) on the CPU, as the extractor gives them} on rank 0, {} on the others;
+        None when stopped.
     """
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     rounds: list[dict[str, Tensor]] = []

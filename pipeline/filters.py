@@ -88,15 +88,13 @@ def excited(D: nn.Module, images: Pixels, features: int, count: int) -> Pixels:
     """
     import numpy as np
     import torch
-    from torch import nn
 
     from pipeline.data import normalise
     from pipeline.sampling import BLOCK, image_grid
 
     x = normalise(torch.from_numpy(images), torch.device("cpu"))
-    before_logit = list(D.layers)[:-1]  # type: ignore[arg-type]
     with torch.no_grad():
-        maps = (nn.Sequential(*before_logit)(part)[:, :features] for part in x.split(BLOCK))
+        maps = (D.layers[:-1](part)[:, :features] for part in x.split(BLOCK))  # type: ignore[operator, index]
         responses = torch.cat([each.flatten(2).amax(2) for each in maps])
     cells = []
     for feature in range(features):

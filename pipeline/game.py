@@ -121,7 +121,6 @@ class Pair:
     """G and D in one dimension, and their updates; every draw is a function of (seed, number)."""
 
     def __init__(self, seed: int) -> None:
-
         self.seed, self.drawn = seed, 0
         self.G, self.D = _network(seed, "G"), _network(seed, "D")
         _place(self.G, *G_START)

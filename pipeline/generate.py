@@ -212,20 +212,22 @@ def _check_place(options: argparse.Namespace) -> None:
     # A set of images and a folder to push look themselves, and go on with what is there.
     reuse = options.command == "images" or (options.command == "hub" and bool(options.push))
     option = "" if options.command in ("images", "hub") else "--overwrite"
-    out, check = options.out, partial(place_for, replace=options.overwrite, option=option)
-    options.out = check(out, reuse=reuse)
+    check = partial(place_for, replace=options.overwrite, option=option)
+    options.out = check(options.out, reuse=reuse)
     if options.command == "walk":
-        check(out.with_suffix(".png"))
+        check(options.out.with_suffix(".png"))
 
 
 def _snapshot(options: argparse.Namespace) -> Path:
     field, given = ("--snapshot", options.snapshot) if options.snapshot else ("--run", options.run)
     try:
         path: Path = given.expanduser()
-        path.exists()  # a name may be too long
-    except (OSError, RuntimeError) as error:
+        there = path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name too long, no such user, links in a circle
         raise GenerationError(f"{field} ({given}): cannot be read: {error}.") from None
     if options.snapshot:
+        if not there:
+            raise GenerationError(f"--snapshot ({path}): no such folder.")
         return path
     found = [p for p in path.glob("snapshots/step_*") if p.name[5:].isdecimal()]
     if not found:

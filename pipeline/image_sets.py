@@ -19,7 +19,7 @@ import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -200,8 +200,7 @@ def _begin(job: ImageSet, held: contextlib.ExitStack) -> list[int] | None:
     if os.path.ismount(job.out) or job.out == Path.cwd():
         kind = "a mount point" if os.path.ismount(job.out) else "the current folder"
         raise GenerationError(
-            f"--out ({job.out}): is {kind}, which nothing can be renamed to; name a new folder in "
-            "it."
+            f"--out ({job.out}): is {kind}, which cannot be replaced; name a new folder in it."
         )
     settings = job.work / WORK_FOLDER / "settings.json"
     if not settings.exists() and _is_foreign(job.work):
@@ -275,15 +274,18 @@ def _left_at_the_end(job: ImageSet) -> Path:
 
 
 def _refuse_gaps(job: ImageSet) -> None:
-    """A folder of PNG files that somebody took some from is not the whole set."""
+    """A folder that somebody took files from is not the whole set."""
+    wanted: Iterable[str] = ()
     if job.format == "png":
-        there = {path.name for path in job.out.iterdir()}
-        missing = [row for row in range(job.num) if f"{row:08d}.png" not in there]
-        if missing:
-            raise GenerationError(
-                f"--out ({job.out}): {len(missing)} of {job.num} images are gone from there, the "
-                f"first is {missing[0]:08d}.png; give another --out, or remove what is left."
-            )
+        wanted = (f"{row:08d}.png" for row in range(job.num))
+    elif job.format == "shards":
+        wanted = (shard_name(k) for k in range(len(job.parts())))
+    there = {path.name for path in job.out.iterdir()} if job.out.is_dir() else set()
+    if missing := [name for name in wanted if name not in there]:
+        raise GenerationError(
+            f"--out ({job.out}): files are gone from there, {len(missing)} of them, the first is "
+            f"{missing[0]}; give another --out, or remove what is left."
+        )
 
 
 def _record_at(job: ImageSet) -> dict[str, Any]:

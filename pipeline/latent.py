@@ -68,7 +68,7 @@ def parse_rows(text: str, field: str) -> list[int]:
     """
     numbers: list[int] = []
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d{1,12})(?:-(\d{1,12}))?\s*", part)
+        found = re.fullmatch(r"\s*(\d{1,13})(?:-(\d{1,13}))?\s*", part)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         count = len(numbers) + last + 1 - first
         if not first <= last < MOST_ROW or count > MOST_ROWS:

@@ -60,7 +60,8 @@ class Discriminator(nn.Module):
     With ``num_classes`` the class y is taken in by projection (Miyato & Koyama 2018, arXiv
     1802.05637, equation 3, on the whole last feature map): D(x, y) = D(x) + <v_y, features(x)>.
 
-    With ``spectral_norm`` there are biases instead of BatchNorm, which would undo the norm.
+    With ``spectral_norm`` there are biases instead of BatchNorm, which would undo the norm; the
+    logit's and the classes' weights have one norm together.
     """
 
     def __init__(self, config: ModelConfig) -> None:

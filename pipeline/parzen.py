@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from pipeline import candidates
 from pipeline.dashboard import say
-from pipeline.distributed import on_rank_zero
+from pipeline.distributed import on_rank_zero, while_others_wait
 from pipeline.errors import EvaluationError
 from pipeline.evaluator import Evaluator
 from pipeline.features import Images
@@ -186,9 +187,10 @@ class ParzenEvaluator(Evaluator):
 
     def load_reference(self) -> None:
         """The held-out images, on rank 0: a tenth for sigma, the others for the score."""
+        check = partial(check_shards, self.held_out, self.config.data.verify)
+        while_others_wait(self.accelerator, self.is_main, check)
 
         def load() -> None:
-            check_shards(self.held_out, self.config.data.verify)
             count = self.held_out.num_samples
             images = candidates.reals(self.held_out, self.config.data, count)
             self._images = torch.from_numpy(images(0, count)).flatten(1)

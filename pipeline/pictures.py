@@ -17,9 +17,8 @@ Pixels = NDArray[np.uint8]
 CAPTION = 13  # pixels under a numbered cell
 SIGN = 24  # pixels between the columns of a sum
 WHITE = 255
-MOST_NUMBERS = (
-    1 << 29
-)  # of a picture or a film: half a gigabyte, several times over while it is made
+# Of a picture or a film: half a gigabyte, and several times over while it is made.
+MOST_NUMBERS = 1 << 29
 
 
 def check_size(numbers: int, remedy: str) -> None:

@@ -75,7 +75,7 @@ def sampler(
         device: where to compute.
 
     Raises:
-        ValueError: the weights are of another architecture.
+        ValueError: weights of another architecture, some statistics missing, a negative variance.
     """
     with torch.random.fork_rng(devices=[]):  # the first weights that torch draws are not kept
         G = make_generator(model, standing=True).to(device)

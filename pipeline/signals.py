@@ -52,21 +52,27 @@ def interruptible(said: str) -> Iterator[None]:
     Args:
         said: the line, with what is true of the files then.
     """
-    came: list[int] = []
+    came = [signal.Signals[name] for name in _received]  # while the command was starting
 
     def interrupt(number: int, _: FrameType | None) -> None:
-        came.append(number)
+        came.append(signal.Signals(number))
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    before = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
+        if came:
+            raise KeyboardInterrupt
         yield
     except (KeyboardInterrupt, Exception):
         if not came:
             raise
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
         print(f"{said}.", file=sys.stderr, flush=True)
         sys.exit(128 + came[0])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def exit_code(finished: bool) -> int:

@@ -280,6 +280,8 @@ def test_a_folder_is_no_config(tmp_path):
         ("model.ngf", "must read section.key=value"),
         ("model.ngf=[1", "overrides cannot be read"),
         ("run.dir=${", "overrides cannot be read"),
+        ("model.ngf=1" + "0" * 5000, "overrides cannot be read"),
+        ("data.shards=" + "[" * 3000 + "]" * 3000, "overrides cannot be read"),
     ],
 )
 def test_a_wrong_type_or_form_is_refused(write, override, reason):

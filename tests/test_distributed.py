@@ -65,6 +65,10 @@ def two_ranks_wait(folder: str) -> None:
         wait = partial(distributed.while_others_wait, accelerator, rank == 0, work)
         found.append(outcome(wait))
         found.append(str(done.exists()))
+    lengthy = partial(distributed.on_rank_zero, accelerator, lengthy=True)
+    found.append(outcome(partial(lengthy, lambda: time.sleep(1.5 * TIME_LIMIT))))  # though stopped
+    found.append(str(lengthy(lambda: 7)))
+    found.append(outcome(partial(lengthy, partial(fails, signals.never))))
     refuse = partial(distributed.refuse_unequal_precisions, accelerator)
     for precision in ("fp32", "bf16" if rank else "fp32"):
         found.append(outcome(partial(refuse, precision)))
@@ -73,7 +77,7 @@ def two_ranks_wait(folder: str) -> None:
 
 def test_ranks_wait_for_work_that_takes_long_fails_or_is_stopped(tmp_path: Path) -> None:
     """Longer than the group's time limit; a fault ends all ranks and is told by one; a signal to a
-    rank that only waits stops the one that works.
+    rank that only waits stops the one that works. A result that all wait for comes to all.
     """
     on_ranks(2, two_ranks_wait, str(tmp_path))
     works, waits = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
@@ -82,9 +86,10 @@ def test_ranks_wait_for_work_that_takes_long_fails_or_is_stopped(tmp_path: Path)
     assert waits[1] == "True"
 
     for found in (works, waits):
-        assert found[6] == "None"
-        assert "bf16 on " in found[7], "unequal nodes would mix precisions"
-        assert "; fp32 on " in found[7]
+        assert found[6:9] == ["None", "7", "DataError: damaged"]
+        assert found[9] == "None"
+        assert "bf16 on " in found[10], "unequal nodes would mix precisions"
+        assert "; fp32 on " in found[10]
 
 
 @pytest.mark.faults

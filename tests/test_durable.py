@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -63,21 +62,56 @@ def test_a_place_is_followed_to_where_it_is(
             durable.place_for(path)
 
 
+def test_an_interruption_between_two_files_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = durable._rename_new
+
+    def interrupted(partial: Path, path: Path) -> None:
+        if path.name == "b.png":
+            raise KeyboardInterrupt
+        rename(partial, path)
+
+    monkeypatch.setattr(durable, "_rename_new", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        durable.write_results({tmp_path / "a.gif": b"1", tmp_path / "b.png": b"2"})
+    assert not names(tmp_path)
+
+
+WORKING = """
+import sys, time
+from pipeline import signals
+if "installed" in sys.argv:
+    signals.install()
+    print("ready", flush=True)
+    while not signals.received():
+        time.sleep(0.01)
+with signals.interruptible("interrupted: nothing was written"):
+    print("ready", flush=True)
+    try:
+        while True:
+            time.sleep(0.01)
+    except KeyboardInterrupt:
+        raise AttributeError("of a library that was cut short")
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_command_with_one_line(number: signal.Signals, tmp_path: Path) -> None:
-    """While it trains; ``evaluate probe``, ``filters`` and ``prepare`` end the same way."""
+@pytest.mark.parametrize("words", [(), ("installed",)])
+def test_a_signal_ends_a_command_with_one_line(
+    number: signal.Signals, words: tuple[str, ...]
+) -> None:
+    """While it works, whatever a library makes of it; and one that came while it started."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.theory", "--out", str(tmp_path / "t.png")],
+        [sys.executable, "-c", WORKING, *words],
         env=environment() | {"PYTHONPATH": str(REPO)},
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    maps = Path(f"/proc/{process.pid}/maps")
-    while "libtorch" not in maps.read_text():
-        assert process.poll() is None
-        time.sleep(0.05)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert said == "interrupted: nothing was written.\n"
     assert process.returncode == 128 + number
-    assert not names(tmp_path)

@@ -219,8 +219,12 @@ def test_what_lies_there_is_never_replaced(snapshot: Path, tmp_path: Path) -> No
     (tmp_path / "empty").mkdir()
     made("images", snapshot, tmp_path / "empty", "--num", 5)
     (tmp_path / "empty" / "00000003.png").unlink()
-    with pytest.raises(GenerationError, match=r"1 of 5 images are gone .* 00000003\.png"):
+    with pytest.raises(GenerationError, match=r"files are gone .* 1 of them, .* 00000003\.png"):
         made("images", snapshot, tmp_path / "empty", "--num", 5)
+    shards = made("images", snapshot, tmp_path / "s", "--num", 5, "--format", "shards")
+    (shards / "shard-000000.tar").unlink()
+    with pytest.raises(GenerationError, match=r"files are gone .* shard-000000\.tar"):
+        made("images", snapshot, shards, "--num", 5, "--format", "shards")
     other = shutil.copytree(snapshot, tmp_path / "other")
     settings = (other / "config.yaml").read_text()
     (other / "config.yaml").write_text(
