@@ -1,6 +1,6 @@
 """Which options make a DCGAN on Fashion-MNIST better: one at a time over demo.yaml, equal budget.
 
-    python benchmarks/ablation.py --work runs/ablation         # an hour or two on two cores
+    python benchmarks/ablation.py --work runs/ablation         # an hour on two cores
     python benchmarks/ablation.py --read benchmarks/ablation.json    # its table again, at once
 
 Every run is the real `pipeline/train.py` and `pipeline/evaluate.py` on the demo's networks (32x32,
@@ -44,7 +44,7 @@ VARIANTS: dict[str, list[str]] = {
 }
 EVALUATION = ["eval.num_images=2000", "eval.reference_images=10000", "tracking.wandb=disabled"]
 SPLITS = ("train", "test")
-SEEDS = 3
+SEEDS = 6
 
 
 class Score(NamedTuple):
@@ -83,12 +83,12 @@ def experiment(
 ) -> Path:
     """The folder of a finished and scored run."""
     slug = "".join(c if c.isalnum() else "-" for c in name)
-    folder = work / f"{slug}-{seed}"
+    folder = work / f"{slug}-{steps}-{seed}"
     same = [f"run.dir={folder}", f"run.seed={seed}", "tracking.wandb=disabled"]
     budget = [f"train.total_steps={steps}", "train.checkpoint_every=0", "train.sample_every=0"]
     if not (folder / "FINISHED").is_file():
         train = ["pipeline/train.py", "--config", CONFIG, *same, *budget]
-        run(*train, f"data.shards={work / 'train'}", *options, log=work / f"{slug}-{seed}.log")
+        run(*train, f"data.shards={work / 'train'}", *options, log=folder.with_suffix(".log"))
     for split in SPLITS if name in reported else SPLITS[:1]:
         where = [f"data.shards={work / split}", f"eval.cache_dir={work / 'references'}"]
         run("-m", "pipeline.evaluate", "--run", folder, *where, *EVALUATION)
@@ -144,7 +144,7 @@ def main() -> None:
     source.add_argument("--work", type=Path, metavar="DIR", help="for data and runs; kept")
     source.add_argument("--read", type=Path, metavar="FILE.json", help="no run: its table, --plot")
     add("--steps", type=int, default=1200, help="of every run (1200)")
-    add("--seeds", type=int, default=SEEDS, help="runs of each variant (3)")
+    add("--seeds", type=int, default=SEEDS, help="runs of each variant (6)")
     add("--jobs", type=int, default=2, help="runs at a time (2)")
     add("--only", nargs="*", metavar="NAME", help="these variants")
     add("--also", action="append", default=[], metavar="NAME:OPTION;...", help="one more variant")
