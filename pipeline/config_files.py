@@ -221,8 +221,8 @@ def _impossible(config: Config) -> list[str]:
             faults.append(f"{key} ({value}): must be a finite number")
         if isinstance(value, int) and abs(value) >= 2**40 and not key.endswith(".seed"):
             faults.append(f"{key}: must be below 2**40")
-    need("at most 65536", lambda v: v <= 2**16, "model.z_dim", "model.num_classes", "model.maxout")
-    need("at most 65536", lambda v: v <= 2**16, "model.ngf", "model.ndf")
+    sizes = ("model.z_dim", "model.ngf", "model.ndf", "model.num_classes", "model.maxout")
+    need("at most 65536", lambda v: v <= 2**16, *sizes)
     need("a folder, e.g. runs/first", lambda v: v and "://" not in v, "run.dir", "data.cache_dir")
     need("a folder, e.g. ~/.cache/refs", lambda v: v and "://" not in v, "eval.cache_dir")
     need("a local file", lambda v: "://" not in v, "eval.extractor_weights", "eval.reference")

@@ -124,8 +124,6 @@ def picture(options: argparse.Namespace) -> bytes:
     from pipeline.sampling import image_grid
 
     config, found, trained, random = open_pair(options.run, options.checkpoint, options.seed)
-    if config.model.architecture != "dcgan":
-        raise EvaluationError(f"--run ({options.run}): this run's D has no convolutional layers.")
     index = open_shards("--shards", options.shards or config.data.shards, config.model)
     images, _ = chosen(index, options.num_images, options.seed, config.data)
     if options.count > len(images):

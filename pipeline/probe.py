@@ -52,8 +52,6 @@ def probe(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if options.out is not None:
         options.out = place_for(options.out)
     config, found, trained, random = open_pair(options.run, options.checkpoint, options.seed)
-    if config.model.architecture != "dcgan":
-        raise EvaluationError(f"--run ({options.run}): this run's D has no convolutional layers.")
     sources = {
         "--train": open_shards("--train", options.train or config.data.shards, config.model),
         "--test": open_shards("--test", options.test, config.model),
@@ -130,7 +128,8 @@ def open_pair(
         seed: of the first weights.
 
     Raises:
-        EvaluationError, CheckpointError: no run, no checkpoint, or one that cannot be used.
+        EvaluationError: no run there, or one of an MLP.
+        CheckpointError: no checkpoint, or one that cannot be used.
     """
     from pipeline import checkpoint
     from pipeline.config_files import load
@@ -140,6 +139,8 @@ def open_pair(
     if not (run / "config.yaml").is_file():
         raise EvaluationError(f"--run ({run}): holds no config.yaml; give a run folder.")
     config = load(run / "config.yaml")
+    if config.model.architecture != "dcgan":
+        raise EvaluationError(f"--run ({run}): this run's D has no convolutional layers.")
     found, damaged = (checkpoint.read(folder), []) if folder else checkpoint.newest(run)
     for line in damaged:
         print(f"damaged checkpoint passed over: {line}", file=sys.stderr, flush=True)

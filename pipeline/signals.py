@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     import torch
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""What ends work that has no state to save."""
 _received: list[str] = []
 
 
@@ -58,7 +60,7 @@ def interruptible(said: str) -> Iterator[None]:
         came.append(signal.Signals(number))
         raise KeyboardInterrupt
 
-    before = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
     try:
         if came:
             raise KeyboardInterrupt

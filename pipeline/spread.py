@@ -21,9 +21,9 @@ from typing import Any, TypeVar, cast
 from tqdm import tqdm
 
 from pipeline.errors import UserError
+from pipeline.signals import STOP_SIGNALS
 
 Task = TypeVar("Task")
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REPORT_SECONDS = 0.1
 
 

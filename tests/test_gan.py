@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
+from gradients import gradients_of
 from torch import Tensor
 from torch.nn import Module
 
@@ -37,19 +35,6 @@ def opened(config: Config) -> GAN:
             for parameter in network.parameters():
                 parameter.mul_(4)
     return gan
-
-
-@contextmanager
-def gradients_of(optimizer: Any) -> Iterator[list[Tensor]]:
-    """What the optimizer is given in the block, parameter by parameter."""
-    found: list[Tensor] = []
-
-    def keep(inner: Any, *_: object) -> None:
-        found.extend(p.grad.clone() for group in inner.param_groups for p in group["params"])
-
-    handle = optimizer.optimizer.register_step_pre_hook(keep)
-    yield found
-    handle.remove()
 
 
 def slopes(loss: Tensor, network: Module) -> list[Tensor]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gradients import gradients_of
 from launching import assert_bitwise_equal, kill_at_step, started, state_of, train
 from ranks import on_ranks
 from torch import Tensor
@@ -107,12 +107,6 @@ def test_r1_is_half_of_gamma_in_one_update_of_d_in_so_many(d_steps: int, every: 
     with torch.no_grad():
         for parameter in gan.D.parameters():
             parameter.mul_(50)  # first weights are so small that D hardly has a slope
-    found: list[Tensor] = []
-
-    def keep(*_: object) -> None:
-        found.extend(p.grad.clone() for p in gan.D.parameters() if p.grad is not None)
-
-    gan.opt_D.optimizer.register_step_pre_hook(keep)
     for number in range(1, 7):
         x, z = pictures(4, 1, 8).roll(number, 0), torch.rand(4, 8, generator=stream(0, "z"))
         step, turn = divmod(number - 1, d_steps)
@@ -122,8 +116,8 @@ def test_r1_is_half_of_gamma_in_one_update_of_d_in_so_many(d_steps: int, every: 
                 (slope,) = torch.autograd.grad(gan.D(image[None]).sum(), image, create_graph=True)
                 loss = loss + 3.0 / 2 * every * slope.square().sum() / len(x)
         expected = torch.autograd.grad(loss, list(gan.D.parameters()), materialize_grads=True)
-        found.clear()
-        gan.update_D([x], [z], step + 1, turn=turn)
+        with gradients_of(gan.opt_D) as found:
+            gan.update_D([x], [z], step + 1, turn=turn)
         gan.update_G([z], step + 1)
         torch.testing.assert_close(found, list(expected), rtol=1e-4, atol=1e-6)
 
@@ -204,40 +198,34 @@ def test_dropout_keeps_the_mean_and_leaves_out_its_share() -> None:
 
 
 def trained(config: Config) -> dict[str, Tensor]:
-    """The state of all networks after STEPS steps on this rank."""
+    """The state of all networks after STEPS steps on this rank, and what its optimizers were given
+    at first: by D's first two updates, which are plain and with R1, and by G's first.
+    """
     accelerator = distributed.start("fp32")
     rank, ranks = accelerator.process_index, accelerator.num_processes
     micro_batch, accumulation = micro_batching(config, ranks)
     gan = GAN(config, accelerator, accumulation)
-    found: dict[str, Tensor] = {}
-    for name in ("D", "G"):
-        keep = partial(keep_gradients, found, name)
-        gan.optimizers()[name].optimizer.register_step_pre_hook(keep)
     rows = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
-    for step in range(1, STEPS + 1):
-        for turn in range(config.optim.d_steps):
-            number = step * config.optim.d_steps + turn
-            x = torch.rand(BATCH, 1, 32, 32, generator=stream(0, "x", number))[rows] * 2 - 1
-            labels = torch.arange(BATCH)[rows] % CLASSES
-            z = draw_z(config.model, BATCH, stream(0, "z", number))[rows]
-            noise = with_classes(config.model, z, labels).split(micro_batch)
-            y = labels.split(micro_batch)
-            gan.update_D(x.split(micro_batch), noise, step, y, turn)
-        gan.update_G(noise, step, y)
-        gan.update_average()
-    return found | {
+    with gradients_of(gan.opt_D) as of_D, gradients_of(gan.opt_G) as of_G:
+        for step in range(1, STEPS + 1):
+            for turn in range(config.optim.d_steps):
+                number = step * config.optim.d_steps + turn
+                x = torch.rand(BATCH, 1, 32, 32, generator=stream(0, "x", number))[rows] * 2 - 1
+                labels = torch.arange(BATCH)[rows] % CLASSES
+                z = draw_z(config.model, BATCH, stream(0, "z", number))[rows]
+                noise = with_classes(config.model, z, labels).split(micro_batch)
+                y = labels.split(micro_batch)
+                gan.update_D(x.split(micro_batch), noise, step, y, turn)
+            gan.update_G(noise, step, y)
+            gan.update_average()
+    in_D, in_G = (len(list(network.parameters())) for network in (gan.D, gan.G))
+    first = {f"gradient D {1 + k // in_D} {k % in_D}": g for k, g in enumerate(of_D[: 2 * in_D])}
+    first |= {f"gradient G 1 {k}": g for k, g in enumerate(of_G[:in_G])}
+    return first | {
         f"{name}.{key}": value
         for name, network in gan.networks().items()
         for key, value in network.state_dict().items()
     }
-
-
-def keep_gradients(found: dict[str, Tensor], name: str, optimizer: Any, *_: object) -> None:
-    """Of the first two updates of D, which are plain and with R1, and of the first of G."""
-    update = 1 + sum(key.startswith(f"gradient {name}") and key.endswith(" 0") for key in found)
-    if update <= (2 if name == "D" else 1):
-        for number, parameter in enumerate(optimizer.param_groups[0]["params"]):
-            found[f"gradient {name} {update} {number}"] = parameter.grad.clone()
 
 
 CASES = {"dcgan": CONFIG, "mlp": MLP}
