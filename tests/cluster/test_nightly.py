@@ -46,9 +46,8 @@ def test_a_chain_of_nights_some_of_which_fail(slurm: MiniSlurm, tmp_path: Path) 
         slurm.wait_until(lambda: 30 in scored(), "the new checkpoint's score")
         after(len(nights()) + 1)
         assert scored() == [10, 20, 30]
-        slurm.wait_until(lambda: queued(slurm) == 1, "successor")
+        successor = newest(slurm)
         # Every night has the options of the first, and nothing else of it.
-        successor = slurm.ask("squeue", "-h", "-n", NAME, "-t", "PENDING", "-o", "%A").strip()
         found = slurm.show(successor)
         assert found["TimeLimit"] == "00:07:00"
         assert found["TresPerNode"] == "gres:gpu:1"
@@ -65,10 +64,12 @@ def test_a_chain_of_nights_some_of_which_fail(slurm: MiniSlurm, tmp_path: Path) 
     assert count >= 4
 
 
-def queued(slurm: MiniSlurm) -> int:
-    pending = slurm.ask("squeue", "-h", "-n", NAME, "-t", "PENDING", "-o", "%A").split()
-    assert len(pending) <= 1, pending
-    return len(pending)
+def newest(slurm: MiniSlurm) -> str:
+    """The series' last night, which waits for its hour or has just begun."""
+    jobs = slurm.ask("squeue", "-h", "-n", NAME, "-o", "%A %T").splitlines()
+    assert jobs, "the series has ended"
+    assert sum("PENDING" in job for job in jobs) <= 1, jobs
+    return max((job.split()[0] for job in jobs), key=int)
 
 
 def environment_of(slurm: MiniSlurm, job: str) -> str:
