@@ -27,6 +27,7 @@ from typing import NamedTuple
 from loader import machine
 
 from pipeline.shards import read_index
+from pipeline.step_folders import committed
 
 REPO = Path(__file__).resolve().parents[1]
 CONFIG = "configs/demo.yaml"
@@ -93,8 +94,7 @@ def experiment(
         where = [f"data.shards={work / split}", f"eval.cache_dir={work / 'references'}"]
         run("-m", "pipeline.evaluate", "--run", folder, *where, *EVALUATION)
         if name == BASE:  # of the same training: what G is worth without the average
-            checkpoint = max((folder / "checkpoints").glob("step_*"))
-            raw = ["--checkpoint", checkpoint, "eval.weights=raw"]
+            raw = ["--checkpoint", committed(folder)[-1], "eval.weights=raw"]
             run("-m", "pipeline.evaluate", *raw, *where, *EVALUATION)
     return folder
 

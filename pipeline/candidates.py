@@ -25,6 +25,7 @@ from pipeline.reader import Cache, Reader
 from pipeline.sampling import generate, sampler, z_rows
 from pipeline.scores import chosen_ids
 from pipeline.shards import Index
+from pipeline.step_folders import SNAPSHOTS, committed, step_of
 
 NETWORK = {"ema": "G_ema", "raw": "G"}
 WHITE = (255, 255, 255)
@@ -47,9 +48,9 @@ def of_run(run_dir: Path, weights: str) -> list[Candidate]:
 
     A snapshot where there is one, for ``ema``; else the checkpoint of that step.
     """
-    found = {checkpoint.step_of(path): path for path in checkpoint.committed(run_dir)}
+    found = {step_of(path): path for path in committed(run_dir)}
     if weights == "ema":
-        found |= {checkpoint.step_of(path): path for path in checkpoint.snapshots(run_dir)}
+        found |= {step_of(path): path for path in committed(run_dir, SNAPSHOTS)}
     return [Candidate(found[step], step) for step in sorted(found)]
 
 

@@ -36,6 +36,7 @@ from pipeline.durable import sha256_of, sync_folder
 from pipeline.errors import CheckpointError, RunFolderError
 from pipeline.ledger import kept_steps
 from pipeline.sampling import sampler
+from pipeline.step_folders import CHECKPOINTS, SNAPSHOTS, committed, folder_of, step_of
 
 STATE, OPTIMIZERS, GENERATOR = "state.json", "optimizers.pt", "generator.safetensors"
 HUB_WEIGHTS = "model.safetensors"
@@ -50,26 +51,6 @@ class Checkpoint:
     state: dict[str, Any]
     weights: dict[str, dict[str, Tensor]]
     optimizers: dict[str, Any]
-
-
-def step_of(path: Path) -> int:
-    """The step in a folder name ``step_00010000``."""
-    return int(path.name.removeprefix("step_"))
-
-
-def committed(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return _steps(run_dir / "checkpoints")
-
-
-def snapshots(run_dir: Path) -> list[Path]:
-    """Snapshots of a run, oldest first."""
-    return _steps(run_dir / "snapshots")
-
-
-def _steps(folder: Path) -> list[Path]:
-    found = [p for p in folder.glob("step_*") if p.name.removeprefix("step_").isdecimal()]
-    return sorted(found, key=step_of)
 
 
 def save(
@@ -91,7 +72,7 @@ def save(
     Raises:
         RunFolderError: the disk is full or the folder cannot be written; earlier checkpoints stay.
     """
-    final = run_dir / "checkpoints" / f"step_{step:08d}"
+    final = folder_of(run_dir, CHECKPOINTS, step)
     with _written_aside(final) as partial:
         for name, network in networks.items():
             save_file(portable(network.state_dict()), partial / f"{name}.safetensors")
@@ -114,7 +95,7 @@ def export_snapshot(
     Raises:
         RunFolderError: the disk is full or the folder cannot be written.
     """
-    final = run_dir / "snapshots" / f"step_{step:08d}"
+    final = folder_of(run_dir, SNAPSHOTS, step)
     with _written_aside(final) as partial:
         tensors = portable(sampler(config.model, weights, device).state_dict())
         save_file(tensors, partial / GENERATOR, metadata={"step": str(step)})
@@ -169,7 +150,7 @@ def newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
             damaged.append(str(error))
     if candidates:
         raise CheckpointError(
-            f"no checkpoint in {run_dir / 'checkpoints'} is usable:\n  "
+            f"no checkpoint in {run_dir / CHECKPOINTS} is usable:\n  "
             + "\n  ".join(damaged)
             + "\nMove them away to start this run anew, or restore them from a copy."
         )
@@ -224,13 +205,13 @@ def prune(run_dir: Path, keep: int, keep_every: int, keep_best: bool = False) ->
 
 def clean(run_dir: Path) -> None:
     """Remove what a killed writer left behind."""
-    for folder in ("checkpoints", "snapshots"):
-        for path in (run_dir / folder).glob("step_*.tmp"):
+    for kind in (CHECKPOINTS, SNAPSHOTS):
+        for path in (run_dir / kind).glob("step_*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies as safetensors wants them: contiguous; the memory layout is not part of the state."""
+    """As safetensors wants them: on the CPU, contiguous; memory layout is not part of the state."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 

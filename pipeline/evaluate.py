@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import Config
 from pipeline.config_files import load
 from pipeline.errors import EvaluationError, one_clear_message
+from pipeline.step_folders import SNAPSHOTS, committed
 
 if TYPE_CHECKING:
     from pipeline.candidates import Candidate
@@ -149,11 +150,8 @@ def _print_scores(scores: dict[str, float]) -> None:
 
 
 def _something_to_evaluate(options: argparse.Namespace, config: Config) -> None:
-    found = [
-        path for kind in ("snapshots", "checkpoints") for path in options.run.glob(f"{kind}/step_*")
-    ]
-    whole = [path for path in found if not path.name.endswith(".tmp")]
-    if not options.watch and not options.checkpoint and not whole:
+    there = committed(options.run) or committed(options.run, SNAPSHOTS)
+    if not options.watch and not options.checkpoint and not there:
         raise EvaluationError(
             f"--run {options.run}: no checkpoint or snapshot there yet; the first comes after "
             f"train.checkpoint_every ({config.train.checkpoint_every}) steps. --watch waits for it."

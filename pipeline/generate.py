@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.durable import place_for
 from pipeline.errors import GenerationError, one_clear_message
+from pipeline.step_folders import SNAPSHOTS, committed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -229,14 +230,14 @@ def _snapshot(options: argparse.Namespace) -> Path:
         if not there:
             raise GenerationError(f"--snapshot ({path}): no such folder.")
         return path
-    found = [p for p in path.glob("snapshots/step_*") if p.name[5:].isdecimal()]
+    found = committed(path, SNAPSHOTS)
     if not found:
         near = sorted(str(p.parent) for p in path.parent.glob("*/snapshots"))[:10]
         raise GenerationError(
             f"--run ({path}): no snapshot there; training writes one with each checkpoint. "
             f"Runs with snapshots beside it: {', '.join(near) or 'none'}."
         )
-    return max(found, key=lambda p: int(p.name[5:]))
+    return found[-1]
 
 
 def parse(words: list[str]) -> argparse.Namespace:

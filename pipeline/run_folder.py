@@ -19,6 +19,7 @@ from pipeline.config_files import dump, load
 from pipeline.dashboard import make_run_id
 from pipeline.durable import publish
 from pipeline.errors import ConfigError, RunFolderError
+from pipeline.step_folders import committed
 
 IDENTITY = "run.json"
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
@@ -105,7 +106,7 @@ class RunFolder:
     def _bind(self, config: Config) -> None:
         path = self.path / "config.yaml"
         # Until something is trained there is nothing that another configuration could spoil.
-        if path.exists() and any((self.path / "checkpoints").glob("step_*")):
+        if path.exists() and committed(self.path):
             try:
                 changed = fixed_differences(load(path), config)
             except ConfigError as error:

@@ -17,6 +17,7 @@ from pipeline.config import Config, ModelConfig
 from pipeline.errors import CheckpointError
 from pipeline.models import Generator, init_weights
 from pipeline.sampling import generate, sampler, stream, z_rows
+from pipeline.step_folders import committed, step_of
 
 MODEL = ModelConfig(image_size=32, channels=1, z_dim=8, ngf=4, ndf=4)
 CONFIG = Config(model=MODEL)
@@ -107,7 +108,7 @@ def test_pruning_keeps_the_newest_and_every_mth(tmp_path: Path) -> None:
     for step in range(1, 10):
         save(tmp_path, step)
     checkpoint.prune(tmp_path, keep=2, keep_every=4)
-    assert [checkpoint.step_of(p) for p in checkpoint.committed(tmp_path)] == [4, 8, 9]
+    assert [step_of(p) for p in committed(tmp_path)] == [4, 8, 9]
 
 
 def test_a_pickle_is_refused_even_with_right_checksums(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from pipeline import candidates, checkpoint
 from pipeline.errors import CheckpointError, DataError, EvaluationError, RunFolderError
 from pipeline.ledger import Key, Ledger, kept_steps, read_rows
+from pipeline.step_folders import committed, step_of
 
 
 @pytest.fixture(autouse=True)
@@ -390,10 +391,10 @@ def test_keep_best_prunes_neither_the_best_nor_the_unknown(tmp_path: Path) -> No
     ledger.append(row(3, 1.0, "q"))
     ledger.close()
     checkpoint.prune(tmp_path, keep=1, keep_every=0, keep_best=True)
-    assert [checkpoint.step_of(p) for p in checkpoint.committed(tmp_path)] == [2, 3, 4, 6, 7]
+    assert [step_of(p) for p in committed(tmp_path)] == [2, 3, 4, 6, 7]
     assert kept_steps(tmp_path, [1, 5]) == {5}  # the best of those that are left
     checkpoint.prune(tmp_path, keep=1, keep_every=0)
-    assert [checkpoint.step_of(p) for p in checkpoint.committed(tmp_path)] == [7]
+    assert [step_of(p) for p in committed(tmp_path)] == [7]
 
 
 # -- W&B ----------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ from pipeline.reader import Cache, Reader
 from pipeline.sampling import generate, stream, z_rows
 from pipeline.scores import chosen_ids
 from pipeline.shards import read_index, scan, write_index
+from pipeline.step_folders import step_of
 
 # -- Parzen window ------------------------------------------------------------------------------
 
@@ -302,7 +303,7 @@ def test_the_pair_is_the_checkpoints_d_and_one_with_first_weights(
     broken.write_bytes(broken.read_bytes()[:-1] + b"x")
     _, found, trained, random = open_pair(labelled_run, None, 5)
     assert "step_00000020: D.safetensors is damaged" in capsys.readouterr().err
-    assert checkpoint.step_of(found.path) == 10
+    assert step_of(found.path) == 10
     kept, first = checkpoint.read(found.path).weights["D"], make_discriminator(MODEL)
     init_weights(first, stream(5, "probe"))
     for name, value in trained.state_dict().items():
