@@ -36,10 +36,10 @@ def make_run(folder: Path, steps: tuple[int, ...] = (10, 20), **settings: object
         write_shards(folder / "shards", [70, 60], (32, 32, 1))
     run, config = folder / "run", make_config(folder, **settings)
     run.mkdir(exist_ok=True)
-    (run / "config.yaml").write_text(dump(config))
-    (run / "run.json").write_text('{"id": "run-abc", "precision": "fp32"}')
     for step in steps:
         add_snapshot(run, config, step)
+    (run / "run.json").write_text('{"id": "run-abc", "precision": "fp32"}')
+    (run / "config.yaml").write_text(dump(config))  # the last: without it nothing is evaluated
     return run
 
 

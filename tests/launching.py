@@ -120,9 +120,10 @@ def kill_at_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> No
     deadline = time.monotonic() + TIMEOUT
     log = run_dir / "ids" / "rank_0.jsonl"
     while time.monotonic() < deadline:
+        ended = process.poll() is not None
         if log.exists() and f'"step": {step},' in log.read_text():
             return kill(process)
-        assert process.poll() is None, process.communicate()[0]
+        assert not ended, process.communicate()[0]
         time.sleep(0.01)
     raise AssertionError(f"step {step} was not reached")
 

@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image, ImageOps
 
@@ -287,9 +288,9 @@ def test_parts_at_once_write_the_bytes_of_one_command(labelled, tmp_path):
     alone = part(2)
     assert "part 2/3 is packed" in alone.communicate(timeout=60)[0]
     assert not (out / "index.json").exists()
-    both = [part(0), part(1)]
     # What a part was writing when it was killed belongs to that part alone.
     (out / "shard-000001.tar.7.tmp").touch()
+    both = [part(0), part(1)]
     said = [process.communicate(timeout=60)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert sum("60 samples in" in text for text in said) >= 1, said
@@ -367,8 +368,7 @@ def test_a_source_that_goes_away_is_not_a_folder_of_damaged_images(labelled, tmp
 
 
 def children(pid):
-    stats = [p.read_text().rpartition(")") for p in Path("/proc").glob("[0-9]*/stat")]
-    return [int(head.split()[0]) for head, _, rest in stats if int(rest.split()[1]) == pid]
+    return [child.pid for child in psutil.Process(pid).children()]
 
 
 def is_running(pid):
@@ -404,8 +404,8 @@ def stopped_in_the_middle(arguments, out, number):
 @pytest.mark.faults
 def test_killed_and_stopped_runs_continue_to_the_bytes_of_an_uninterrupted_one(tmp_path):
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (1200, 28, 28), dtype=np.uint8)
-    write_idx(tmp_path / "idx", images, rng.integers(0, 10, 1200), end=".gz")
+    images = rng.integers(0, 256, (6000, 28, 28), dtype=np.uint8)
+    write_idx(tmp_path / "idx", images, rng.integers(0, 10, 6000), end=".gz")
     common = (tmp_path / "idx", "--size", 64, "--format", "png", "--shard-mib", 0.4)
     out = tmp_path / "killed"
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -476,7 +477,7 @@ def test_six_processes_make_one_download(remote, tmp_path):
     code = (
         "import sys; from pipeline.shards import *; from pipeline.reader import *\n"
         "from pipeline.durable import *\n"
-        "index = read_index(sys.argv[1]); sys.stdin.readline()\n"
+        "index = read_index(sys.argv[1]); print('ready', flush=True); sys.stdin.readline()\n"
         "print(sha256_of(Cache(index, sys.argv[2]).path(index.shards[2])))"
     )
     racers = [
@@ -488,8 +489,14 @@ def test_six_processes_make_one_download(remote, tmp_path):
         )
         for _ in range(6)
     ]
-    for racer in racers:  # all are past their imports when the first line is read
+    for racer in racers:
+        assert racer.stdout.readline() == "ready\n"
+    server.hold.clear()
+    for racer in racers:
         racer.stdin.write("go\n")
+        racer.stdin.flush()
+    time.sleep(1)  # one waits for the server now, the others for that one
+    server.hold.set()
     answers = [racer.communicate(timeout=60)[0].strip() for racer in racers]
     assert answers == [index.shards[2].sha256] * 6
     assert server.gets[index.shards[2].url] == 1

@@ -28,7 +28,7 @@ from pipeline.tracking import NullTracker, Tracker
 
 FAKE_KEY = "a" * 40
 PRELUDE = """
-import os, signal, sys, time
+import os, signal, sys, time, psutil
 from pathlib import Path
 import numpy as np
 from pipeline.config import Config, RunConfig, TrackingConfig
@@ -360,9 +360,9 @@ with Tracker(config("offline"), "abc", 0, 40) as tracker:
     tracker.log(21, row(21))  # younger than wandb-core's last flush
     time.sleep(0.1)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        if f"(wandb-core) S {os.getpid()} " in stat.read_text():
-            os.kill(int(stat.parent.name), signal.SIGTERM)
+    for child in psutil.Process().children():
+        if child.name() == "wandb-core":
+            child.terminate()
     time.sleep(0.3)
     tracker.log(22, row(22))
 """
@@ -410,7 +410,7 @@ def test_a_server_that_does_not_answer_costs_neither_rows_nor_the_exit(
     tmp_path: Path, server: Any
 ) -> None:
     body = """
-with Tracker(config("online", timeout=9.0), "abc", 0, 20) as tracker:
+with Tracker(config("online", timeout=18.0), "abc", 0, 20) as tracker:
     for step in range(1, 21):
         tracker.log(step, row(step))
 """
@@ -419,7 +419,7 @@ with Tracker(config("online", timeout=9.0), "abc", 0, 20) as tracker:
         done = script(tmp_path, body, WANDB_BASE_URL=url, WANDB_API_KEY=FAKE_KEY)
         took = time.monotonic() - began
     assert done.returncode == 0, done.stderr
-    assert took < 9 + 8  # the timeout, and Python's start on a busy machine
+    assert took < 18 + 15  # the timeout, and Python's start on a busy machine
     assert "Traceback" not in done.stderr
     assert FAKE_KEY not in done.stderr + done.stdout
     assert [row["step"] for row in rows_of(tmp_path)] == list(range(1, 21))
@@ -440,7 +440,7 @@ with Tracker(config("online", timeout=0.2), "abc", 0, 20) as tracker:
         done = script(tmp_path, body, WANDB_BASE_URL=url, WANDB_API_KEY=FAKE_KEY)
         took = time.monotonic() - began
     assert done.returncode == 0, done.stderr
-    assert took < 8
+    assert took < 20
     assert "Traceback" not in done.stderr
     assert len(rows_of(tmp_path)) == 20
     assert done.stderr.count("rows were not sent to it. metrics.jsonl") == 1

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -119,18 +120,32 @@ def test_a_signal_saves_and_leaves_and_the_same_command_finishes(
         f"run.dir={run_dir}",
         "train.checkpoint_every=0",
     )
-    with started(*arguments) as process:
+    with started(*arguments, ENDLESS) as process:
         wait_for(run_dir / "ids" / "rank_1.jsonl", '"step": 3,')
         rank_process(process, 1).send_signal(signal.Signals[name])
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     stopped_at = int((run_dir / "PREEMPTED").read_text())
-    assert int((run_dir / "progress").read_text()) == stopped_at < STEPS
+    assert int((run_dir / "progress").read_text()) == stopped_at
     assert f"stopped by another rank's signal at step {stopped_at}" in output
-    train(*arguments)
+    end, whole = beyond(stopped_at, arguments, uninterrupted[2], tmp_path)
+    train(*arguments, f"train.total_steps={end}")
     assert not (run_dir / "PREEMPTED").exists()
-    assert int((run_dir / "FINISHED").read_text()) == STEPS
-    assert_bitwise_equal(state_of(run_dir, STEPS), state_of(uninterrupted[2], STEPS))
+    assert int((run_dir / "FINISHED").read_text()) == end
+    assert_bitwise_equal(state_of(run_dir, end), state_of(whole, end))
+
+
+ENDLESS = "train.total_steps=1000000"
+"""For a run that must not end before its signal comes."""
+
+
+def beyond(step: int, arguments: Sequence[object], whole: Path, tmp_path: Path) -> tuple[int, Path]:
+    """(a later step, an uninterrupted run to it): ``whole`` but where the signal came too late."""
+    if step < STEPS:
+        return STEPS, whole
+    end, longer = step + 1, tmp_path / "longer"
+    train(*arguments, f"run.dir={longer}", f"train.total_steps={end}")
+    return end, longer
 
 
 def wait_for(path: Path, text: str, seconds: float = 120) -> None:
@@ -146,11 +161,17 @@ def test_a_signal_during_the_imports_is_not_lost(
     """SIGTERM right after the start: the run saves after its first step and exits 0."""
     run_dir = tmp_path / "run"
     with started(1, tiny_config, *training_settings, f"run.dir={run_dir}") as process:
-        time.sleep(1.0)
+        while not catches_sigterm(process.pid):
+            time.sleep(0.005)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert (run_dir / "PREEMPTED").exists()
+
+
+def catches_sigterm(pid: int) -> bool:
+    caught = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(caught[0], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 @pytest.mark.faults
@@ -165,7 +186,7 @@ def test_a_scheduler_may_ask_for_another_exit_code_of_a_stopped_run(
     """Kubernetes would count 0 as completed. Behind a launcher any code but 0 becomes 1."""
     run_dir = tmp_path / "run"
     arguments = (processes, tiny_config, *training_settings, f"run.dir={run_dir}")
-    with started(*arguments, STOPPED_EXIT_CODE="75") as process:
+    with started(*arguments, ENDLESS, STOPPED_EXIT_CODE="75") as process:
         wait_for(run_dir / "ids" / "rank_0.jsonl", '"step": 3,')
         stopped = process if processes == 1 else rank_process(process, 1)
         stopped.send_signal(signal.SIGTERM)
@@ -173,8 +194,9 @@ def test_a_scheduler_may_ask_for_another_exit_code_of_a_stopped_run(
     assert process.returncode == (75 if processes == 1 else 1), output
     step = int((run_dir / "PREEMPTED").read_text())
     assert state_of(run_dir, step)
-    train(*arguments, STOPPED_EXIT_CODE="75")
-    assert_bitwise_equal(state_of(run_dir, STEPS), state_of(uninterrupted[processes], STEPS))
+    end, whole = beyond(step, arguments, uninterrupted[processes], tmp_path)
+    train(*arguments, f"train.total_steps={end}", STOPPED_EXIT_CODE="75")
+    assert_bitwise_equal(state_of(run_dir, end), state_of(whole, end))
 
 
 def test_a_finished_run_is_left_as_it_is(
@@ -322,11 +344,11 @@ def test_a_signal_while_shards_are_fetched_stops_at_once(
     arguments = (1, tiny_config, *settings, f"run.dir={run_dir}", "train.total_steps=2")
     with started(*arguments, STOPPED_EXIT_CODE="75") as process:
         deadline = time.monotonic() + 60
-        while not any(name.endswith(".tar") for name in server.gets):
+        while not any(name.endswith(".tar") for name in list(server.gets)):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(signal.SIGUSR2)
-        time.sleep(2.5)
+        time.sleep(6)  # it looks for signals once a second
         server.hold.set()
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output

@@ -16,7 +16,7 @@ from launching import train
 
 from .mini_slurm import BINARIES, MiniSlurm
 
-STEPS = 96
+STEPS = 192
 Submit = Callable[..., "Job"]
 
 

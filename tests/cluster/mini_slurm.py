@@ -63,7 +63,8 @@ class MiniSlurm:
         self.dir = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # a socket's path is short
         self.env = {k: v for k, v in environment().items() if not k.startswith(("SLURM", "SBATCH"))}
         self.env |= {"SLURM_CONF": str(self.dir / "slurm.conf"), "PYTHON": sys.executable}
-        port = 41000 + os.getpid() % 6000 * 3
+        port = 10000 + os.getpid() % 3000 * 3  # below those the system gives to clients
+        self.lost: set[str] = set()
         for name in ("log", "state", "spool-n1", "spool-n2", "munge"):
             (self.dir / name).mkdir(mode=0o755)
         key = self.dir / "munge" / "key"
@@ -104,6 +105,7 @@ class MiniSlurm:
         shutil.rmtree(self.dir, ignore_errors=True)
 
     def start_node(self, node: str) -> None:
+        self.lost.discard(node)
         self._daemon("slurmd", "-f", self.env["SLURM_CONF"], "-N", node)
 
     def _configure(self, slurmd_timeout: int) -> None:
@@ -123,8 +125,7 @@ class MiniSlurm:
 
     def lose_node(self, node: str, job: str) -> None:
         """As if its power were cut: slurmd, its job steps and all their processes are gone."""
-        slurmd = self._process(f"slurmd-{node}")
-        assert slurmd
+        slurmd = self._slurmd_to_lose(node)
         daemons, work = {slurmd}, set()
         for process in psutil.process_iter():
             with suppress(psutil.Error):
@@ -142,9 +143,13 @@ class MiniSlurm:
 
     def lose_slurmd(self, node: str) -> None:
         """Its daemon alone is gone: what runs goes on, and nothing new can start there."""
+        self._slurmd_to_lose(node).kill()
+
+    def _slurmd_to_lose(self, node: str) -> psutil.Process:
         slurmd = self._process(f"slurmd-{node}")
         assert slurmd
-        slurmd.kill()
+        self.lost.add(node)
+        return slurmd
 
     def _munged(self) -> None:
         files = {"key-file": "munge/key", "socket": "munge/sock", "seed-file": "munge/seed"}
@@ -166,16 +171,21 @@ class MiniSlurm:
     # -- jobs -------------------------------------------------------------------------------
 
     def ask(self, *words: str, **env: str) -> str:
-        """The output of a Slurm command, empty when it fails."""
-        done = subprocess.run(
-            words,
-            env=self.env | env,
-            cwd=REPO,
-            timeout=60,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        """The output of a Slurm command, empty when it fails.
+
+        What only asks is asked again where a busy controller did not answer: nothing is no answer.
+        """
+        for _ in range(3 if words[0] in ("squeue", "sinfo") or "show" in words else 1):
+            done = subprocess.run(
+                words,
+                env=self.env | env,
+                cwd=REPO,
+                timeout=60,
+                capture_output=True,
+                text=True,
+            )
+            if not re.search("timed out|Unable to contact|Connection refused", done.stderr):
+                break
         return done.stdout if done.returncode == 0 else ""
 
     def submit(self, output: Path, *words: str, **env: str) -> str:
@@ -188,6 +198,10 @@ class MiniSlurm:
         """The job's fields as scontrol prints them."""
         fields = self.ask("scontrol", "-o", "show", "job", job)
         return dict(re.findall(r"(\w[\w/:]*)=(\S*)", fields))
+
+    def restarts(self, job: str) -> int:
+        """How often it was requeued; PENDING would be seen for a few seconds only."""
+        return int(self.show(job).get("Restarts", 0))
 
     def wait(self, job: str, state: str, seconds: float = TIMEOUT) -> dict[str, str]:
         """Wait until the job is in ``state`` for good."""

@@ -123,7 +123,7 @@ sys.exit(subprocess.call(words, env=env))
 def test_an_array_packs_one_set_though_tasks_are_stopped(slurm: MiniSlurm, tmp_path: Path) -> None:
     """One is killed, the last (whose job id is the array's) meets its time limit."""
     source, out, whole = tmp_path / "images", tmp_path / "shards", tmp_path / "whole"
-    write_images(source, 1500)
+    write_images(source, 3000)
     words = [str(source), "--size", "64", "--format", "png", "--shard-mib", "0.4"]
     prepare = [sys.executable, "-m", "pipeline.prepare", *words]
     subprocess.run([*prepare, "--out", str(whole)], cwd=REPO, env=environment(), check=True)
@@ -163,7 +163,7 @@ def test_an_evaluation_that_follows_a_run_survives_its_time_limit(
     rows = run / "evaluations.jsonl"
     slurm.wait_until(lambda: rows.exists() and len(rows.read_text().splitlines()) == 2, "scores")
     slurm.ask("scancel", "--signal=USR2", job)  # to the ranks and their launcher, as at the limit
-    slurm.wait_until(lambda: slurm.show(job)["JobState"] == "PENDING", "requeue")
+    slurm.wait_until(lambda: slurm.restarts(job) == 1, "requeue")
     (run / "FINISHED").write_text("20\n")
     found = slurm.wait(job, "COMPLETED")
     print(output.read_text())

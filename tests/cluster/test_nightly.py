@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 
 import pytest
 from evaluating import add_snapshot, make_config, make_run
 from launching import REPO
+
+from pipeline.ledger import read_rows
 
 from .conftest import Program
 from .mini_slurm import MiniSlurm
@@ -32,8 +33,11 @@ def test_a_chain_of_nights_some_of_which_fail(slurm: MiniSlurm, tmp_path: Path) 
         slurm.wait_until(lambda: len(nights()) >= count, f"{count} nights", every=0.05)
 
     def scored() -> list[int]:
-        path = run / "evaluations.jsonl"
-        return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        return [row["step"] for row in read_rows(run)]
+
+    def ended() -> bool:  # a night that has just begun may submit the next behind scancel's back
+        slurm.ask("scancel", "-n", NAME)
+        return not slurm.ask("squeue", "-h", "-n", NAME)
 
     try:
         slurm.submit(output, *options, "slurm/nightly.sh", "--run", str(run), **env)
@@ -57,9 +61,8 @@ def test_a_chain_of_nights_some_of_which_fail(slurm: MiniSlurm, tmp_path: Path) 
         assert "NIGHTLY_AT" in kept
         assert "SLURM_OF_TONIGHT" not in kept
     finally:
-        slurm.ask("scancel", "-n", NAME)
+        slurm.wait_until(ended, "end of the chain")
         print(output.read_text())
-    slurm.wait_until(lambda: not slurm.ask("squeue", "-h", "-n", NAME), "end of the chain")
     count = len(nights())
     assert count >= 4
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -42,13 +43,13 @@ def test_the_time_limit_requeues_and_the_run_ends_bitwise_equal(
     with frozen(job.ranks()) as ranks:
         job.slurm.wait_until(lambda: all(map(has_been_signalled, ranks)), "USR2", every=0.01)
     began = time.monotonic()
-    job.slurm.wait_until((job.run_dir / "PREEMPTED").exists, "checkpoint", every=0.01)
+    job.slurm.wait_until((job.run_dir / "progress").exists, "checkpoint", every=0.01)
     print(f"signal -> checkpoint committed: {time.monotonic() - began:.1f} s")
     assert not (job.run_dir / "FINISHED").exists()
-    job.slurm.wait_until(lambda: "srun ended with" in job.log(), "end of the step", every=0.05)
+    job.slurm.wait_until(lambda: "requeue at step" in job.log(), "end of the step", every=0.05)
     print(f"signal -> end of the step: {time.monotonic() - began:.1f} s")
-    stopped_at = int((job.run_dir / "PREEMPTED").read_text())
-    job.slurm.wait_until(lambda: job.slurm.show(job.id)["JobState"] == "PENDING", "requeue")
+    stopped_at = int(re.findall(r"requeue at step (\d+)", job.log())[0])
+    job.slurm.wait_until(lambda: job.slurm.restarts(job.id) == 1, "requeue")
     requeued = time.monotonic()
     print(f"signal -> requeued: {requeued - began:.1f} s")
     print(job.slurm.ask("squeue"), job.slurm.ask("scontrol", "show", "job", job.id))
@@ -210,20 +211,23 @@ def test_sigterm_and_a_controller_that_does_not_answer_in_the_set_up(
     submit: Submit, program: Program, path: str, tmp_path: Path
 ) -> None:
     """Preempted before the trainer runs, and the first requeue is refused: it is done all over."""
-    mark = tmp_path / "refused"
+    mark, go = tmp_path / "refused", tmp_path / "go"
+    program("held", f'[ -e {go} ] || exec sleep 300\nexec {sys.executable} "$@"')
     refuse = f'[ "$1" != requeue ] || [ -e {mark} ] || {{ touch {mark}; exit 1; }}'
     program("scontrol", f"{refuse}\n{real('scontrol')}")
-    job = submit(flags=("--nodes=1",), steps=2, PATH=path)
+    held = str(tmp_path / "bin" / "held")
+    job = submit(flags=("--nodes=1",), steps=2, PATH=path, PYTHON=held)
 
     def reader() -> list[psutil.Process]:
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 if process.environ().get("SLURM_JOB_ID") == job.id:
-                    found += [process] if "python" in process.name() else []
+                    found += [process] if process.cmdline() == ["sleep", "300"] else []
         return found
 
-    job.slurm.wait_until(lambda: len(reader()) > 0, "reader of the configuration", every=0.01)
+    job.slurm.wait_until(lambda: len(reader()) > 0, "reader of the configuration")
+    go.touch()
     for process in reader():
         process.terminate()
     found = job.wait("COMPLETED")
@@ -263,8 +267,7 @@ def test_a_step_starts_in_the_container(
 def test_no_more_requeues_than_allowed(submit: Submit) -> None:
     job = submit("train.checkpoint_every=0", steps=10**6, MAX_REQUEUE="0")
     job.reach(5)
-    for rank in job.ranks():
-        rank.send_signal(signal.SIGUSR2)
+    job.ranks()[1].send_signal(signal.SIGUSR2)
     job.wait("FAILED")
     assert "requeued 0 times, MAX_REQUEUE is 0: giving up at step" in job.log()
 
@@ -272,16 +275,9 @@ def test_no_more_requeues_than_allowed(submit: Submit) -> None:
 @pytest.fixture
 def node_back(slurm: MiniSlurm) -> Iterator[Callable[[str], None]]:
     """A function that brings a lost node back; what is lost at the end comes back too."""
-    lost: set[str] = {"n1", "n2"}
-
-    def start(node: str) -> None:
-        lost.discard(node)
+    yield slurm.start_node
+    for node in list(slurm.lost):
         slurm.start_node(node)
-
-    yield start
-    for node in lost:
-        with suppress(subprocess.CalledProcessError):  # it was never lost
-            slurm.start_node(node)
     slurm.wait_until(lambda: slurm.idle_nodes() == {"n1", "n2"}, "two idle nodes", 60)
 
 
@@ -293,7 +289,7 @@ def test_a_lost_batch_host_is_made_up_for(
     job.reach(30)
     job.slurm.lose_node("n1", job.id)
     began = time.monotonic()
-    job.slurm.wait_until(lambda: job.slurm.show(job.id)["JobState"] == "PENDING", "requeue")
+    job.slurm.wait_until(lambda: job.slurm.restarts(job.id) > 0, "requeue")
     print(f"loss of n1 -> requeued: {time.monotonic() - began:.1f} s, SlurmdTimeout 15 s")
     node_back("n1")
     found = job.wait("COMPLETED")
@@ -317,17 +313,17 @@ def test_a_lost_node_is_done_without(
         rank = job.ranks()[1]
         slurm.lose_slurmd("n2")
         rank.kill()
-        job.slurm.wait_until(lambda: "not all nodes answer" in job.log(), "probe", 100)
+        job.slurm.wait_until(lambda: "not all nodes answer" in job.log(), "probe")
         slurm.wait_until(lambda: slurm.show(job.id)["JobState"] == "COMPLETING", "requeue")
         # What Slurm does by itself after SlurmdTimeout, when the script has long been ended. (In
         # the same second, 22.05 starts the job with a credential that it has just revoked.)
         time.sleep(5)
         slurm.ask("scontrol", "update", "nodename=n2", "state=down", "reason=lost")
-        slurm.wait_until(lambda: "restart 1" in job.log(), "second life", 100)
+        slurm.wait_until(lambda: "restart 1" in job.log(), "second life")
         job.wait("COMPLETED")
     assert re.search(r"1 process\(es\) on n1, .* at step [1-9]", job.log())
     assert ids_by_step(job.run_dir) == ids_by_step(uninterrupted)
-    # After 76 more steps a GAN has grown another order of summation into other weights; how close
+    # After 160 more steps a GAN has grown another order of summation into other weights; how close
     # they are after a few steps is tested without Slurm.
     assert state_of(job.run_dir, STEPS)
 
