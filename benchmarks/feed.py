@@ -27,7 +27,7 @@ from loader import fashion_mnist, machine, prepare
 from step import ceiling, operations, update, wait
 from torch import Tensor
 
-from pipeline import distributed
+from pipeline import distributed, hardware
 from pipeline.config import Config, DataConfig, ModelConfig, TrainConfig
 from pipeline.data import Loader, ToDevice, make_order, normalise
 from pipeline.gan import GAN
@@ -102,9 +102,9 @@ def main() -> None:
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     options = parser.parse_args()
     given = TrainConfig(precision=options.precision)
-    precision = distributed.resolve_precision(Config(train=given))
+    precision = hardware.resolve_precision(Config(train=given))
     accelerator = distributed.start(precision)
-    distributed.choose_kernels(accelerator, deterministic=False)
+    hardware.choose_kernels(accelerator.device, deterministic=False)
     device = accelerator.device
     best = ceiling(torch.bfloat16 if precision == "bf16" else torch.float32, device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

@@ -26,8 +26,9 @@ from step import seconds
 from pipeline import checkpoint
 from pipeline.config import Config
 from pipeline.config_files import load
-from pipeline.distributed import MIXED_PRECISION, native_bf16
+from pipeline.distributed import MIXED_PRECISION
 from pipeline.gan import GAN
+from pipeline.hardware import native_bf16
 from pipeline.sampling import draw_z, generate, sampler, stream
 
 REPO = Path(__file__).resolve().parents[1]

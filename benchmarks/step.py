@@ -24,8 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import Config, DataConfig, ModelConfig, TrainConfig
 from pipeline.convolution import weight_gradient
-from pipeline.distributed import MIXED_PRECISION, native_bf16
+from pipeline.distributed import MIXED_PRECISION
 from pipeline.gan import GAN
+from pipeline.hardware import native_bf16
 
 KINDS = (  # first match wins
     ("convolutions, backward", ("convolution_backward",)),

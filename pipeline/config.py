@@ -113,7 +113,8 @@ class TrainConfig:
     """Optimizer steps of G in the whole run."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward and backward passes; weights stay fp32. auto = bf16 where the
-    hardware multiplies it natively, else fp32; a resumed run keeps what it started with."""
+    hardware multiplies it natively, else fp32; a resumed run keeps what it started with. On GPUs
+    since Ampere PyTorch computes fp32 convolutions in TF32 while training; never for samples."""
     micro_batch: int | None = None
     """Images per forward pass and BatchNorm group. None = batch_size / ranks. Set it to keep the
     computation the same on any number of ranks: the rest is accumulated."""

@@ -245,7 +245,8 @@ def _impossible(config: Config) -> list[str]:
     need("0 or more", lambda v: v >= 0, "data.workers", "data.window", "data.cache_gib")
     need("0 or more", lambda v: v >= 0, "train.checkpoint_every", "train.checkpoint_minutes")
     need("0 or more", lambda v: v >= 0, "train.keep_every", "train.sample_every")
-    need("0 or more", lambda v: v >= 0, "tracking.timeout")
+    # The other ranks wait for rank 0 at the end, ten minutes at most with NCCL.
+    need("between 0 and 500", lambda v: 0 <= v <= 500, "tracking.timeout")
     need("above 0, e.g. 2e-4", lambda v: v > 0, "optim.g_lr", "optim.d_lr")
     need("in [0, 1)", lambda v: 0 <= v < 1, "optim.beta1", "optim.beta2", "train.ema_decay")
     need("in [0, 1)", lambda v: 0 <= v < 1, "model.dropout")
@@ -276,6 +277,11 @@ def _impossible(config: Config) -> list[str]:
         faults.append(
             "train.precision (fp16): must be bf16 or fp32 with stability.r1_gamma, unless "
             "model.spectral_norm=true: BatchNorm's second derivatives overflow in fp16"
+        )
+    if config.stability.r1_gamma and config.train.sync_batchnorm and with_norms:
+        faults.append(
+            "train.sync_batchnorm (true): must be false with stability.r1_gamma, unless "
+            "model.spectral_norm=true: PyTorch has no second derivatives of it"
         )
     batch, micro = config.data.batch_size, config.train.micro_batch
     if micro is not None and (micro < 1 or batch % micro):

@@ -1,14 +1,12 @@
-"""Processes, devices and precision: how a run becomes an Accelerate job, and what ranks share."""
+"""How a run becomes an Accelerate job, and what its ranks share."""
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import socket
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from threading import Event, Thread
 from typing import TypeVar
 
@@ -18,8 +16,14 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from pipeline import signals
-from pipeline.config import Config
 from pipeline.errors import USER_ERROR_EXIT_CODE, ConfigError, LaunchError, UserError
+from pipeline.hardware import (
+    asked_for_cpu,
+    keep_freed_memory,
+    of_the_launcher,
+    processes_here,
+    use_all_cores,
+)
 from pipeline.peers import Peers
 
 T = TypeVar("T")
@@ -35,13 +39,15 @@ def start(precision: str) -> Accelerator:
         precision: ``fp32``, ``bf16`` or ``fp16``; ``resolve_precision`` makes one of ``auto``.
 
     Raises:
-        LaunchError: GPUs were allocated that PyTorch does not see.
+        LaunchError: GPUs were allocated that PyTorch does not see, or fewer than processes.
         ConfigError: fp16 without a GPU, or processes that do not see each other.
     """
     _refuse_missing_gpus()
-    on_cuda = torch.cuda.is_available() and not _asked_for_cpu()
+    on_cuda = torch.cuda.is_available() and not asked_for_cpu()
+    if on_cuda and "TORCHELASTIC_RUN_ID" in os.environ:  # others may show a process its GPU alone
+        _refuse_shared_gpus(processes_here(), torch.cuda.device_count())
     if not on_cuda:
-        _keep_freed_memory()
+        keep_freed_memory()
         use_all_cores()
     if precision == "fp16" and not on_cuda:
         raise ConfigError(
@@ -71,49 +77,16 @@ def start(precision: str) -> Accelerator:
     return accelerator
 
 
-def choose_kernels(accelerator: Accelerator, deterministic: bool) -> None:
-    """On a GPU: kernels that repeat a run bit for bit, or the fastest, which cuDNN finds by trial.
-
-    Two trials may choose two kernels, and some of the fastest sum in the order that threads
-    happen to arrive in. On CPUs every kernel in use repeats itself.
-    """
-    if accelerator.device.type != "cuda":
-        return
-    torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at first use
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def _keep_freed_memory() -> None:
-    """Large blocks stay in the process when they are freed, for the next step to take again.
-
-    glibc hands them back to the kernel instead, and each step then waits for the same tens of
-    thousands of pages to be zeroed and mapped anew, most of all in the convolutions' scratch
-    buffers: a twentieth of the time (benchmarks/README.md). Other C libraries have no mallopt;
-    whoever tunes glibc by its environment is left alone.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or "GLIBC_TUNABLES" in os.environ:
-        return
-    for option, value in (
-        (-4, 0),  # M_MMAP_MAX: no block has a mapping of its own, to be unmapped with it
-        (-1, -1),  # M_TRIM_THRESHOLD: the heap never shrinks
-        (-2, 256 << 20),  # M_TOP_PAD: and grows by large pieces
-    ):
-        mallopt(option, value)
-
-
 def _refuse_missing_gpus() -> None:
     """Or a node with an old driver would train on its CPU without a word.
 
     GPUS_PER_NODE is what the launch scripts know from the scheduler or from nvidia-smi.
     """
     promised = os.environ.get("GPUS_PER_NODE", "")
-    if not promised.isdecimal() or _asked_for_cpu():
+    if not promised.isdecimal() or asked_for_cpu():
         return
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if seen >= min(int(promised), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
+    if seen >= min(int(promised), processes_here()):
         return
     why = ""
     try:
@@ -125,6 +98,16 @@ def _refuse_missing_gpus() -> None:
         f"{socket.gethostname()}{why}; compare with nvidia-smi there, update the driver or install "
         "a PyTorch for it, or set ACCELERATE_USE_CPU=true to compute without GPUs."
     )
+
+
+def _refuse_shared_gpus(processes: int, gpus: int) -> None:
+    """Or NCCL would end the launch with a traceback of its own at the first exchange."""
+    if processes > gpus:
+        raise LaunchError(
+            f"{processes} processes on {socket.gethostname()}, which has {gpus} GPU(s) for them: "
+            "two processes cannot share one. Start one per GPU (--nproc_per_node, "
+            "--num_processes, NPROC_PER_NODE), or set ACCELERATE_USE_CPU=true to compute without."
+        )
 
 
 def refuse_unequal_precisions(accelerator: Accelerator, precision: str) -> None:
@@ -143,64 +126,13 @@ def refuse_unequal_precisions(accelerator: Accelerator, precision: str) -> None:
         )
 
 
-def resolve_precision(config: Config) -> str:
-    """``auto`` made concrete: bf16 where the hardware multiplies it natively, else fp32."""
-    if config.train.precision != "auto":
-        return config.train.precision
-    return "bf16" if native_bf16() else "fp32"
-
-
-def native_bf16() -> bool:
-    """Whether the device that ``start`` picks multiplies bf16 in hardware."""
-    if torch.cuda.is_available() and not _asked_for_cpu():
-        return torch.cuda.get_device_capability() >= (8, 0)
-    return bool(_cpu_flags() & {"amx_bf16", "avx512_bf16"})
-
-
-def _asked_for_cpu() -> bool:
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
-
-
-def use_all_cores() -> None:
-    """This process's share of them, where the launcher said 1 because nobody had told it otherwise.
-
-    accelerate launch (and torchrun with several processes) sets OMP_NUM_THREADS=1 then, which
-    leaves the other cores idle. A value that the launcher itself was given, in its environment or
-    on its command line, stands.
-    """
-    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
-    if not launched or os.environ.get("OMP_NUM_THREADS") != "1":
-        return
-    given = [*_of_the_launcher("environ"), *_of_the_launcher("cmdline")]
-    if not given or any("OMP_NUM_THREADS=" in word or "cpu_threads" in word for word in given):
-        return
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
-
-
-def _of_the_launcher(what: str) -> list[str]:
-    """The parent's ``cmdline`` or first ``environ``, word by word; empty where it is not ours."""
-    try:
-        return Path(f"/proc/{os.getppid()}/{what}").read_text().split("\0")
-    except (OSError, UnicodeDecodeError):
-        return []
-
-
 def warn_of_a_lost_launch(accelerator: Accelerator) -> None:
     """Say so when the launcher was asked for more processes than it started.
 
     ``accelerate launch --cpu --num_processes 2`` starts one process and is silent about it; only
     the launcher's own command line knows.
     """
-    words = _of_the_launcher("cmdline")
+    words = of_the_launcher("cmdline")
     for word, value in pairwise(words):
         asked = (
             int(value) if word.replace("-", "_") == "__num_processes" and value.isdecimal() else 0
@@ -238,6 +170,26 @@ def on_rank_zero(accelerator: Accelerator, work: Callable[[], T], *, lengthy: bo
     if isinstance(outcome[1], UserError):
         raise outcome[1]
     return outcome[0]  # type: ignore[return-value]
+
+
+def on_every_rank(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """This rank's result of ``work``, once all ranks have one; all raise a ``UserError`` of any.
+
+    Without it a rank that alone meets a damaged file, or does not see it yet, would leave the
+    others waiting in the next collective, which it never joins.
+    """
+    result: T | None = None
+    failure: UserError | None = None
+    try:
+        result = work()
+    except UserError as error:
+        failure = error
+    peers = Peers(accelerator)
+    failures = peers.gather(failure)
+    if failed := next(filter(None, failures), None):
+        where = peers.where([str(error or "") for error in failures])
+        raise failed if len(where) == 1 else type(failed)(f"{where[str(failed)]}: {failed}")
+    return result  # type: ignore[return-value]
 
 
 def while_others_wait(

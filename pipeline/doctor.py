@@ -22,10 +22,10 @@ from pipeline.errors import LaunchError, one_clear_message
 
 def diagnose(config: Config) -> bool:
     """Print the table on rank 0; whether everything is ready, on every rank."""
-    from pipeline import distributed, preflight, run_folder
+    from pipeline import distributed, hardware, preflight, run_folder
     from pipeline.peers import Finding, table
 
-    precision = run_folder.precision_of(config) or distributed.resolve_precision(config)
+    precision = run_folder.precision_of(config) or hardware.resolve_precision(config)
     try:
         accelerator = distributed.start(precision)
     except LaunchError as error:  # the other nodes cannot be asked then

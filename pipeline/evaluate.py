@@ -49,10 +49,10 @@ def evaluate(options: argparse.Namespace, config: Config) -> bool:
     if options.run and not options.images:
         _something_to_evaluate(options, config)
     # torch takes seconds to import; --help and a mistyped path answer without it.
-    from pipeline import distributed
+    from pipeline import distributed, hardware
 
     accelerator = distributed.start("fp32")
-    distributed.use_all_cores()  # of a GPU machine too: precision and recall are computed on CPUs
+    hardware.use_all_cores()  # of a GPU machine too: precision and recall are computed on CPUs
     distributed.warn_of_a_lost_launch(accelerator)
     evaluator = _evaluator(options.metrics)(config, accelerator)
     if accelerator.is_main_process:
@@ -112,6 +112,7 @@ def _score_run(options: argparse.Namespace, evaluator: Evaluator) -> None:
                 break
             evaluator.wait(options.every)
         _print_table(evaluation)
+        evaluation.raise_if_any_failed()
 
 
 def _print_table(evaluation: RunEvaluation) -> None:

@@ -15,15 +15,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from torch import nn
 
 from pipeline import candidates
 from pipeline.candidates import Candidate
+from pipeline.config import ModelConfig
 from pipeline.dashboard import STEP_KEY, Dashboard, Picture, say, wandb_mode
-from pipeline.distributed import on_rank_zero
+from pipeline.distributed import on_every_rank, on_rank_zero
+from pipeline.durable import publish
 from pipeline.errors import CheckpointError, RunFolderError
 from pipeline.evaluator import Evaluator
 from pipeline.ledger import Key, Ledger, Row, best, key_of
+from pipeline.peers import VISIBLE_SECONDS
+from pipeline.pictures import png
 from pipeline.sampling import sample_grid
 
 
@@ -50,10 +54,10 @@ class RunEvaluation:
     def evaluate(self, find: Callable[[], list[Candidate]]) -> None:
         """Evaluate everything that ``find`` (called on rank 0) gives and the ledger lacks.
 
-        What another process is evaluating is left to it; this returns when that is done too.
+        What another process is evaluating is left to it; this returns when that is done too. What
+        cannot be used is passed over and remembered: ``raise_if_any_failed``.
 
         Raises:
-            CheckpointError: some candidates cannot be used; after all others are done.
             Stopped: a stop signal came.
         """
         while True:
@@ -68,6 +72,13 @@ class RunEvaluation:
                 )
             else:
                 break
+
+    def raise_if_any_failed(self) -> None:
+        """At the end, so that one damaged candidate keeps no other from its scores.
+
+        Raises:
+            CheckpointError: naming all that could not be used.
+        """
         if self._failed:
             raise CheckpointError("\n".join(self._failed.values()))
 
@@ -105,9 +116,7 @@ class RunEvaluation:
     def _evaluate_one(self, candidate: Candidate) -> None:
         evaluator, config, began = self.evaluator, self.config, time.monotonic()
         try:
-            G, model = candidates.open_generator(
-                candidate, self.run_dir, config.eval.weights, evaluator.accelerator.device
-            )
+            G, model = on_every_rank(evaluator.accelerator, lambda: self._opened(candidate))
             images = candidates.generated(G, model, config.eval.seed)
             scores = evaluator.score(images, f"step {candidate.step}")
             on_rank_zero(
@@ -127,6 +136,14 @@ class RunEvaluation:
             if self.ledger is not None:
                 self.ledger.release(self.key(candidate))
 
+    def _opened(self, candidate: Candidate) -> tuple[nn.Module, ModelConfig]:
+        if not self.evaluator.is_main:  # rank 0 has just seen it
+            deadline = time.monotonic() + VISIBLE_SECONDS
+            while not candidate.path.is_dir() and time.monotonic() < deadline:
+                time.sleep(0.5)
+        weights, device = self.config.eval.weights, self.evaluator.accelerator.device
+        return candidates.open_generator(candidate, self.run_dir, weights, device)
+
     def _record(
         self,
         candidate: Candidate,
@@ -136,10 +153,9 @@ class RunEvaluation:
     ) -> None:
         assert self.ledger is not None
         path = self.grid_path(candidate.step)
-        pixels = grid[:, :, 0] if grid.shape[2] == 1 else grid
         try:
             path.parent.mkdir(exist_ok=True)
-            Image.fromarray(np.ascontiguousarray(pixels)).save(path)
+            publish(path, png(grid))
         except OSError as error:
             raise RunFolderError(
                 f"{path}: cannot be written: {error.strerror or error}. Free space, then run the "

@@ -17,7 +17,9 @@ import importlib
 import io
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,9 +33,10 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
 from pipeline.config import EvalConfig
-from pipeline.distributed import native_bf16, on_rank_zero
+from pipeline.distributed import on_every_rank, while_others_wait
 from pipeline.efficientnet import EfficientNetLite0
 from pipeline.errors import EvaluationError
+from pipeline.hardware import exact_kernels, native_bf16
 from pipeline.signals import Agreement, received
 from pipeline.weights import EFFICIENTNET_SHA256, INCEPTION_SHA256, find_inception, verified
 
@@ -71,7 +74,7 @@ class Extractor:
         batch = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
         if batch.shape[1] == 1:
             batch = batch.expand(-1, 3, -1, -1)
-        with torch.no_grad():
+        with exact_kernels(), torch.no_grad():  # as stylegan3's metrics: the same number every time
             features = self.network(batch.contiguous())
         found: dict[str, Tensor] = self.network.convert_features_tuple_to_dict(features)
         return found
@@ -90,12 +93,12 @@ def load_extractor(config: EvalConfig, accelerator: Accelerator) -> Extractor:
         "efficientnet-lite0": EfficientNetLite0,
     }.get(name)
     if name == "inception":
-        path = on_rank_zero(accelerator, lambda: find_inception(config.extractor_weights))
-        weights, sha256 = _reloaded(verified(path, INCEPTION_SHA256)), INCEPTION_SHA256
+        weights, sha256 = _reloaded(_inception(config, accelerator)), INCEPTION_SHA256
     elif name == "efficientnet-lite0":
         sha256 = EFFICIENTNET_SHA256
     else:
-        cls, weights = _imported(name), config.extractor_weights or None
+        cls = on_every_rank(accelerator, lambda: _imported(name))
+        weights = config.extractor_weights or None
     layer = config.layer or _default_layer(cls, "fid")
     provided = [str(layer) for layer in cls.get_provided_features_list()]
     if layer not in provided:
@@ -109,10 +112,6 @@ def load_extractor(config: EvalConfig, accelerator: Accelerator) -> Extractor:
     if precision == "bf16":
         options["feature_extractor_internal_dtype"] = "bfloat16"
     network = cls(name, layers, **options).eval().requires_grad_(False).to(accelerator.device)
-    if accelerator.device.type == "cuda":  # as stylegan3's metrics: the same number every time
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_tf32 = False
     probe = np.zeros((1, 32, 32, 3), np.uint8)
     extractor = Extractor(
         name, network, layer, logits, 0, sha256 or tensors_sha256(network.state_dict()), precision
@@ -211,6 +210,18 @@ def _imported(name: str) -> Any:
         )
     register(name, cls)
     return cls
+
+
+def _inception(config: EvalConfig, accelerator: Accelerator) -> io.BytesIO:
+    """The checked weights; where they are missing, one process of each node fetches them."""
+    find = partial(find_inception, config.extractor_weights)
+
+    def fetch(_: object) -> None:
+        with suppress(EvaluationError):  # looked for again below, where all hear of it
+            find()
+
+    while_others_wait(accelerator, accelerator.is_local_main_process, fetch, stoppable=False)
+    return on_every_rank(accelerator, lambda: verified(find(), INCEPTION_SHA256))
 
 
 def _default_layer(cls: Any, metric: str) -> str | None:

@@ -46,7 +46,12 @@ class GAN:
         for network in (self.G, self.D):
             network.to(device=accelerator.device, memory_format=layout)  # type: ignore[call-overload]
         self.G_ema = copy.deepcopy(self.G).requires_grad_(False)
-        if config.train.sync_batchnorm and accelerator.device.type == "cuda":
+        if config.train.sync_batchnorm and accelerator.num_processes > 1:
+            if accelerator.device.type != "cuda":
+                raise ConfigError(
+                    "train.sync_batchnorm (true): PyTorch has it for GPUs only; must be false with "
+                    f"{accelerator.num_processes} processes on CPUs."
+                )
             self.G = nn.SyncBatchNorm.convert_sync_batchnorm(self.G)
             self.D = nn.SyncBatchNorm.convert_sync_batchnorm(self.D)
         self._captured = config.train.cuda_graph and accelerator.device.type == "cuda"

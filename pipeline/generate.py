@@ -60,19 +60,14 @@ def generate(options: argparse.Namespace) -> None:
     path = _snapshot(options)
     _check_place(options)
     # torch takes seconds to import; --help and a mistyped path answer without it.
-    import torch
-
     from pipeline import distributed
     from pipeline.checkpoint import check_finite, load_snapshot
     from pipeline.latent import Table
 
     accelerator = distributed.start("fp32")
     distributed.warn_of_a_lost_launch(accelerator)
-    # On a GPU, too: the same bits every time, and as near to a CPU's as can be.
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    G, config = load_snapshot(path, "cpu" if options.command == "onnx" else accelerator.device)
+    device = "cpu" if options.command == "onnx" else accelerator.device
+    G, config = distributed.on_every_rank(accelerator, lambda: load_snapshot(path, device))
     check_finite(G, path)
     classes = config.model.num_classes
     if options.of_class is not None and not options.of_class < classes:
@@ -82,7 +77,8 @@ def generate(options: argparse.Namespace) -> None:
     if options.command == "images":
         _images(options, path, G, table, accelerator)
     else:
-        distributed.on_rank_zero(accelerator, lambda: _single(options, path, G, table))
+        work = partial(_single, options, path, G, table)
+        distributed.on_rank_zero(accelerator, work, lengthy=True)
     accelerator.end_training()
 
 

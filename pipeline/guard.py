@@ -10,6 +10,8 @@ from torch import Tensor, optim
 
 from pipeline.errors import NonFiniteLoss
 
+NETWORKS = "DG"
+
 
 class FiniteGuard:
     """Watches the losses; once one is NaN or infinite on any rank, no weight changes any more.
@@ -34,15 +36,14 @@ class FiniteGuard:
     ) -> None:
         self.rank, self.world_size = rank, world_size
         self._tripped = torch.zeros((), device=device)
-        self._first = torch.full((2,), -1.0, device=device)  # step and network of the first fault
-        self._step = torch.zeros((), device=device)
-        self._names = {name: torch.tensor(float(ord(name)), device=device) for name in "DG"}
+        self._now = torch.zeros(2, dtype=torch.int64, device=device)  # step; which of NETWORKS
+        self._first = torch.full_like(self._now, -1)  # of the first fault
         for optimizer in optimizers:
             optimizer.found_inf = self._tripped  # type: ignore[attr-defined]
 
     def begin(self, step: int) -> None:
         """The step that the losses to come belong to."""
-        self._step.fill_(step)
+        self._now[0].fill_(step)
 
     def check(self, loss: Tensor, name: str) -> None:
         """Look at a loss (scalar) of network ``D`` or ``G`` before its gradients are applied.
@@ -50,9 +51,9 @@ class FiniteGuard:
         Everything it reads and writes stays in its place, so a CUDA graph may hold it.
         """
         bad = (~torch.isfinite(loss.detach())).float()
-        here = torch.stack([self._step, self._names[name]])
+        self._now[1].fill_(NETWORKS.index(name))
         first = (bad > 0) & (self._first[0] < 0)
-        self._first.copy_(torch.where(first, here, self._first))
+        self._first.copy_(torch.where(first, self._now, self._first))
         self._tripped.copy_(torch.maximum(self._tripped, bad))
         if self.world_size > 1:
             dist.all_reduce(self._tripped, dist.ReduceOp.MAX)
@@ -67,9 +68,9 @@ class FiniteGuard:
         """
         if not self._tripped.item():
             return
-        step, name = self._first.tolist()
+        step, number = self._first.tolist()
         where = (
-            f"loss/{chr(int(name))} became NaN or infinite at step {int(step)} on rank {self.rank}"
+            f"loss/{NETWORKS[number]} became NaN or infinite at step {step} on rank {self.rank}"
             if step >= 0
             else "a loss became NaN or infinite on another rank"
         )

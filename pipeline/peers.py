@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from pipeline.errors import UserError
 
 T = TypeVar("T")
+VISIBLE_SECONDS = 30.0  # how long a network file system may hide a new file from other nodes
 Verdict = Literal["ok", "note", "FAILED"]
 
 

@@ -27,7 +27,7 @@ from pipeline.dashboard import wandb_mode
 from pipeline.disk import checkpoint_bytes, existing, is_there, written_bytes
 from pipeline.durable import sha256_of
 from pipeline.errors import UserError
-from pipeline.peers import Finding, Peers, Verdict
+from pipeline.peers import VISIBLE_SECONDS, Finding, Peers, Verdict
 from pipeline.reader import Cache
 from pipeline.shards import Index, read_index
 from pipeline.signals import Agreement
@@ -35,7 +35,6 @@ from pipeline.signals import Agreement
 REDUCED_MIB = 64
 REPETITIONS = 5
 GLOO_SECONDS = 60.0  # for ranks to find each other
-VISIBLE_SECONDS = 30.0  # how long a network file system may hide a new file from other nodes
 MAX_SKEW = 2.0  # seconds
 LOW_MIB_PER_S = 50  # slower than that a shared file system starves a GPU
 
@@ -84,12 +83,8 @@ def _devices(peers: Peers, precision: str) -> Finding:
         if torch.cuda.is_available():
             kind += ", although CUDA is there"
     found = peers.where(peers.gather(f"{kind}, {precision}"))
-    places = peers.gather((peers.nodes[peers.rank], str(device)))
     lines = [f"{nodes}: {text}" for text, nodes in found.items()]
     verdict: Verdict = "ok" if len(found) == 1 else "note"
-    if on_gpu and len(set(places)) < len(places):
-        lines.append("two processes share a GPU: start one process per GPU (NPROC_PER_NODE)")
-        verdict = "FAILED"
     if len(set(peers.gather(precision))) > 1:
         lines.append("train.precision (auto) differs: set it, or take nodes of one kind")
         verdict = "FAILED"

@@ -6,6 +6,7 @@ instead; what changes from step to step comes through tensors that stay where th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,7 +65,9 @@ class Replayed:
         """The work on a side stream, as a capture wants its warm-up."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), warnings.catch_warnings():
+            # Of an optimizer that is yet to be captured: "If you never intend to ...".
+            warnings.filterwarnings("ignore", ".*step\\(\\) is running without CUDA graph capture")
             result = self._work(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
         return result

@@ -21,7 +21,12 @@ from torch import Tensor
 from pipeline import checkpoint, signals
 from pipeline.config import Config
 from pipeline.data import Batch
-from pipeline.distributed import mean_over_ranks, on_rank_zero, ranks_hold_the_same
+from pipeline.distributed import (
+    mean_over_ranks,
+    on_every_rank,
+    on_rank_zero,
+    ranks_hold_the_same,
+)
 from pipeline.errors import CheckpointError
 from pipeline.gan import GAN
 from pipeline.order import Order
@@ -74,7 +79,7 @@ class Run:
         path = on_rank_zero(self.accelerator, self._newest)
         if path is None:
             return 0
-        found = checkpoint.read(path)
+        found = on_every_rank(self.accelerator, lambda: checkpoint.read(path))
         for key, value in self._stream.items():
             if (before := found.state["stream"][key]) != value:
                 raise CheckpointError(
@@ -100,7 +105,12 @@ class Run:
     # -- while training ---------------------------------------------------------------------
 
     def start(self, step: int) -> Run:
-        """Open metrics and tracker; after the data workers exist, which are forked without them."""
+        """Open metrics and tracker; after the data workers exist, which are forked without them.
+
+        From here on the run is neither finished nor stopped, whatever it was before.
+        """
+        if self.folder is not None and step < self.config.train.total_steps:
+            self.folder.unmark("FINISHED", "PREEMPTED")
         self.tracker = (
             Tracker(self.config, self.id, step, self.config.train.total_steps)
             if self.is_main
@@ -114,9 +124,10 @@ class Run:
         """Share stop requests and the checkpoint clock; once a step, on every rank."""
         minutes = self.config.train.checkpoint_minutes
         late = self.is_main and 0 < minutes * 60 < time.monotonic() - self._saved_at
-        self._stop, self._save_by_clock = self._agreement.agree(
-            stop=signals.received() is not None, also=late
-        )
+        self._stop, late = self._agreement.agree(stop=signals.received() is not None, also=late)
+        # With several ranks this answers the step before: a clock that ran out before the last
+        # checkpoint, perhaps of this very minute, asks for no other.
+        self._save_by_clock = late and self._saved_step < step - 1
         self.tracker.advance(step)
 
     @property
@@ -148,7 +159,7 @@ class Run:
             self.tracker.images(step, sample_grid(G, model, seed))
 
     def save(self, step: int, gan: GAN) -> None:
-        """Commit a checkpoint, then prune; a snapshot of G_ema with each regular one."""
+        """Commit a checkpoint, with a snapshot of G_ema if it is a regular one; then prune."""
         gan.guard.raise_if_tripped()
         gan.raise_if_weights_are_not_finite(step)
         if not ranks_hold_the_same(self.accelerator, list(gan.networks().values())):
@@ -163,14 +174,15 @@ class Run:
                 "precision": self.precision,
                 "world_size": self.accelerator.num_processes,
             }
-            checkpoint.save(self.dir, step, gan.networks(), gan.optimizers(), state)
-            self._mark("progress", str(step))
-            keep_best = self.config.eval.keep_best
-            checkpoint.prune(self.dir, train.keep, train.keep_every, keep_best)
+            # First: the run that goes on from this checkpoint will not come by its step again.
             if self.due(step, train.checkpoint_every):
                 weights = gan.G_ema.state_dict()
                 device = self.accelerator.device
                 checkpoint.export_snapshot(self.dir, step, weights, self.config, device)
+            checkpoint.save(self.dir, step, gan.networks(), gan.optimizers(), state)
+            self._mark("progress", str(step))
+            keep_best = self.config.eval.keep_best
+            checkpoint.prune(self.dir, train.keep, train.keep_every, keep_best)
         self._saved_step, self._saved_at = step, time.monotonic()
 
     def __enter__(self) -> Run:
@@ -185,6 +197,8 @@ class Run:
         self._agreement.close()
         finished = step >= self.config.train.total_steps
         if self.is_main:
+            assert self.folder is not None
+            self.folder.unmark("PREEMPTED" if finished else "FINISHED")
             self._mark("FINISHED" if finished else "PREEMPTED", str(step))
             if not finished:
                 log.warning(

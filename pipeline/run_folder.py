@@ -54,8 +54,6 @@ class RunFolder:
             self._lock = self._take_lock()
             self._bind(config)
             self.id = self._identify(config, precision)
-            for marker in ("FINISHED", "PREEMPTED"):
-                (self.path / marker).unlink(missing_ok=True)
         except OSError as error:
             raise RunFolderError(
                 f"run.dir ({self.path}): cannot be written ({error.strerror}); "
@@ -65,6 +63,11 @@ class RunFolder:
     def mark(self, name: str, content: str) -> None:
         """Write a marker file that launch scripts read: progress, FINISHED or PREEMPTED."""
         publish(self.path / name, content.encode())
+
+    def unmark(self, *names: str) -> None:
+        """Remove marker files that are no longer true."""
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
 
     def _take_lock(self) -> IO[str]:
         lock = (self.path / ".lock").open("a+")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from pipeline.config import ModelConfig
+from pipeline.hardware import exact_kernels
 from pipeline.models import make_generator
 
 BLOCK = 64
@@ -101,7 +102,7 @@ def _recompute_statistics(G: nn.Module, model: ModelConfig, device: torch.device
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over the batches
     G.train()
-    with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
+    with exact_kernels(), torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
         for k in range(STANDING_BATCHES):
             G(z_rows(model, 0, "standing", k * BLOCK, BLOCK).to(device))
 
@@ -113,7 +114,7 @@ def generate(G: nn.Module, z: Tensor) -> NDArray[np.uint8]:
     """
     device = next(G.parameters()).device
     out = []
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with exact_kernels(), torch.no_grad(), torch.autocast(device.type, enabled=False):
         for block in torch.split(z, BLOCK):
             padded = torch.cat([block, block.new_zeros(BLOCK - len(block), z.shape[1])])
             out.append(to_uint8(G(padded.to(device)))[: len(block)].cpu().numpy())

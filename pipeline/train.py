@@ -32,17 +32,17 @@ def train(config: Config) -> bool:
     import torch
     from torch import Tensor
 
-    from pipeline import distributed, run_folder
+    from pipeline import distributed, hardware, run_folder
     from pipeline.data import Loader, ToDevice, make_order, normalise, open_data
     from pipeline.gan import GAN
     from pipeline.run import IdLog, Run
     from pipeline.sampling import draw_z, stream, with_classes
 
-    precision = run_folder.precision_of(config) or distributed.resolve_precision(config)
+    precision = run_folder.precision_of(config) or hardware.resolve_precision(config)
     accelerator = distributed.start(precision)
     distributed.refuse_unequal_precisions(accelerator, precision)
     distributed.warn_of_a_lost_launch(accelerator)
-    distributed.choose_kernels(accelerator, config.train.deterministic)
+    hardware.choose_kernels(accelerator.device, config.train.deterministic)
     device, rank = accelerator.device, accelerator.process_index
     world_size, d_steps = accelerator.num_processes, config.optim.d_steps
     batch_size, total_steps = config.data.batch_size, config.train.total_steps

@@ -325,6 +325,7 @@ def test_a_wrong_type_or_form_is_refused(write, override, reason):
         ("model.dropout=0.5", "must be 0: it belongs to model.architecture=mlp"),
         ("model.maxout=5", "must be 0: it belongs to model.architecture=mlp"),
         ("stability.r1_gamma=-1", "0 or more"),
+        ("tracking.timeout=501", "between 0 and 500"),
         ("stability.r1_every=0", "at least 1"),
         ("stability.label_smoothing=0.5", "in [0, 0.5)"),
         ("stability.augment=[color,blur]", "any of color, translation, cutout"),
@@ -344,6 +345,10 @@ def test_an_impossible_value_is_refused(write, override, reason):
         (["model.loss=hinge", "stability.label_smoothing=0.1"], "must be 0 with model.loss=hinge"),
         (["train.compile=true", "stability.r1_gamma=1"], "must be false with stability.r1_gamma"),
         (["train.precision=fp16", "stability.r1_gamma=1"], "BatchNorm's second derivatives"),
+        (
+            ["train.sync_batchnorm=true", "stability.r1_gamma=1"],
+            "train.sync_batchnorm (true): must be false with stability.r1_gamma",
+        ),
         (
             ["train.cuda_graph=true", "stability.r1_gamma=1"],
             "must be false with stability.r1_gamma",

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from ranks import on_ranks
 
 from pipeline import distributed, signals
 from pipeline.config import Config, RunConfig
-from pipeline.errors import DataError, RunFolderError
+from pipeline.errors import DataError, LaunchError, RunFolderError
 from pipeline.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -39,7 +40,8 @@ def outcome(attempt: Callable[[], object]) -> str:
 
 def two_ranks_wait(folder: str) -> None:
     """Rank 0 works, longer than a collective may take; then fails; then is stopped by rank 1. At
-    the end they compare their precisions: the same, and another on rank 1.
+    the end they compare their precisions: the same, and another on rank 1. Then each reads a file
+    of its own, first damaged for rank 1.
     """
     signals.install()
     distributed.ASK_SECONDS = 0.1  # the waiting rank is in a collective that long each time
@@ -73,6 +75,14 @@ def two_ranks_wait(folder: str) -> None:
     refuse = partial(distributed.refuse_unequal_precisions, accelerator)
     for precision in ("fp32", "bf16" if rank else "fp32"):
         found.append(outcome(partial(refuse, precision)))
+
+    def read() -> int:
+        if rank == 1 and len(found) == 11:
+            raise DataError("damaged")
+        return rank
+
+    for _ in range(2):
+        found.append(outcome(partial(distributed.on_every_rank, accelerator, read)))
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
 
 
@@ -91,6 +101,15 @@ def test_ranks_wait_for_work_that_takes_long_fails_or_is_stopped(tmp_path: Path)
         assert found[9] == "None"
         assert "bf16 on " in found[10], "unequal nodes would mix precisions"
         assert "; fp32 on " in found[10]
+        assert re.fullmatch(r"DataError: \S+: damaged", found[11]), "met by one, raised by both"
+    assert (works[12], waits[12]) == ("0", "1")
+
+
+def test_processes_that_would_share_a_gpu_are_refused() -> None:
+    """By a message before NCCL's traceback."""
+    distributed._refuse_shared_gpus(processes=8, gpus=8)
+    with pytest.raises(LaunchError, match=r"^2 processes on \S+, which has 1 GPU\(s\) for them"):
+        distributed._refuse_shared_gpus(processes=2, gpus=1)
 
 
 @pytest.mark.faults

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,9 +27,10 @@ from evaluating import (
 )
 from launching import REPO, environment, free_port, rank_process
 from PIL import Image
+from ranks import on_ranks
 from safetensors.torch import save_file
 
-from pipeline import candidates, checkpoint
+from pipeline import candidates, checkpoint, evaluation
 from pipeline.errors import CheckpointError, DataError, EvaluationError, RunFolderError
 from pipeline.ledger import Key, Ledger, kept_steps, read_rows
 from pipeline.step_folders import committed, step_of
@@ -300,6 +302,50 @@ def test_a_stopped_evaluation_on_two_processes_is_no_success_for_a_scheduler(run
     assert "exitcode  : 75" in output
     assert "stopped by another rank's signal; run the same command again" in output
     assert len((run / ".evaluations.sent").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_watch_goes_on_past_a_damaged_snapshot(tmp_path: Path) -> None:
+    """To the end of the training; then the exit code and the last line tell of it."""
+    run, config = make_run(tmp_path, (10, 20)), make_config(tmp_path)
+    (run / "snapshots" / "step_00000010" / "generator.safetensors").write_bytes(b"no tensors")
+    with process("--run", run, "--watch", "--every", "1") as running:
+        wait_for(running, lambda: 20 in scores(run))
+        time.sleep(2)
+        add_snapshot(run, config, 30)
+        wait_for(running, lambda: 30 in scores(run))
+        (run / "FINISHED").write_text("30")
+        output, _ = running.communicate(timeout=60)
+    assert running.returncode == 2, output
+    assert sorted(scores(run)) == [20, 30]
+    assert output.count("step 10 passed over") == 1
+    assert "error: " in output.splitlines()[-1]
+
+
+def two_nodes_evaluate(folder: str) -> None:
+    """Ranks in folders of their own, as on nodes whose view of the shared one is not the same."""
+    os.chdir(Path(folder) / os.environ["RANK"])
+    evaluation.VISIBLE_SECONDS = 0.1
+    try:
+        evaluated("--run", "run", "--pending")
+    except CheckpointError as error:
+        Path("error").write_text(str(error))
+
+
+@pytest.mark.slow
+def test_a_candidate_that_one_node_does_not_see_is_passed_over_by_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would wait for each other in different collectives otherwise."""
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+        monkeypatch.chdir(tmp_path / rank)
+        make_run(Path())
+    shutil.rmtree(tmp_path / "1" / "run" / "snapshots" / "step_00000010")
+    on_ranks(2, two_nodes_evaluate, str(tmp_path))
+    assert sorted(scores(tmp_path / "0" / "run")) == [20]
+    for rank in ("0", "1"):
+        assert "step_00000010: [Errno 2] No such file" in (tmp_path / rank / "error").read_text()
 
 
 def test_watch_ends_with_the_training(run: Path) -> None:

@@ -64,6 +64,33 @@ def test_a_batch_that_cannot_be_cut_is_refused(
     assert "data.batch_size (33) must be divisible by world_size (2): use 32 or 34" in output
 
 
+def test_a_snapshot_that_cannot_be_written_is_made_up_for(
+    tiny_config: Path, training_settings: list[str], tmp_path: Path
+) -> None:
+    """No checkpoint without its snapshot: the same command would go on behind it for ever."""
+    arguments = (1, tiny_config, *training_settings, f"run.dir={tmp_path}", "train.total_steps=7")
+    (tmp_path / "snapshots").touch()
+    assert "snapshots/step_00000005: could not be written" in refused(*arguments)
+    assert not list(tmp_path.glob("checkpoints/*"))
+    (tmp_path / "snapshots").unlink()
+    train(*arguments)
+    for kind in ("snapshots", "checkpoints"):
+        assert sorted(p.name for p in (tmp_path / kind).iterdir()) == [
+            "step_00000005",
+            "step_00000007",
+        ]
+
+
+def test_batchnorm_over_ranks_is_refused_on_cpus(
+    tiny_config: Path, training_settings: list[str], tmp_path: Path
+) -> None:
+    """It was left out in silence, and so another training than on GPUs."""
+    settings = (*training_settings, f"run.dir={tmp_path / 'run'}", "train.sync_batchnorm=true")
+    code, output = run(2, tiny_config, *settings)
+    assert code != 0
+    assert output.count("error: train.sync_batchnorm (true): PyTorch has it for GPUs only") == 1
+
+
 def test_missing_shards_name_the_command_that_makes_them(tiny_config: Path, tmp_path: Path) -> None:
     """No folder: the data command, ready to paste."""
     output = refused(1, tiny_config, f"data.shards={tmp_path}/none", f"run.dir={tmp_path / 'run'}")

@@ -127,9 +127,9 @@ def test_finite_losses_pass() -> None:
 def test_the_first_fault_is_the_one_named() -> None:
     """Later faults follow from the first; they do not replace it in the message."""
     guard = FiniteGuard([], torch.device("cpu"), 3, 1)
-    for name, step in (("G", 7), ("D", 8)):
+    for name, step in (("G", 2**24 + 1), ("D", 2**24 + 2)):  # a float32 would round it
         guard.begin(step)
-        with pytest.raises(NonFiniteLoss, match=r"loss/G .* at step 7 on rank 3;"):
+        with pytest.raises(NonFiniteLoss, match=r"loss/G .* at step 16777217 on rank 3;"):
             guard.check(torch.tensor(float("inf")), name)
 
 

@@ -159,6 +159,30 @@ def test_images_ignore_autocast_and_build_no_graph(G: Generator) -> None:
     assert not any(p.requires_grad for p in G.parameters())
 
 
+def test_samples_and_statistics_are_fp32_in_full(
+    weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No TF32 and no kernels by trial, whatever training has set; and its settings come back."""
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+
+    def now() -> tuple[bool, ...]:
+        return cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, products.allow_tf32
+
+    seen: list[tuple[bool, ...]] = []
+    forward = Generator.forward
+    monkeypatch.setattr(Generator, "forward", lambda *x: (seen.append(now()), forward(*x))[1])
+    before = now()
+    training = (True, False, True, True)
+    try:
+        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, products.allow_tf32 = training
+        generate(sampler(MODEL, weights), z_rows(MODEL, 0, "images", 0, 5))
+        assert now() == training
+    finally:
+        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, products.allow_tf32 = before
+    assert len(seen) > STANDING_BATCHES
+    assert set(seen) == {(False, True, False, False)}
+
+
 def test_to_uint8_rounds_and_clamps() -> None:
     """-1 -> 0, 0 -> 128, 1 -> 255, to the nearest level in between, beyond to the ends; NHWC."""
     levels = torch.tensor([-1.0, 0.0, 1.0, -1.5, 7.0, (100.4 / 127.5) - 1, (100.6 / 127.5) - 1])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from launching import (
     assert_bitwise_equal,
     environment,
     ids_by_step,
+    kill,
     kill_at_step,
     largest_difference,
     rank_process,
@@ -30,6 +33,7 @@ from launching import (
 from PIL import Image
 
 from pipeline.shards import Index
+from pipeline.step_folders import committed, step_of
 
 pytestmark = pytest.mark.slow
 STEPS = 24
@@ -210,6 +214,20 @@ def test_a_finished_run_is_left_as_it_is(
     assert (run_dir / "FINISHED").exists()
 
 
+def test_a_run_that_cannot_start_stays_finished(
+    uninterrupted: dict[int, Path], tiny_config: Path, training_settings: list[str], tmp_path: Path
+) -> None:
+    """Evaluations that follow it would wait for ever; a run that does start is finished no more."""
+    run_dir = Path(shutil.copytree(uninterrupted[1], tmp_path / "run"))
+    code, output = run(1, tiny_config, "data.shards=nowhere", f"run.dir={run_dir}")
+    assert (code, output.count("error: ")) == (2, 1), output
+    assert (run_dir / "FINISHED").exists()
+    with started(1, tiny_config, *training_settings, f"run.dir={run_dir}", ENDLESS) as process:
+        wait_for(run_dir / "ids" / "rank_0.jsonl", f'"step": {STEPS + 1},')
+        assert not (run_dir / "FINISHED").exists()
+        kill(process)
+
+
 def test_the_loss_falls_and_the_grid_is_a_picture(uninterrupted: dict[int, Path]) -> None:
     """D learns to tell the squares from noise within a few steps; the grid is 8 x 8 images."""
     rows = metrics(uninterrupted[1])
@@ -218,14 +236,20 @@ def test_the_loss_falls_and_the_grid_is_a_picture(uninterrupted: dict[int, Path]
         assert grid.size == (256, 256)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 def test_the_clock_alone_writes_checkpoints(
-    tiny_config: Path, training_settings: list[str], tmp_path: Path
+    processes: int, tiny_config: Path, training_settings: list[str], tmp_path: Path
 ) -> None:
-    """With checkpoint_every=0 and a tiny checkpoint_minutes, checkpoints appear before the end."""
+    """With checkpoint_every=0 and a tiny checkpoint_minutes, checkpoints appear before the end.
+
+    One each time: ranks hear of the clock a step late, when it may have run out once more.
+    """
     run_dir = tmp_path / "run"
     clock = ("train.checkpoint_every=0", "train.checkpoint_minutes=0.001", "train.keep=50")
-    train(1, tiny_config, *training_settings, f"run.dir={run_dir}", *clock)
-    assert len(list((run_dir / "checkpoints").iterdir())) > 2
+    train(processes, tiny_config, *training_settings, f"run.dir={run_dir}", *clock)
+    steps = [step_of(path) for path in committed(run_dir)]
+    assert len(steps) > 2
+    assert min(after - before for before, after in pairwise(steps[:-1])) > 1
 
 
 def test_old_checkpoints_go_but_chosen_ones_stay(uninterrupted: dict[int, Path]) -> None:
