@@ -63,6 +63,11 @@ class ModelConfig:
     """The objectives. D maximises V(D, G) of the 2014 paper, and G maximises log D(G(z)) or
     minimises log(1 - D(G(z))); or both take the hinge or the least-squares ones."""
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of what G makes and D takes."""
+        return self.image_size, self.image_size, self.channels
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipeline.config import Config
-from pipeline.distributed import while_others_wait
+from pipeline.distributed import on_every_rank, while_others_wait
 from pipeline.errors import DataError
 from pipeline.order import Order
 from pipeline.reader import Cache, Reader, check_shards
@@ -58,17 +58,24 @@ def open_data(config: Config, accelerator: Accelerator) -> Index:
         DataError: shards missing, damaged, or of another image shape than ``model`` says.
         Stopped: a stop signal came to any rank while shards were checked or fetched.
     """
+    data = config.data
+    index = on_every_rank(accelerator, lambda: _checked_index(config))
+
+    def make_ready(stop: Callable[[], bool]) -> None:
+        check_shards(index, data.verify, stop)
+        if data.window == 0:  # a uniform order needs every shard from the first batch on
+            Cache(index, data.cache_dir, data.cache_gib, stop).fetch_all()
+
+    while_others_wait(accelerator, accelerator.is_local_main_process, make_ready)
+    return index
+
+
+def _checked_index(config: Config) -> Index:
     data, model = config.data, config.model
     make = f"python -m pipeline.prepare fashion-mnist --out {data.shards}"
     shape = f"--size {model.image_size} --channels {model.channels}"
     index = read_index(data.shards, f"{make} {shape} (or a folder of images for fashion-mnist)")
-    wanted = (model.image_size, model.image_size, model.channels)
-    if index.shape != wanted:
-        raise DataError(
-            f"data.shards ({data.shards}): images of {_shape(index.shape)}, the model wants "
-            f"{_shape(wanted)}: prepare them with --size {model.image_size} --channels "
-            f"{model.channels}, or set model.image_size and model.channels."
-        )
+    index.require_shape(model.image_shape, "data.shards")
     labels, classes = index.table["label"], model.num_classes
     if classes and not ((labels >= 0) & (labels < classes)).all():
         raise DataError(
@@ -83,19 +90,7 @@ def open_data(config: Config, accelerator: Accelerator) -> Index:
             "every class as often as the others: number the labels from 0 without gaps and "
             f"set model.num_classes to {classes - len(lost)}, or to 0."
         )
-
-    def make_ready(stop: Callable[[], bool]) -> None:
-        check_shards(index, data.verify, stop)
-        if data.window == 0:  # a uniform order needs every shard from the first batch on
-            Cache(index, data.cache_dir, data.cache_gib, stop).fetch_all()
-
-    while_others_wait(accelerator, accelerator.is_local_main_process, make_ready)
     return index
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    height, width, channels = shape
-    return f"{height}x{width} with {channels} channel{'s' if channels > 1 else ''}"
 
 
 def make_order(config: Config, index: Index) -> Order:

@@ -168,7 +168,7 @@ def on_rank_zero(accelerator: Accelerator, work: Callable[[], T], *, lengthy: bo
         attempt()
     dist.broadcast_object_list(outcome)
     if isinstance(outcome[1], UserError):
-        raise outcome[1]
+        raise _of_all(outcome[1])
     return outcome[0]  # type: ignore[return-value]
 
 
@@ -188,8 +188,15 @@ def on_every_rank(accelerator: Accelerator, work: Callable[[], T]) -> T:
     failures = peers.gather(failure)
     if failed := next(filter(None, failures), None):
         where = peers.where([str(error or "") for error in failures])
-        raise failed if len(where) == 1 else type(failed)(f"{where[str(failed)]}: {failed}")
+        raise _of_all(
+            failed if len(where) == 1 else type(failed)(f"{where[str(failed)]}: {failed}")
+        )
     return result  # type: ignore[return-value]
+
+
+def _of_all(error: UserError) -> UserError:
+    error.raised_on_all = True
+    return error
 
 
 def while_others_wait(

@@ -18,6 +18,9 @@ USER_ERROR_EXIT_CODE = 2
 class UserError(Exception):
     """A mistake in the input: configuration, data, files or launch."""
 
+    raised_on_all = False
+    """Whether every rank has raised this very error: rank 0 speaks for all."""
+
 
 class LaunchError(UserError):
     """What was launched does not fit the machine it runs on; each node may say so."""
@@ -63,8 +66,8 @@ def one_clear_message() -> Iterator[None]:
     """End the process with exit code 2 and the message alone when a ``UserError`` escapes.
 
     In a distributed run every rank fails on the same input with the same message, so ranks other
-    than 0 stay silent when the fault is a configuration both can see, and the first of a node
-    speaks for it when the fault is the node's.
+    than 0 stay silent when the fault is a configuration both can see, or known to be raised on all;
+    the first of a node speaks for it when the fault is the node's.
     """
     try:
         yield
@@ -72,7 +75,7 @@ def one_clear_message() -> Iterator[None]:
         speaker = "0"
         if isinstance(error, LaunchError):
             speaker = os.environ.get("LOCAL_RANK", "0")
-        elif isinstance(error, SHARED):
+        elif error.raised_on_all or isinstance(error, SHARED):
             speaker = os.environ.get("RANK", "0")
         if speaker == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from pipeline import candidates, signals
 from pipeline.config import Config
 from pipeline.dashboard import say
-from pipeline.distributed import on_rank_zero, while_others_wait
+from pipeline.distributed import on_every_rank, on_rank_zero, while_others_wait
 from pipeline.errors import EvaluationError
 from pipeline.features import Images, extract, load_extractor
 from pipeline.protocol import Protocol, make_protocol
@@ -56,16 +56,8 @@ class Evaluator:
         self._open(self.index)
 
     def _read_index(self, field: str, location: str) -> Index:
-        index, model = read_index(location, field=field), self.config.model
-        wanted = (model.image_size, model.image_size, model.channels)
-        if index.shape != wanted:
-            remedy = "name the shards that the run was trained on"
-            if field != "data.shards":
-                remedy = f"prepare them with --size {wanted[0]} --channels {wanted[2]}"
-            raise EvaluationError(
-                f"{field} ({location}): images of shape {index.shape}, the model makes {wanted}; "
-                f"{remedy}."
-            )
+        index = on_every_rank(self.accelerator, lambda: read_index(location, field=field))
+        index.require_shape(self.config.model.image_shape, field)
         return index
 
     def _open(self, index: Index) -> None:

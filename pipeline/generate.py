@@ -109,8 +109,7 @@ def _images(
     record |= {name: getattr(model, name) for name in ("z_dim", "z_distribution", "num_classes")}
     if model.num_classes and options.format == "shards":
         record["labels"] = "cls"
-    shape = (model.image_size, model.image_size, model.channels)
-    job = ImageSet(options.out, options.format, options.num, shape, record, table.label)
+    job = ImageSet(options.out, options.format, options.num, model.image_shape, record, table.label)
     silent: contextlib.AbstractContextManager[Callable[[int], None]] = contextlib.nullcontext(
         lambda _: None
     )

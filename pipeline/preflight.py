@@ -230,6 +230,7 @@ def _shards(peers: Peers, config: Config) -> tuple[Index | None, Finding]:
 
     def look() -> tuple[Index, float]:
         index = read_index(where)
+        index.require_shape(config.model.image_shape, "data.shards")
         shard = index.shards[peers.rank % len(index.shards)]
         began = time.perf_counter()
         path = Cache(index, config.data.cache_dir, config.data.cache_gib).path(shard)
@@ -240,16 +241,12 @@ def _shards(peers: Peers, config: Config) -> tuple[Index | None, Finding]:
     seen, faults = peers.faults(look)
     index, rate = seen if seen is not None else (None, 0.0)
     fingerprints = peers.where(peers.gather(index.fingerprint if index else ""))
-    if faults:
-        return index, Finding("shards", "FAILED", "\n".join(faults))
+    if faults:  # None on all ranks, which must go on alike
+        return None, Finding("shards", "FAILED", "\n".join(faults))
     assert index is not None
     if len(fingerprints) > 1:
         nodes = "; ".join(f"{text[:12]} on {nodes}" for text, nodes in fingerprints.items())
         return index, Finding("shards", "FAILED", f"{where}: differs between nodes: {nodes}")
-    wanted = (config.model.image_size, config.model.image_size, config.model.channels)
-    if index.shape != wanted:
-        text = f"{where}: images of {index.shape}, the model wants {wanted}"
-        return index, Finding("shards", "FAILED", text)
     slowest = min(peers.gather(rate))
     text = (
         f"{index.num_samples} samples in {len(index.shards)} shards, {index.fingerprint[:12]} "

@@ -103,17 +103,12 @@ def open_shards(field: str, location: str, model: ModelConfig) -> Index:
     """The index of shards whose images D takes.
 
     Raises:
-        EvaluationError: images of another shape.
-        DataError: no shards there.
+        DataError: no shards there, or images of another shape.
     """
     from pipeline.shards import read_index
 
-    index, size, channels = read_index(location, field=field), model.image_size, model.channels
-    if index.shape != (size, size, channels):
-        raise EvaluationError(
-            f"{field} ({location}): images of shape {index.shape}, D takes "
-            f"{(size, size, channels)}; prepare them with --size {size} --channels {channels}."
-        )
+    index = read_index(location, field=field)
+    index.require_shape(model.image_shape, field)
     return index
 
 

@@ -81,6 +81,24 @@ class Index:
         listed = [[shard.nsamples, shard.sha256] for shard in self.shards]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
+    def require_shape(self, wanted: tuple[int, int, int], field: str) -> None:
+        """Refuse images of another shape (H, W, C) than a model takes.
+
+        Raises:
+            DataError: naming ``field``, the option that this set's location came from.
+        """
+        if self.shape != wanted:
+            raise DataError(
+                f"{field} ({self.location}): images of {_described(self.shape)}, the model wants "
+                f"{_described(wanted)}: prepare them with --size {wanted[0]} --channels "
+                f"{wanted[2]}, or give a set that fits model.image_size and model.channels."
+            )
+
+
+def _described(shape: tuple[int, int, int]) -> str:
+    height, width, channels = shape
+    return f"{width}x{height} with {channels} channel{'s' if channels > 1 else ''}"
+
 
 # -- writing ------------------------------------------------------------------------------------
 

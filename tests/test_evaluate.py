@@ -520,8 +520,8 @@ def test_too_few_images_for_fid_leave_it_out(run: Path, capsys: pytest.CaptureFi
 
 def test_shards_of_another_shape_are_refused(run: Path, tmp_path: Path, make_shards: Any) -> None:
     make_shards(tmp_path / "rgb", [20], (64, 64, 3))
-    message = refusal("--run", run, f"data.shards={tmp_path / 'rgb'}")
-    assert "images of shape (64, 64, 3), the model makes (32, 32, 1)" in message
+    message = refusal("--run", run, f"data.shards={tmp_path / 'rgb'}", kind=DataError)
+    assert "images of 64x64 with 3 channels, the model wants 32x32 with 1 channel" in message
 
 
 def test_a_reference_of_other_data_is_refused(run: Path, tmp_path: Path, make_shards: Any) -> None:

@@ -96,6 +96,9 @@ def test_missing_shards_name_the_command_that_makes_them(tiny_config: Path, tmp_
     output = refused(1, tiny_config, f"data.shards={tmp_path}/none", f"run.dir={tmp_path / 'run'}")
     assert "no such folder" in output
     assert f"pipeline.prepare fashion-mnist --out {tmp_path}/none --size 32 --channels 1" in output
+    code, output = run(2, tiny_config, f"data.shards={tmp_path}/none", f"run.dir={tmp_path}/two")
+    assert code != 0
+    assert output.count("no such folder") == 1, "all ranks met it, one tells"
 
 
 def test_one_flipped_byte_in_a_shard_stops_before_training(

@@ -260,7 +260,7 @@ def test_mistakes_of_the_probe_are_one_message(labelled_run: Path, tmp_path: Pat
 
     test = ("--test", tmp_path / "test")
     write_shards(tmp_path / "large", [40], (64, 64, 1))
-    refused(EvaluationError, r"--test .* --size 32", "--test", tmp_path / "large", run=labelled_run)
+    refused(DataError, r"--test .* --size 32", "--test", tmp_path / "large", run=labelled_run)
     nothing = ("--test", tmp_path / "nothing")
     refused(DataError, r"--test .*nothing\): no such folder", *nothing, run=labelled_run)
     (tmp_path / "bare").mkdir()
@@ -468,7 +468,7 @@ def test_mistakes_of_filters_are_one_message(labelled_run: Path, tmp_path: Path)
         (["--shards", str(tmp_path / "large")], r"--shards .* --size 32"),
         (["--num-images", "64", "--count", "65"], r"--count \(65\): must be at most .* 64 here"),
     ):
-        with pytest.raises(EvaluationError, match=message):
+        with pytest.raises(UserError, match=message):
             filters.picture(filters.parse(["--run", str(labelled_run), "--out", str(out), *words]))
     out.write_text("mine")
     done = said_by("pipeline.filters", "--run", labelled_run, "--out", out)
