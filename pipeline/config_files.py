@@ -26,8 +26,13 @@ from pipeline.config import EXTRACTORS, POLICIES, Config, flatten
 from pipeline.errors import ConfigError
 
 PATH_KEYS = (
-    *("run.dir", "data.shards", "data.cache_dir"),
-    *("eval.extractor_weights", "eval.reference", "eval.cache_dir", "eval.parzen_shards"),
+    "run.dir",
+    "data.shards",
+    "data.cache_dir",
+    "eval.extractor_weights",
+    "eval.reference",
+    "eval.cache_dir",
+    "eval.parzen_shards",
 )
 MLP_KEYS = ("model.maxout", "model.dropout")
 

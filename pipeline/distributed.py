@@ -139,10 +139,9 @@ def warn_of_a_lost_launch(accelerator: Accelerator) -> None:
         )
         if asked > accelerator.num_processes:
             log.warning(
-                "--num_processes %s was asked for, but this run has %s process: accelerate launch "
-                "starts no second one with --cpu. Use: accelerate launch --multi_gpu "
-                "--num_processes %s ... (on CPU too)",
-                *(asked, accelerator.num_processes, asked),
+                f"--num_processes {asked} was asked for, but this run has "
+                f"{accelerator.num_processes} process: accelerate launch starts no second one with "
+                f"--cpu. Use: accelerate launch --multi_gpu --num_processes {asked} ... on CPUs too"
             )
 
 

@@ -108,7 +108,12 @@ def measure(title: str, G: nn.Module, D: nn.Module) -> Moment:
     ratio = np.divide(drawn, half, out=np.ones(BINS), where=drawn > 0)
     jsd = mean(real, np.log(real / half)) / 2 + mean(drawn, np.log(ratio)) / 2
     return Moment(
-        *(title, drawn, judged, best, there, from_z),
+        title,
+        drawn,
+        judged,
+        best,
+        there,
+        from_z,
         value=mean(real, log_D) + mean(drawn, log_not_D),
         jsd=jsd,
         off_best=mean(half, np.abs(judged - best)),

@@ -144,8 +144,13 @@ def _single(options: argparse.Namespace, path: Path, G: nn.Module, table: Table)
     elif options.command == "walk":
         rows = parse_rows(options.rows, "--rows")
         files[out], files[out.with_suffix(".png")] = figures.walk(
-            *(G, table, rows),
-            **{name: getattr(options, name) for name in ("steps", "closed", "scale", "fps")},
+            G,
+            table,
+            rows,
+            steps=options.steps,
+            closed=options.closed,
+            scale=options.scale,
+            fps=options.fps,
         )
         between = f"{table.model.z_distribution} z"
         print(f"{interpolation(table.model)} interpolation, the one for {between}")

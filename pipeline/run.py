@@ -88,9 +88,9 @@ class Run:
                 )
         if self.is_main and (before := found.state["micro_batch"]) != micro_batch:
             log.warning(
-                "micro-batch was %s, is %s on %s process(es): BatchNorm groups change from here "
-                "on. Set train.micro_batch=%s to keep the computation the same.",
-                *(before, micro_batch, self.accelerator.num_processes, before),
+                f"micro-batch was {before}, is {micro_batch} on {self.accelerator.num_processes} "
+                "process(es): BatchNorm groups change from here on. Set "
+                f"train.micro_batch={before} to keep the computation the same."
             )
         gan.load(found.weights, found.optimizers)
         self._saved_step = int(found.state["step"])

@@ -28,7 +28,8 @@ def draw(moments: list[Moment]) -> bytes:
             top.axhline(0.5, color="0.8", lw=0.8, zorder=0)
             top.set(title=moment.title, xlim=(-1.9, 1.9), ylim=(0, 1.1 * highest), xticks=[])
             top.text(
-                *(0.02, 0.97),
+                0.02,
+                0.97,
                 f"V = {moment.value:.3f}\nJSD = {moment.jsd:.4f}\nE|D-½| = {moment.off_half:.3f}",
                 transform=top.transAxes,
                 va="top",
@@ -39,8 +40,10 @@ def draw(moments: list[Moment]) -> bytes:
             for start, end in zip(z, moment.from_z, strict=True):
                 low.add_patch(
                     ConnectionPatch(
-                        *((start, 0.08), (float(np.clip(end, -1.9, 1.9)), 0.95)),
-                        *("data", "data"),
+                        (start, 0.08),
+                        (float(np.clip(end, -1.9, 1.9)), 0.95),
+                        "data",
+                        "data",
                         axesA=low,
                         axesB=low,
                         arrowstyle="-|>",
