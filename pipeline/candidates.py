@@ -18,7 +18,7 @@ from pipeline import checkpoint
 from pipeline.config import DataConfig, ModelConfig
 from pipeline.config_files import load
 from pipeline.decode import DecodeError
-from pipeline.errors import CheckpointError, EvaluationError
+from pipeline.errors import CheckpointError, DataError, EvaluationError
 from pipeline.features import Images
 from pipeline.protocol import PURPOSE
 from pipeline.reader import Cache, Reader
@@ -122,8 +122,8 @@ def folder(name: str, shape: tuple[int, int, int], count: int) -> Images:
     and resized if they have another size than ``shape`` (H, W, C).
 
     Raises:
-        DataError: nothing usable there.
-        EvaluationError: fewer images than the protocol needs, or an unreadable one.
+        DataError: nothing usable there; later, an unreadable image.
+        EvaluationError: fewer images than the protocol needs.
     """
     from pipeline import sources  # decoders of every format: only this needs them
 
@@ -140,7 +140,7 @@ def folder(name: str, shape: tuple[int, int, int], count: int) -> Images:
         try:
             return read(row)[0]
         except DecodeError as error:
-            raise EvaluationError(
+            raise DataError(  # told by the rank that met it
                 f"--images {name}: {source.names[row]}: {error}; remove it from there."
             ) from None
 

@@ -177,7 +177,8 @@ class TrackingConfig:
     tags: list[str] = field(default_factory=list, metadata={"may_change": True})
     """W&B tags."""
     timeout: float = _may_change(60.0)
-    """Seconds the end of a run waits for W&B to take the last rows; training never waits."""
+    """Seconds the end of a run waits for W&B to take the last rows, 500 at most; training never
+    waits."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,11 +55,11 @@ def open_data(config: Config, accelerator: Accelerator) -> Index:
     """The checked index of ``data.shards``; remote shards are fetched once per node.
 
     Raises:
-        DataError: shards missing, damaged, or of another image shape than ``model`` says.
+        DataError: shards missing or damaged, or of other images or labels than ``model`` says.
         Stopped: a stop signal came to any rank while shards were checked or fetched.
     """
     data = config.data
-    index = on_every_rank(accelerator, lambda: _checked_index(config))
+    index = on_every_rank(accelerator, lambda: checked_index(config))
 
     def make_ready(stop: Callable[[], bool]) -> None:
         check_shards(index, data.verify, stop)
@@ -70,7 +70,12 @@ def open_data(config: Config, accelerator: Accelerator) -> Index:
     return index
 
 
-def _checked_index(config: Config) -> Index:
+def checked_index(config: Config) -> Index:
+    """The index of ``data.shards``, whose images and labels the model takes.
+
+    Raises:
+        DataError: none there, damaged, or of other images or labels.
+    """
     data, model = config.data, config.model
     make = f"python -m pipeline.prepare fashion-mnist --out {data.shards}"
     shape = f"--size {model.image_size} --channels {model.channels}"

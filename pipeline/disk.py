@@ -8,6 +8,7 @@ import torch
 
 from pipeline.config import Config
 from pipeline.models import make_discriminator, make_generator
+from pipeline.step_folders import CHECKPOINTS, SNAPSHOTS
 
 
 def checkpoint_bytes(config: Config) -> tuple[int, int]:
@@ -26,7 +27,7 @@ def checkpoint_bytes(config: Config) -> tuple[int, int]:
 
 def written_bytes(run_dir: Path) -> int:
     """Bytes of the checkpoints and snapshots that a run holds already."""
-    found = (path for kind in ("checkpoints", "snapshots") for path in run_dir.glob(f"{kind}/*/*"))
+    found = (path for kind in (CHECKPOINTS, SNAPSHOTS) for path in run_dir.glob(f"{kind}/*/*"))
     return sum(path.stat().st_size for path in found if path.is_file())
 
 

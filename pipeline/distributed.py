@@ -110,7 +110,9 @@ def _refuse_shared_gpus(processes: int, gpus: int) -> None:
         )
 
 
-def refuse_unequal_precisions(accelerator: Accelerator, precision: str) -> None:
+def refuse_unequal_precisions(
+    accelerator: Accelerator, precision: str, field: str = "train.precision"
+) -> None:
     """``auto`` is made concrete by each rank for itself; unequal nodes must not mix arithmetic.
 
     Raises:
@@ -121,8 +123,8 @@ def refuse_unequal_precisions(accelerator: Accelerator, precision: str) -> None:
     if len(found) > 1:
         said = "; ".join(f"{one} on {nodes}" for one, nodes in sorted(found.items()))
         raise ConfigError(
-            f"train.precision (auto): means different things to these nodes: {said}. Set "
-            "train.precision=fp32 or bf16, or take nodes of one kind."
+            f"{field} (auto): means different things to these nodes: {said}. Set {field}=fp32 or "
+            "bf16, or take nodes of one kind."
         )
 
 

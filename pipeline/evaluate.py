@@ -30,12 +30,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import Config
+from pipeline.config import Config, ModelConfig
 from pipeline.config_files import load
 from pipeline.errors import EvaluationError, one_clear_message
 from pipeline.step_folders import SNAPSHOTS, committed
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from pipeline.candidates import Candidate
     from pipeline.evaluation import RunEvaluation
     from pipeline.evaluator import Evaluator
@@ -127,20 +129,25 @@ def _print_table(evaluation: RunEvaluation) -> None:
 
 def _score_images(name: str, evaluator: Evaluator) -> None:
     from pipeline import candidates
+    from pipeline.distributed import on_every_rank
 
-    protocol = evaluator.protocol
-    images = candidates.folder(name, evaluator.index.shape, protocol.num_images)
+    shape, count = evaluator.index.shape, evaluator.protocol.num_images
+    images = on_every_rank(evaluator.accelerator, lambda: candidates.folder(name, shape, count))
     evaluator.load_reference()
     _print_scores(evaluator.score(images, "images"))
 
 
 def _score_detached(path: Path, evaluator: Evaluator) -> None:
     from pipeline import candidates
+    from pipeline.distributed import on_every_rank
 
-    config = evaluator.config.eval
-    candidate = candidates.at(path, config.weights)
-    device = evaluator.accelerator.device
-    G, model = candidates.open_generator(candidate, path, config.weights, device)
+    config, accelerator = evaluator.config.eval, evaluator.accelerator
+
+    def opened() -> tuple[nn.Module, ModelConfig]:
+        candidate = candidates.at(path, config.weights)
+        return candidates.open_generator(candidate, path, config.weights, accelerator.device)
+
+    G, model = on_every_rank(accelerator, opened)
     evaluator.load_reference()
     _print_scores(evaluator.score(candidates.generated(G, model, config.seed), path.name))
 

@@ -56,9 +56,12 @@ class Evaluator:
         self._open(self.index)
 
     def _read_index(self, field: str, location: str) -> Index:
-        index = on_every_rank(self.accelerator, lambda: read_index(location, field=field))
-        index.require_shape(self.config.model.image_shape, field)
-        return index
+        def read() -> Index:
+            index = read_index(location, field=field)
+            index.require_shape(self.config.model.image_shape, field)
+            return index
+
+        return on_every_rank(self.accelerator, read)
 
     def _open(self, index: Index) -> None:
         """Set extractor, protocol and reference."""

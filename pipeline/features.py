@@ -17,7 +17,6 @@ import importlib
 import io
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,7 +32,11 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
 from pipeline.config import EvalConfig
-from pipeline.distributed import on_every_rank, while_others_wait
+from pipeline.distributed import (
+    on_every_rank,
+    refuse_unequal_precisions,
+    while_others_wait,
+)
 from pipeline.efficientnet import EfficientNetLite0
 from pipeline.errors import EvaluationError
 from pipeline.hardware import exact_kernels, native_bf16
@@ -108,10 +111,12 @@ def load_extractor(config: EvalConfig, accelerator: Accelerator) -> Extractor:
     logits = _default_layer(cls, "isc")
     layers = [layer] if logits in (None, layer) else [layer, logits]
     precision = _precision(config, name)
+    refuse_unequal_precisions(accelerator, precision, "eval.precision")
     options = {"feature_extractor_weights_path": weights}
     if precision == "bf16":
         options["feature_extractor_internal_dtype"] = "bfloat16"
-    network = cls(name, layers, **options).eval().requires_grad_(False).to(accelerator.device)
+    made = on_every_rank(accelerator, lambda: cls(name, layers, **options))
+    network = made.eval().requires_grad_(False).to(accelerator.device)
     probe = np.zeros((1, 32, 32, 3), np.uint8)
     extractor = Extractor(
         name, network, layer, logits, 0, sha256 or tensors_sha256(network.state_dict()), precision
@@ -215,12 +220,20 @@ def _imported(name: str) -> Any:
 def _inception(config: EvalConfig, accelerator: Accelerator) -> io.BytesIO:
     """The checked weights; where they are missing, one process of each node fetches them."""
     find = partial(find_inception, config.extractor_weights)
+    failures: list[EvaluationError] = []
 
     def fetch(_: object) -> None:
-        with suppress(EvaluationError):  # looked for again below, where all hear of it
+        try:
             find()
+        except EvaluationError as error:
+            failures.append(error)
+
+    def raise_it() -> None:
+        if failures:
+            raise failures[0]
 
     while_others_wait(accelerator, accelerator.is_local_main_process, fetch, stoppable=False)
+    on_every_rank(accelerator, raise_it)
     return on_every_rank(accelerator, lambda: verified(find(), INCEPTION_SHA256))
 
 

@@ -66,6 +66,7 @@ def generate(options: argparse.Namespace) -> None:
 
     accelerator = distributed.start("fp32")
     distributed.warn_of_a_lost_launch(accelerator)
+    path = distributed.on_rank_zero(accelerator, lambda: path)  # a newer one may have come since
     device = "cpu" if options.command == "onnx" else accelerator.device
     G, config = distributed.on_every_rank(accelerator, lambda: load_snapshot(path, device))
     check_finite(G, path)
@@ -78,7 +79,7 @@ def generate(options: argparse.Namespace) -> None:
         _images(options, path, G, table, accelerator)
     else:
         work = partial(_single, options, path, G, table)
-        distributed.on_rank_zero(accelerator, work, lengthy=True)
+        distributed.on_rank_zero(accelerator, work, lengthy=options.command == "hub")  # an upload
     accelerator.end_training()
 
 

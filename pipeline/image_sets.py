@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
@@ -34,6 +33,7 @@ from pipeline.durable import publish, sync_folder
 from pipeline.errors import DataError, GenerationError
 from pipeline.features import Images
 from pipeline.image_files import Add, add_png, assemble_npz, tar
+from pipeline.peers import Peers
 from pipeline.sampling import BLOCK
 from pipeline.shards import read_index, scan, shard_name, write_index
 from pipeline.signals import Agreement, received
@@ -110,11 +110,7 @@ def write(
         advance(job.num - sum(len(parts[k]) for k in missing))
         stopped, failure = _write_parts(job, missing, images, accelerator, agreement, advance)
         agreement.close()
-        failures = [failure]
-        if accelerator.num_processes > 1:
-            failures = [""] * accelerator.num_processes
-            dist.all_gather_object(failures, failure)
-        for message in filter(None, failures):
+        for message in filter(None, Peers(accelerator).gather(failure)):
             raise GenerationError(message)
         if not stopped:
             on_rank_zero(accelerator, lambda: _finish(job), lengthy=True)

@@ -24,12 +24,13 @@ from accelerate import Accelerator
 
 from pipeline.config import Config, micro_batching
 from pipeline.dashboard import wandb_mode
+from pipeline.data import checked_index
 from pipeline.disk import checkpoint_bytes, existing, is_there, written_bytes
 from pipeline.durable import sha256_of
 from pipeline.errors import UserError
 from pipeline.peers import VISIBLE_SECONDS, Finding, Peers, Verdict
 from pipeline.reader import Cache
-from pipeline.shards import Index, read_index
+from pipeline.shards import Index
 from pipeline.signals import Agreement
 
 REDUCED_MIB = 64
@@ -229,8 +230,7 @@ def _shards(peers: Peers, config: Config) -> tuple[Index | None, Finding]:
     where = config.data.shards
 
     def look() -> tuple[Index, float]:
-        index = read_index(where)
-        index.require_shape(config.model.image_shape, "data.shards")
+        index = checked_index(config)
         shard = index.shards[peers.rank % len(index.shards)]
         began = time.perf_counter()
         path = Cache(index, config.data.cache_dir, config.data.cache_gib).path(shard)

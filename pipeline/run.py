@@ -33,6 +33,7 @@ from pipeline.order import Order
 from pipeline.run_folder import RunFolder
 from pipeline.sampling import sample_grid, sampler
 from pipeline.shards import Index
+from pipeline.step_folders import SNAPSHOTS, committed, step_of
 from pipeline.tracking import NullTracker, Tracker
 
 log = logging.getLogger("pipeline")
@@ -79,13 +80,7 @@ class Run:
         path = on_rank_zero(self.accelerator, self._newest)
         if path is None:
             return 0
-        found = on_every_rank(self.accelerator, lambda: checkpoint.read(path))
-        for key, value in self._stream.items():
-            if (before := found.state["stream"][key]) != value:
-                raise CheckpointError(
-                    f"{path}: trained on other data: {key} was {before}, is {value}. Point "
-                    "data.shards at the same set, or start a new run with run.dir=..."
-                )
+        found = on_every_rank(self.accelerator, lambda: self._read(path))
         if self.is_main and (before := found.state["micro_batch"]) != micro_batch:
             log.warning(
                 f"micro-batch was {before}, is {micro_batch} on {self.accelerator.num_processes} "
@@ -94,7 +89,26 @@ class Run:
             )
         gan.load(found.weights, found.optimizers)
         self._saved_step = int(found.state["step"])
+        on_rank_zero(self.accelerator, lambda: self._make_up_for_a_snapshot(gan))
         return self._saved_step
+
+    def _read(self, path: Path) -> checkpoint.Checkpoint:
+        found = checkpoint.read(path)
+        for key, value in self._stream.items():
+            if (before := found.state["stream"][key]) != value:
+                raise CheckpointError(
+                    f"{path}: trained on other data: {key} was {before}, is {value}. Point "
+                    "data.shards at the same set, or start a new run with run.dir=..."
+                )
+        return found
+
+    def _make_up_for_a_snapshot(self, gan: GAN) -> None:
+        """The disk was full, or a kill came, when its checkpoint had just been written."""
+        step = self._saved_step
+        if self.due(step, self.config.train.checkpoint_every) and step not in map(
+            step_of, committed(self.dir, SNAPSHOTS)
+        ):
+            self._export(step, gan)
 
     def _newest(self) -> Path | None:
         found, damaged = checkpoint.newest(self.dir)
@@ -107,10 +121,10 @@ class Run:
     def start(self, step: int) -> Run:
         """Open metrics and tracker; after the data workers exist, which are forked without them.
 
-        From here on the run is neither finished nor stopped, whatever it was before.
+        From here on the run is no longer finished, if it was.
         """
         if self.folder is not None and step < self.config.train.total_steps:
-            self.folder.unmark("FINISHED", "PREEMPTED")
+            self.folder.unmark("FINISHED")
         self.tracker = (
             Tracker(self.config, self.id, step, self.config.train.total_steps)
             if self.is_main
@@ -125,9 +139,9 @@ class Run:
         minutes = self.config.train.checkpoint_minutes
         late = self.is_main and 0 < minutes * 60 < time.monotonic() - self._saved_at
         self._stop, late = self._agreement.agree(stop=signals.received() is not None, also=late)
-        # With several ranks this answers the step before: a clock that ran out before the last
-        # checkpoint, perhaps of this very minute, asks for no other.
-        self._save_by_clock = late and self._saved_step < step - 1
+        # Several ranks hear of the step before: what was late then may have been saved since.
+        heard_of = step - 1 if self.accelerator.num_processes > 1 else step
+        self._save_by_clock = late and self._saved_step < heard_of
         self.tracker.advance(step)
 
     @property
@@ -159,7 +173,7 @@ class Run:
             self.tracker.images(step, sample_grid(G, model, seed))
 
     def save(self, step: int, gan: GAN) -> None:
-        """Commit a checkpoint, with a snapshot of G_ema if it is a regular one; then prune."""
+        """Commit a checkpoint, then prune; a snapshot of G_ema with each regular one."""
         gan.guard.raise_if_tripped()
         gan.raise_if_weights_are_not_finite(step)
         if not ranks_hold_the_same(self.accelerator, list(gan.networks().values())):
@@ -174,16 +188,17 @@ class Run:
                 "precision": self.precision,
                 "world_size": self.accelerator.num_processes,
             }
-            # First: the run that goes on from this checkpoint will not come by its step again.
-            if self.due(step, train.checkpoint_every):
-                weights = gan.G_ema.state_dict()
-                device = self.accelerator.device
-                checkpoint.export_snapshot(self.dir, step, weights, self.config, device)
             checkpoint.save(self.dir, step, gan.networks(), gan.optimizers(), state)
             self._mark("progress", str(step))
             keep_best = self.config.eval.keep_best
             checkpoint.prune(self.dir, train.keep, train.keep_every, keep_best)
+            if self.due(step, train.checkpoint_every):
+                self._export(step, gan)
         self._saved_step, self._saved_at = step, time.monotonic()
+
+    def _export(self, step: int, gan: GAN) -> None:
+        weights, device = gan.G_ema.state_dict(), self.accelerator.device
+        checkpoint.export_snapshot(self.dir, step, weights, self.config, device)
 
     def __enter__(self) -> Run:
         return self
@@ -197,8 +212,8 @@ class Run:
         self._agreement.close()
         finished = step >= self.config.train.total_steps
         if self.is_main:
-            assert self.folder is not None
-            self.folder.unmark("PREEMPTED" if finished else "FINISHED")
+            if not finished and self.folder is not None:
+                self.folder.unmark("FINISHED")
             self._mark("FINISHED" if finished else "PREEMPTED", str(step))
             if not finished:
                 log.warning(

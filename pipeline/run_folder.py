@@ -54,6 +54,7 @@ class RunFolder:
             self._lock = self._take_lock()
             self._bind(config)
             self.id = self._identify(config, precision)
+            self.unmark("PREEMPTED")
         except OSError as error:
             raise RunFolderError(
                 f"run.dir ({self.path}): cannot be written ({error.strerror}); "
@@ -64,10 +65,9 @@ class RunFolder:
         """Write a marker file that launch scripts read: progress, FINISHED or PREEMPTED."""
         publish(self.path / name, content.encode())
 
-    def unmark(self, *names: str) -> None:
-        """Remove marker files that are no longer true."""
-        for name in names:
-            (self.path / name).unlink(missing_ok=True)
+    def unmark(self, name: str) -> None:
+        """Remove a marker file that is no longer true."""
+        (self.path / name).unlink(missing_ok=True)
 
     def _take_lock(self) -> IO[str]:
         lock = (self.path / ".lock").open("a+")

@@ -91,7 +91,8 @@ class Index:
             raise DataError(
                 f"{field} ({self.location}): images of {_described(self.shape)}, the model wants "
                 f"{_described(wanted)}: prepare them with --size {wanted[0]} --channels "
-                f"{wanted[2]}, or give a set that fits model.image_size and model.channels."
+                f"{wanted[2]}, give another set, or train with other model.image_size and "
+                "model.channels."
             )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import socket
 import urllib.request
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def fetch(url: str, target: Path, sha256: str) -> Path:
     Raises:
         EvaluationError: not reachable, other bytes than expected, or nowhere to write.
     """
-    partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    partial = target.with_name(f"{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     digest = hashlib.sha256()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

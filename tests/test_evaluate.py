@@ -348,6 +348,18 @@ def test_a_candidate_that_one_node_does_not_see_is_passed_over_by_both(
         assert "step_00000010: [Errno 2] No such file" in (tmp_path / rank / "error").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.faults
+def test_what_all_ranks_find_wrong_is_told_by_one(
+    run: Path, tmp_path: Path, make_shards: Any
+) -> None:
+    make_shards(tmp_path / "rgb", [20], (64, 64, 3))
+    with process("--run", run, f"data.shards={tmp_path / 'rgb'}", ranks=2) as running:
+        output, _ = running.communicate(timeout=60)
+    assert running.returncode != 0
+    assert output.count("images of 64x64 with 3 channels") == 1, output
+
+
 def test_watch_ends_with_the_training(run: Path) -> None:
     (run / "FINISHED").write_text("20")
     evaluated("--run", run, "--watch")
@@ -571,7 +583,7 @@ def test_images_that_do_not_suffice_are_counted(run: Path, tmp_path: Path) -> No
     assert "holds 3 images, eval.num_images (100)" in refusal("--run", run, "--images", folder)
     (folder / "2.png").write_bytes(b"no image")
     words = ("--run", run, "--images", folder, "eval.num_images=3")
-    assert "2.png" in refusal(*words)
+    assert "2.png" in refusal(*words, kind=DataError)
     refusal("--run", run, "--images", tmp_path / "none", kind=DataError)
 
 

@@ -166,6 +166,7 @@ def test_a_signal_during_the_imports_is_not_lost(
     run_dir = tmp_path / "run"
     with started(1, tiny_config, *training_settings, f"run.dir={run_dir}") as process:
         while not catches_sigterm(process.pid):
+            assert process.poll() is None
             time.sleep(0.005)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
@@ -220,7 +221,7 @@ def test_a_run_that_cannot_start_stays_finished(
     """Evaluations that follow it would wait for ever; a run that does start is finished no more."""
     run_dir = Path(shutil.copytree(uninterrupted[1], tmp_path / "run"))
     code, output = run(1, tiny_config, "data.shards=nowhere", f"run.dir={run_dir}")
-    assert (code, output.count("error: ")) == (2, 1), output
+    assert (code, output.count("no such folder")) == (2, 1), output
     assert (run_dir / "FINISHED").exists()
     with started(1, tiny_config, *training_settings, f"run.dir={run_dir}", ENDLESS) as process:
         wait_for(run_dir / "ids" / "rank_0.jsonl", f'"step": {STEPS + 1},')
