@@ -5,7 +5,7 @@
 #   sbatch slurm/nightly.sh --run /shared/runs/a
 #
 # The next nights ask for what this one was given: GPUs, CPUs, memory, time, partition, account, QOS.
-# Stop: scancel -n dcgan-fid-nightly
+# Stop: scancel -n dcgan-fid-nightly (once more, if a night had just begun: it may submit the next)
 # NIGHTLY_AT (02:30): when; NIGHTLY_CHAIN=0: this night only, where cron or scrontab repeats it.
 #SBATCH --job-name=dcgan-fid-nightly
 #SBATCH --dependency=singleton
