@@ -128,10 +128,14 @@ class RunEvaluation:
                     time.monotonic() - began,
                 ),
             )
-        except CheckpointError as error:
-            self._failed[candidate.step] = str(error)
+        except CheckpointError as error:  # of opening, so all ranks are here
+            if on_rank_zero(evaluator.accelerator, candidate.path.is_dir):
+                self._failed[candidate.step] = str(error)
+                reason = str(error)
+            else:
+                reason = "removed meanwhile"  # by the training, which keeps train.keep of them
             if evaluator.is_main:
-                say(f"step {candidate.step} passed over: {error}")
+                say(f"step {candidate.step} passed over: {reason}")
         finally:
             if self.ledger is not None:
                 self.ledger.release(self.key(candidate))
@@ -139,7 +143,12 @@ class RunEvaluation:
     def _opened(self, candidate: Candidate) -> tuple[nn.Module, ModelConfig]:
         if not self.evaluator.is_main:  # rank 0 has just seen it
             deadline = time.monotonic() + VISIBLE_SECONDS
-            while not candidate.path.is_dir() and time.monotonic() < deadline:
+            while not candidate.path.is_dir():
+                if time.monotonic() > deadline:
+                    raise CheckpointError(
+                        f"{candidate.path}: not seen here within {VISIBLE_SECONDS:g} s; all nodes "
+                        "must share the run's folder."
+                    )
                 time.sleep(0.5)
         weights, device = self.config.eval.weights, self.evaluator.accelerator.device
         return candidates.open_generator(candidate, self.run_dir, weights, device)

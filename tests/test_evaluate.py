@@ -322,6 +322,26 @@ def test_watch_goes_on_past_a_damaged_snapshot(tmp_path: Path) -> None:
     assert "error: " in output.splitlines()[-1]
 
 
+def test_a_checkpoint_that_the_training_removes_meanwhile_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between the look at the folder and the reading: the others are scored, all is well."""
+    run = make_run(tmp_path, ())
+    for step in (10, 20):
+        add_checkpoint(run, step)
+    opened = candidates.open_generator
+
+    def too_late(candidate: candidates.Candidate, *rest: Any) -> Any:
+        if candidate.step == 10:
+            shutil.rmtree(candidate.path)
+        return opened(candidate, *rest)
+
+    monkeypatch.setattr(candidates, "open_generator", too_late)
+    evaluated("--run", run, "--pending", "eval.weights=raw")
+    assert [row["step"] for row in read_rows(run)] == [20]
+    assert "step 10 passed over: removed meanwhile" in capsys.readouterr().err
+
+
 def two_nodes_evaluate(folder: str) -> None:
     """Ranks in folders of their own, as on nodes whose view of the shared one is not the same."""
     os.chdir(Path(folder) / os.environ["RANK"])
@@ -345,7 +365,9 @@ def test_a_candidate_that_one_node_does_not_see_is_passed_over_by_both(
     on_ranks(2, two_nodes_evaluate, str(tmp_path))
     assert sorted(scores(tmp_path / "0" / "run")) == [20]
     for rank in ("0", "1"):
-        assert "step_00000010: [Errno 2] No such file" in (tmp_path / rank / "error").read_text()
+        assert (
+            "step_00000010: not seen here within 0.1 s" in (tmp_path / rank / "error").read_text()
+        )
 
 
 @pytest.mark.slow
