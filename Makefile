@@ -65,7 +65,7 @@ check: $(DEV_READY)  ## Format, lint, types, shell scripts, container files, len
 	sed 's/!reset null/{}/' docker/compose.cpu.yaml | \
 		$(BIN)/check-jsonschema --quiet --default-filetype yaml --builtin-schema vendor.compose-spec -
 	$(BIN)/kubernetes-validate --quiet --strict docker/kubernetes/*.yaml
-	@wc -l pipeline/*.py | awk '$$2 != "total" && $$1 > $(MAX_LINES) { \
+	@wc -l $$(git ls-files --cached --others --exclude-standard -- 'pipeline/*.py') | awk '$$2 != "total" && $$1 > $(MAX_LINES) { \
 		print $$2 ": " $$1 " lines, at most $(MAX_LINES): split it"; bad = 1 } END { exit bad }'
 
 bench: $(DEV_READY)  ## Tables of benchmarks/: training, step, loader, order, scale, overheads, evaluation

@@ -26,8 +26,8 @@ from typing import NamedTuple
 
 from loader import machine
 
-from pipeline.shards import read_index
-from pipeline.step_folders import committed
+from pipeline.data.shards import read_index
+from pipeline.runs.run_folder import committed
 
 REPO = Path(__file__).resolve().parents[1]
 CONFIG = "configs/demo.yaml"

@@ -37,6 +37,8 @@ from loader import fashion_mnist, machine, prepare
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pipeline.runtime import launch
+
 REPO = Path(__file__).resolve().parents[1]
 STEPS = 20
 NAMES = {
@@ -95,13 +97,13 @@ def evaluate(run: Path, processes: int, words: list[str], threads: int) -> dict[
 
 def worker(out: Path, run: Path, words: list[str]) -> None:
     """Score the newest snapshot with the evaluation's own objects; rank 0 writes what it found."""
-    from pipeline import candidates, distributed
-    from pipeline.config_files import load
-    from pipeline.evaluator import Evaluator
-    from pipeline.features import Extractor
+    from pipeline.config.loading import load
+    from pipeline.evaluation import candidates
+    from pipeline.evaluation.extractors import Extractor
+    from pipeline.evaluation.scorer import Evaluator
 
     config = load(run / "config.yaml", words)
-    accelerator: Accelerator = distributed.start("fp32")
+    accelerator: Accelerator = launch.start("fp32")
     evaluator = Evaluator(config, accelerator)
     evaluator.load_reference()
     forward = [0.0]
@@ -133,12 +135,12 @@ def by_torch_fidelity(run: Path, words: list[str]) -> tuple[dict[str, float], fl
     """``calculate_metrics`` on images of the newest snapshot and the reference's; its seconds."""
     from torch_fidelity import calculate_metrics
 
-    from pipeline import candidates, distributed
-    from pipeline.config_files import load
-    from pipeline.evaluator import Evaluator
+    from pipeline.config.loading import load
+    from pipeline.evaluation import candidates
+    from pipeline.evaluation.scorer import Evaluator
 
     config = load(run / "config.yaml", words)
-    evaluator = Evaluator(config, distributed.start("fp32"))
+    evaluator = Evaluator(config, launch.start("fp32"))
     protocol, extractor = evaluator.protocol, evaluator.extractor
     count = protocol.reference.reference_images
     device = evaluator.accelerator.device

@@ -19,13 +19,15 @@ from accelerate import Accelerator
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from pipeline.config import EvalConfig
-from pipeline.features import Extractor, extract, load_extractor
-from pipeline.protocol import make_protocol
-from pipeline.reader import Cache, Reader
-from pipeline.scores import chosen_ids, compute_scores, make_reference
-from pipeline.shards import Index, read_index
-from pipeline.signals import Agreement
+from pipeline.config.schema import EvalConfig
+from pipeline.data.cache import Cache
+from pipeline.data.reader import Reader
+from pipeline.data.shards import Index, read_index
+from pipeline.evaluation.candidates import chosen_ids
+from pipeline.evaluation.extractors import Extractor, extract, load_extractor
+from pipeline.evaluation.metrics import compute_scores, make_reference
+from pipeline.evaluation.protocol import make_protocol
+from pipeline.runtime.signals import Agreement
 
 Pixels = np.ndarray
 SERIES: dict[str, tuple[float, ...]] = {

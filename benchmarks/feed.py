@@ -27,12 +27,12 @@ from loader import fashion_mnist, machine, prepare
 from step import ceiling, operations, update, wait
 from torch import Tensor
 
-from pipeline import distributed, hardware
-from pipeline.config import Config, DataConfig, ModelConfig, TrainConfig
-from pipeline.data import Loader, ToDevice, make_order, normalise
-from pipeline.gan import GAN
-from pipeline.sampling import draw_z, stream
-from pipeline.shards import Index
+from pipeline.config.schema import Config, DataConfig, ModelConfig, TrainConfig
+from pipeline.data.loader import Loader, ToDevice, make_order, normalise
+from pipeline.data.shards import Index
+from pipeline.models.noise import draw_z, stream
+from pipeline.runtime import hardware, launch
+from pipeline.training.gan import GAN
 
 ROUNDS = 3
 Inputs = tuple[Tensor, Tensor]
@@ -103,7 +103,7 @@ def main() -> None:
     options = parser.parse_args()
     given = TrainConfig(precision=options.precision)
     precision = hardware.resolve_precision(Config(train=given))
-    accelerator = distributed.start(precision)
+    accelerator = launch.start(precision)
     hardware.choose_kernels(accelerator.device, deterministic=False)
     device = accelerator.device
     best = ceiling(torch.bfloat16 if precision == "bf16" else torch.float32, device)

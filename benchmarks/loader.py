@@ -39,11 +39,12 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from pipeline.config import Config, DataConfig
-from pipeline.data import Loader, make_order, normalise
-from pipeline.reader import Cache, Reader
-from pipeline.shards import Index, read_index
-from pipeline.sources import find
+from pipeline.config.schema import Config, DataConfig
+from pipeline.data.cache import Cache
+from pipeline.data.loader import Loader, make_order, normalise
+from pipeline.data.reader import Reader
+from pipeline.data.shards import Index, read_index
+from pipeline.data.sources import find
 
 BATCH = 128
 FORMATS = ("npy", "jpg", "png")

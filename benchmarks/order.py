@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.order import Order
+from pipeline.data.order import Order
 
 BATCH = 128
 PER_SHARD = 10_000

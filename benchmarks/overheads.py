@@ -23,13 +23,14 @@ from accelerate import Accelerator
 from loader import fashion_mnist, machine, prepare, spread
 from step import seconds
 
-from pipeline import checkpoint
-from pipeline.config import Config
-from pipeline.config_files import load
-from pipeline.distributed import MIXED_PRECISION
-from pipeline.gan import GAN
-from pipeline.hardware import native_bf16
-from pipeline.sampling import draw_z, generate, sampler, stream
+from pipeline.config.loading import load
+from pipeline.config.schema import Config
+from pipeline.models.noise import draw_z, stream
+from pipeline.models.sampling import generate, sampler
+from pipeline.runs import checkpoint
+from pipeline.runtime.hardware import native_bf16
+from pipeline.runtime.launch import MIXED_PRECISION
+from pipeline.training.gan import GAN
 
 REPO = Path(__file__).resolve().parents[1]
 PAPER = ["--config", "configs/dcgan_64.yaml"]

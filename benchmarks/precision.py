@@ -17,7 +17,7 @@ from typing import Any
 from ablation import CONFIG, experiments, said, score, shards
 from loader import machine
 
-from pipeline.shards import read_index
+from pipeline.data.shards import read_index
 
 PRECISIONS = ("fp32", "bf16")
 CURVES = {"loss/D": "loss of D", "loss/G": "loss of G", "scores/real": "D(x)"}

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pipeline.shards import read_index
+from pipeline.data.shards import read_index
 
 REPO = Path(__file__).resolve().parents[1]
 BATCH = 60

@@ -24,9 +24,9 @@ import torch
 from loader import fashion_mnist, machine, prepare, spread
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.config import Config, ModelConfig
-from pipeline.config_files import load
-from pipeline.models import Discriminator, Generator
+from pipeline.config.loading import load
+from pipeline.config.schema import Config, ModelConfig
+from pipeline.models.dcgan import Discriminator, Generator
 
 REPO = Path(__file__).resolve().parents[1]
 MODEL = ["model.ngf=64", "model.ndf=64", "model.kernel_size=4"]

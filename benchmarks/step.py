@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.config import Config, DataConfig, ModelConfig, TrainConfig
-from pipeline.convolution import weight_gradient
-from pipeline.distributed import MIXED_PRECISION
-from pipeline.gan import GAN
-from pipeline.hardware import native_bf16
+from pipeline.config.schema import Config, DataConfig, ModelConfig, TrainConfig
+from pipeline.models.layers import weight_gradient
+from pipeline.runtime.hardware import native_bf16
+from pipeline.runtime.launch import MIXED_PRECISION
+from pipeline.training.gan import GAN
 
 KINDS = (  # first match wins
     ("convolutions, backward", ("convolution_backward",)),

@@ -34,7 +34,7 @@ from accelerate import Accelerator
 from loader import as_files, fashion_mnist, image_folder, machine, prepare, spread, stock_webdataset
 from torch import Tensor, nn
 
-from pipeline.shards import read_index
+from pipeline.data.shards import read_index
 
 Z, WIDTH = 100, 64
 WARM_UP = 3  # steps: kernels are chosen, buffers allocated, queues filled

@@ -18,7 +18,7 @@ case "${1:-}" in
   *) exec "$@" ;;
 esac
 
-# PyTorch must see what nvidia-smi sees; pipeline.distributed compares.
+# PyTorch must see what nvidia-smi sees; pipeline.runtime.launch compares.
 gpus=${GPUS_PER_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)}
 export GPUS_PER_NODE="$gpus"
 processes=${NPROC_PER_NODE:-$gpus}

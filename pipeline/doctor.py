@@ -15,19 +15,22 @@ import argparse
 import os
 import sys
 
-from pipeline.config import Config
-from pipeline.config_files import load
-from pipeline.errors import LaunchError, one_clear_message
+from pipeline.config.loading import load
+from pipeline.config.schema import Config
+from pipeline.runtime.errors import LaunchError, one_clear_message
 
 
 def diagnose(config: Config) -> bool:
     """Print the table on rank 0; whether everything is ready, on every rank."""
-    from pipeline import distributed, hardware, preflight, run_folder
-    from pipeline.peers import Finding, table
+    from pipeline.runs import preflight, run_folder
+    from pipeline.runs.preflight import Finding, table
+    from pipeline.runtime import hardware, launch
 
-    precision = run_folder.precision_of(config) or hardware.resolve_precision(config)
+    precision = run_folder.precision_of(config) or hardware.resolve_precision(
+        config.train.precision
+    )
     try:
-        accelerator = distributed.start(precision)
+        accelerator = launch.start(precision)
     except LaunchError as error:  # the other nodes cannot be asked then
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(table([Finding("devices", "FAILED", str(error))]), flush=True)

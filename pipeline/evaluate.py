@@ -9,7 +9,7 @@
     python -m pipeline.evaluate fetch-weights --to DIR         # Inception's, for offline nodes
     python -m pipeline.evaluate --run runs/x eval.extractor=efficientnet-lite0   # no download
     python -m pipeline.evaluate --run runs/x --metrics parzen eval.parzen_shards=DIR   # as in 2014
-    python -m pipeline.evaluate probe --run runs/x --test DIR  # what D learned: pipeline.probe
+    python -m pipeline.evaluate probe --run runs/x --test DIR  # what D learned
 
 Settings are the section eval: of the run's configuration; the command line wins over it. Rows go to
 evaluations.jsonl in the run folder, then to W&B. What is there already is not computed again, so
@@ -18,7 +18,7 @@ after a kill run the same command again; any number of evaluators may work on on
 
 from __future__ import annotations
 
-from pipeline import signals
+from pipeline.runtime import signals
 
 if __name__ == "__main__":
     signals.install()  # before the seconds of imports, in which a signal would be lost
@@ -30,17 +30,17 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import Config, ModelConfig
-from pipeline.config_files import load
-from pipeline.errors import EvaluationError, one_clear_message
-from pipeline.step_folders import SNAPSHOTS, committed
+from pipeline.config.loading import load
+from pipeline.config.schema import Config, ModelConfig
+from pipeline.runs.run_folder import SNAPSHOTS, committed
+from pipeline.runtime.errors import EvaluationError, one_clear_message
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from pipeline.candidates import Candidate
-    from pipeline.evaluation import RunEvaluation
-    from pipeline.evaluator import Evaluator
+    from pipeline.evaluation.candidates import Candidate
+    from pipeline.evaluation.run_scores import RunEvaluation
+    from pipeline.evaluation.scorer import Evaluator
 
 
 METRICS = ("fidelity", "parzen")
@@ -51,11 +51,11 @@ def evaluate(options: argparse.Namespace, config: Config) -> bool:
     if options.run and not options.images:
         _something_to_evaluate(options, config)
     # torch takes seconds to import; --help and a mistyped path answer without it.
-    from pipeline import distributed, hardware
+    from pipeline.runtime import hardware, launch
 
-    accelerator = distributed.start("fp32")
+    accelerator = launch.start("fp32")
     hardware.use_all_cores()  # of a GPU machine too: precision and recall are computed on CPUs
-    distributed.warn_of_a_lost_launch(accelerator)
+    launch.warn_of_a_lost_launch(accelerator)
     evaluator = _evaluator(options.metrics)(config, accelerator)
     if accelerator.is_main_process:
         print(evaluator.describe(), flush=True)
@@ -83,17 +83,17 @@ def evaluate(options: argparse.Namespace, config: Config) -> bool:
 
 def _evaluator(metrics: str) -> type[Evaluator]:
     if metrics == "parzen":
-        from pipeline.parzen import ParzenEvaluator
+        from pipeline.evaluation.parzen import ParzenEvaluator
 
         return ParzenEvaluator
-    from pipeline.evaluator import Evaluator
+    from pipeline.evaluation.scorer import Evaluator
 
     return Evaluator
 
 
 def _score_run(options: argparse.Namespace, evaluator: Evaluator) -> None:
-    from pipeline import candidates
-    from pipeline.evaluation import RunEvaluation
+    from pipeline.evaluation import candidates
+    from pipeline.evaluation.run_scores import RunEvaluation
 
     weights = evaluator.config.eval.weights
 
@@ -119,8 +119,8 @@ def _score_run(options: argparse.Namespace, evaluator: Evaluator) -> None:
 
 def _print_table(evaluation: RunEvaluation) -> None:
     if evaluation.evaluator.is_main:
-        from pipeline.ledger import best
-        from pipeline.scores import table
+        from pipeline.evaluation.metrics import table
+        from pipeline.runs.results import best
 
         rows = evaluation.rows()
         found = best(rows)
@@ -128,8 +128,8 @@ def _print_table(evaluation: RunEvaluation) -> None:
 
 
 def _score_images(name: str, evaluator: Evaluator) -> None:
-    from pipeline import candidates
-    from pipeline.distributed import on_every_rank
+    from pipeline.evaluation import candidates
+    from pipeline.runtime.ranks import on_every_rank
 
     shape, count = evaluator.index.shape, evaluator.protocol.num_images
     images = on_every_rank(evaluator.accelerator, lambda: candidates.folder(name, shape, count))
@@ -138,8 +138,8 @@ def _score_images(name: str, evaluator: Evaluator) -> None:
 
 
 def _score_detached(path: Path, evaluator: Evaluator) -> None:
-    from pipeline import candidates
-    from pipeline.distributed import on_every_rank
+    from pipeline.evaluation import candidates
+    from pipeline.runtime.ranks import on_every_rank
 
     config, accelerator = evaluator.config.eval, evaluator.accelerator
 
@@ -234,13 +234,13 @@ def configuration(options: argparse.Namespace) -> Config:
 def main() -> None:
     """Parse the command line and evaluate."""
     if sys.argv[1:2] == ["probe"]:
-        from pipeline import probe
+        from pipeline.papers import probe
 
         return probe.main(sys.argv[2:])
     options, finished = parse(sys.argv[1:]), True
     with one_clear_message():
         if options.command == "fetch-weights":
-            from pipeline.weights import fetch_inception
+            from pipeline.evaluation.pretrained import fetch_inception
 
             with signals.interruptible("interrupted: nothing was kept"):
                 print(f"eval.extractor_weights={fetch_inception(options.to).resolve()}")

@@ -18,7 +18,7 @@ where it was, the others begin anew. Nothing that exists is replaced unasked.
 
 from __future__ import annotations
 
-from pipeline import signals
+from pipeline.runtime import signals
 
 if __name__ == "__main__":
     signals.install()  # before the seconds of imports, in which a signal would be lost
@@ -33,15 +33,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.durable import place_for
-from pipeline.errors import GenerationError, one_clear_message
-from pipeline.step_folders import SNAPSHOTS, committed
+from pipeline.runs.run_folder import SNAPSHOTS, committed
+from pipeline.runtime.errors import GenerationError, one_clear_message
+from pipeline.runtime.files import place_for
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-    from pipeline.latent import Table
+    from pipeline.generation.latent import Table
 
 MOST_IMAGES = 10**8  # eight digits name an image
 KEPT = "finished parts are kept, the same command continues"
@@ -60,15 +60,15 @@ def generate(options: argparse.Namespace) -> None:
     path = _snapshot(options)
     _check_place(options)
     # torch takes seconds to import; --help and a mistyped path answer without it.
-    from pipeline import distributed
-    from pipeline.checkpoint import check_finite, load_snapshot
-    from pipeline.latent import Table
+    from pipeline.generation.latent import Table
+    from pipeline.runs.checkpoint import check_finite, load_snapshot
+    from pipeline.runtime import launch, ranks
 
-    accelerator = distributed.start("fp32")
-    distributed.warn_of_a_lost_launch(accelerator)
-    path = distributed.on_rank_zero(accelerator, lambda: path)  # a newer one may have come since
+    accelerator = launch.start("fp32")
+    launch.warn_of_a_lost_launch(accelerator)
+    path = ranks.on_rank_zero(accelerator, lambda: path)  # a newer one may have come since
     device = "cpu" if options.command == "onnx" else accelerator.device
-    G, config = distributed.on_every_rank(accelerator, lambda: load_snapshot(path, device))
+    G, config = ranks.on_every_rank(accelerator, lambda: load_snapshot(path, device))
     check_finite(G, path)
     classes = config.model.num_classes
     if options.of_class is not None and not options.of_class < classes:
@@ -79,7 +79,7 @@ def generate(options: argparse.Namespace) -> None:
         _images(options, path, G, table, accelerator)
     else:
         work = partial(_single, options, path, G, table)
-        distributed.on_rank_zero(accelerator, work, lengthy=options.command == "hub")  # an upload
+        ranks.on_rank_zero(accelerator, work, lengthy=options.command == "hub")  # an upload
     accelerator.end_training()
 
 
@@ -88,11 +88,11 @@ def _images(
 ) -> None:
     import torch
 
-    from pipeline import sampling
-    from pipeline.checkpoint import weights_file
-    from pipeline.durable import sha256_of
-    from pipeline.image_sets import ImageSet, write
-    from pipeline.spread import progress
+    from pipeline.generation.image_sets import ImageSet, write
+    from pipeline.models import sampling
+    from pipeline.runs.checkpoint import weights_file
+    from pipeline.runtime.console import progress
+    from pipeline.runtime.files import sha256_of
 
     model, is_main = table.model, accelerator.is_main_process
     record = {
@@ -133,9 +133,9 @@ def _images(
 
 def _single(options: argparse.Namespace, path: Path, G: nn.Module, table: Table) -> None:
     """What one process makes; no file appears before all of them are ready."""
-    from pipeline import figures
-    from pipeline.durable import write_results
-    from pipeline.latent import interpolation, parse_concept, parse_rows
+    from pipeline.generation import figures
+    from pipeline.generation.latent import interpolation, parse_concept, parse_rows
+    from pipeline.runtime.files import write_results
 
     out: Path = options.out
     files: dict[Path, bytes] = {}
@@ -168,7 +168,7 @@ def _single(options: argparse.Namespace, path: Path, G: nn.Module, table: Table)
 
 
 def _onnx(path: Path, G: nn.Module, table: Table) -> bytes:
-    from pipeline import export
+    from pipeline.generation import export
 
     remedy = "pip install 'dcgan-pipeline[onnx]'"
     export.need(("onnx", "onnxscript", "onnxruntime"), "onnx", remedy)
@@ -179,8 +179,8 @@ def _onnx(path: Path, G: nn.Module, table: Table) -> bytes:
 
 
 def _hub(options: argparse.Namespace, path: Path, G: nn.Module, table: Table) -> None:
-    from pipeline import export
-    from pipeline.sampling import GRID_IMAGES
+    from pipeline.generation import export
+    from pipeline.models.sampling import GRID_IMAGES
 
     out = options.out
     if out.exists() and options.push:
@@ -199,8 +199,8 @@ def _hub(options: argparse.Namespace, path: Path, G: nn.Module, table: Table) ->
 
 
 def _facts(path: Path, table: Table) -> dict[str, str]:
-    from pipeline.checkpoint import weights_file
-    from pipeline.durable import sha256_of
+    from pipeline.runs.checkpoint import weights_file
+    from pipeline.runtime.files import sha256_of
 
     return {
         "snapshot": path.resolve().name,

@@ -29,10 +29,9 @@ from pathlib import Path
 import numpy as np
 from PIL import ImageColor
 
-from pipeline.audit import index_tars, verify
-from pipeline.durable import publish
-from pipeline.errors import DataError, UserError, one_clear_message
-from pipeline.packing import (
+from pipeline.data.audit import index_tars, verify
+from pipeline.data.cache import check_shards
+from pipeline.data.packing import (
     SETTINGS_NAME,
     SKIPPED_NAME,
     WORK_FOLDER,
@@ -50,11 +49,13 @@ from pipeline.packing import (
     tar_bytes,
     work_folder,
 )
-from pipeline.reader import check_shards
-from pipeline.shards import INDEX_NAME, Index, read_index, write_index
-from pipeline.signals import interruptible
-from pipeline.sources import Source, find
-from pipeline.spread import progress, spread
+from pipeline.data.shards import INDEX_NAME, Index, read_index, write_index
+from pipeline.data.sources import Source, find
+from pipeline.runtime.console import progress
+from pipeline.runtime.errors import DataError, UserError, one_clear_message
+from pipeline.runtime.files import publish
+from pipeline.runtime.pool import spread
+from pipeline.runtime.signals import interruptible
 
 LISTED = 10
 

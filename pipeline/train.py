@@ -11,7 +11,7 @@ of (seed, step), so a resumed run computes what the uninterrupted one would have
 
 from __future__ import annotations
 
-from pipeline import signals
+from pipeline.runtime import signals
 
 if __name__ == "__main__":
     signals.install()  # before the seconds of imports, in which a signal would be lost
@@ -21,9 +21,9 @@ import logging
 import sys
 from contextlib import closing
 
-from pipeline.config import Config, micro_batching
-from pipeline.config_files import load
-from pipeline.errors import one_clear_message
+from pipeline.config.loading import load
+from pipeline.config.schema import Config, micro_batching
+from pipeline.runtime.errors import one_clear_message
 
 
 def train(config: Config) -> bool:
@@ -32,16 +32,20 @@ def train(config: Config) -> bool:
     import torch
     from torch import Tensor
 
-    from pipeline import distributed, hardware, run_folder
-    from pipeline.data import Loader, ToDevice, make_order, normalise, open_data
-    from pipeline.gan import GAN
-    from pipeline.run import IdLog, Run
-    from pipeline.sampling import draw_z, stream, with_classes
+    from pipeline.data.loader import Loader, ToDevice, make_order, normalise, open_data
+    from pipeline.models.noise import draw_z, stream, with_classes
+    from pipeline.runs import run_folder
+    from pipeline.runtime import hardware, launch
+    from pipeline.training.gan import GAN
+    from pipeline.training.meter import IdLog
+    from pipeline.training.run import Run
 
-    precision = run_folder.precision_of(config) or hardware.resolve_precision(config)
-    accelerator = distributed.start(precision)
-    distributed.refuse_unequal_precisions(accelerator, precision)
-    distributed.warn_of_a_lost_launch(accelerator)
+    precision = run_folder.precision_of(config) or hardware.resolve_precision(
+        config.train.precision
+    )
+    accelerator = launch.start(precision)
+    launch.refuse_unequal_precisions(accelerator, precision)
+    launch.warn_of_a_lost_launch(accelerator)
     hardware.choose_kernels(accelerator.device, config.train.deterministic)
     device, rank = accelerator.device, accelerator.process_index
     world_size, d_steps = accelerator.num_processes, config.optim.d_steps

@@ -134,8 +134,8 @@ with_config() {
 run_folder() {
   alone -c '
 import argparse
-from pipeline.config_files import load
-from pipeline.errors import one_clear_message
+from pipeline.config.loading import load
+from pipeline.runtime.errors import one_clear_message
 parser = argparse.ArgumentParser(prog="slurm/train.sh")
 parser.add_argument("--config")
 parser.add_argument("overrides", nargs="*")

@@ -25,7 +25,7 @@ cut_short() { say "cut short: srun ended with $1"; exit 75; }
 
 # What the table needs to be made at all, node by node: the checkout, Python and the libraries.
 step=("${everywhere[@]}" --label)
-task "$PYTHON" -c 'import pipeline.config, torch, accelerate'
+task "$PYTHON" -c 'import pipeline.runtime.launch, torch, accelerate'
 status=$?
 [ "$status" -ne 143 ] || cut_short "$status"  # SIGTERM
 if [ "$status" -ne 0 ]; then

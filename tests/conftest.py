@@ -16,8 +16,8 @@ import pytest
 import webdataset as wds
 from hypothesis import settings
 
-from pipeline.decode import encode
-from pipeline.shards import Index, scan, write_index
+from pipeline.data.codecs import encode
+from pipeline.data.shards import Index, scan, write_index
 
 UNEVEN = [1, 17, 400, 3, 0, 211, 97, 268]  # 997 samples, a prime; one shard is empty
 Shape = tuple[int, int, int]

@@ -8,11 +8,19 @@ import torch
 from conftest import write_shards
 from torch import nn
 
-from pipeline import checkpoint, evaluate
-from pipeline.config import Config, DataConfig, EvalConfig, ModelConfig, RunConfig, TrackingConfig
-from pipeline.config_files import dump
-from pipeline.models import Discriminator, Generator, init_weights
-from pipeline.sampling import stream
+from pipeline import evaluate
+from pipeline.config.loading import dump
+from pipeline.config.schema import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    RunConfig,
+    TrackingConfig,
+)
+from pipeline.models.dcgan import Discriminator, Generator, init_weights
+from pipeline.models.noise import stream
+from pipeline.runs import checkpoint
 
 MODEL = ModelConfig(image_size=32, channels=1, z_dim=8, ngf=4, ndf=4)
 TINY = "tiny_extractor:Tiny"

@@ -12,7 +12,13 @@ import torch.multiprocessing
 from launching import free_port
 
 # Imported once, in the server that ranks are forked from: torch alone takes seconds.
-HEAVY = ["torch._dynamo", "accelerate", "pipeline.distributed", "pipeline.gan", "launching"]
+HEAVY = [
+    "torch._dynamo",
+    "accelerate",
+    "pipeline.runtime.ranks",
+    "pipeline.training.gan",
+    "launching",
+]
 
 
 def on_ranks(count: int, work: Callable[..., None], *arguments: Any) -> None:

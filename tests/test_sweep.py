@@ -9,8 +9,8 @@ import yaml
 from launching import REPO
 from wandb.sdk.launch.sweeps import utils
 
-from pipeline.config import Config, flatten
-from pipeline.config_files import load
+from pipeline.config.loading import load
+from pipeline.config.schema import Config, flatten
 
 SWEEP = yaml.safe_load((REPO / "configs" / "sweep.yaml").read_text())
 

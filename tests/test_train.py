@@ -32,8 +32,8 @@ from launching import (
 )
 from PIL import Image
 
-from pipeline.shards import Index
-from pipeline.step_folders import committed, step_of
+from pipeline.data.shards import Index
+from pipeline.runs.run_folder import committed, step_of
 
 pytestmark = pytest.mark.slow
 STEPS = 24

@@ -9,7 +9,7 @@ import pytest
 from evaluating import add_snapshot, make_config, make_run
 from launching import REPO
 
-from pipeline.ledger import read_rows
+from pipeline.runs.results import read_rows
 
 from .conftest import Program
 from .mini_slurm import MiniSlurm

@@ -1,0 +1,1 @@
+"""Describe a run: the sections and keys, how they are read, and which combinations are refused."""

@@ -1,0 +1,238 @@
+"""Every sample of tars on disk decoded once: to verify a shard set, or to index someone's tars.
+
+Faults are collected, never raised at the first: who repairs a data set needs the whole list.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.cache import check_size
+from pipeline.data.codecs import DecodeError, decoder, shape_of
+from pipeline.data.shards import INDEX_NAME, Index, Shard, read_index, scan, write_index
+from pipeline.runtime.console import REPORT_SECONDS, progress
+from pipeline.runtime.errors import DataError
+from pipeline.runtime.files import sha256_of
+from pipeline.runtime.pool import spread
+
+Shape = tuple[int, int, int]
+LISTED_FAULTS = 1000
+
+
+@dataclass
+class Found:
+    """What one tar turned out to hold; picklable, sent by a worker."""
+
+    number: int
+    faults: list[str] = field(default_factory=list)
+    shapes: Counter[Shape] = field(default_factory=Counter)
+    examples: dict[Shape, str] = field(default_factory=dict)
+    scanned: tuple[Shard, NDArray[np.void], str] | None = None
+
+
+def verify(folder: Path, workers: int) -> str:
+    """Check every checksum and decode every sample of a shard set; returns a one-line summary.
+
+    Raises:
+        DataError: listing every fault with shard, key and offset.
+    """
+    if "://" in str(folder):
+        raise DataError(
+            f"--verify ({folder}): must be a local folder; shards fetched from a URL are "
+            "checked as they come."
+        )
+    faults: list[str] = []
+    try:
+        index = read_index(str(folder))
+    except DataError as error:
+        # Without a usable index the tars themselves can still be judged.
+        faults.append(str(error))
+        if not (tars := sorted(folder.glob("*.tar"))):
+            raise
+        found = _audit(tars, workers, "verify", None)
+    else:
+        found = _audit([folder / s.url for s in index.shards], workers, "verify", index)
+        listed = {shard.url for shard in index.shards}
+        extra = sorted(path.name for path in folder.glob("*.tar") if path.name not in listed)
+        faults += [f"{folder / name}: not in {INDEX_NAME}." for name in extra]
+    faults += [fault for one in found for fault in one.faults]
+    if faults:
+        shown = faults[:LISTED_FAULTS]
+        more = [f"... and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
+        bad = sum(bool(one.faults) for one in found)
+        raise DataError(
+            f"{folder}: {len(faults)} faults, {bad} of {len(found)} shards damaged:\n  "
+            + "\n  ".join(shown + more)
+        )
+    labels = index.table["label"]
+    classes = f"labels 0 to {labels.max()}" if labels.min() >= 0 else "not all labelled"
+    return (
+        f"ok: {index.num_samples} samples in {len(index.shards)} shards, "
+        f"{'x'.join(map(str, index.shape))} {index.field}, {classes}; "
+        "every checksum is right and every sample decodes"
+    )
+
+
+def index_tars(folder: Path, workers: int) -> str:
+    """Index tars that other tools wrote, where they lie; returns a one-line summary.
+
+    Raises:
+        DataError: an unreadable tar or sample, or images of several shapes; all are listed.
+    """
+    tars = sorted(folder.glob("*.tar"))
+    if (folder / INDEX_NAME).exists():
+        index = read_index(str(folder))
+        sizes = {path.name: path.stat().st_size for path in tars}
+        if sizes == {shard.url: shard.filesize for shard in index.shards}:
+            return f"already complete: {index.num_samples} samples in {len(tars)} shards"
+        if index.made_by.get("source_kind") != "indexed":
+            raise DataError(
+                f"{folder}: its tars changed since they were prepared; restore them. To take them "
+                f"as they are now: remove {folder / INDEX_NAME} and run the same command."
+            )
+    found = _audit(tars, workers, "index", None)
+    faults = [fault for one in found for fault in one.faults]
+    shapes: Counter[Shape] = sum((one.shapes for one in found), Counter())
+    examples = {shape: name for one in reversed(found) for shape, name in one.examples.items()}
+    if len({shape[:2] for shape in shapes}) > 1:
+        listed = [
+            f"{n} of {h} x {w}, e.g. {examples[h, w, c]}" for (h, w, c), n in shapes.most_common(5)
+        ]
+        faults.append(
+            f"images must share one size; found {len(shapes)} shapes: {'; '.join(listed)}. Make "
+            f"new shards of one size: python -m pipeline.prepare {folder} --out OTHER --size 64"
+        )
+    if faults:
+        raise DataError(f"{folder}: cannot be indexed:\n  " + "\n  ".join(faults[:LISTED_FAULTS]))
+    scans = [one.scanned for one in found if one.scanned]
+    if not shapes:
+        raise DataError(f"{folder}: its {len(tars)} tars hold no images.")
+    shape = max(shapes, key=lambda shape: shape[2])  # gray images among colour ones are colour too
+    made_by = {"source_kind": "indexed", "note": "tars of another tool, indexed as they are"}
+    index = write_index(folder, scans, shape, made_by)
+    return (
+        f"indexed {index.num_samples} samples in {len(scans)} shards, "
+        f"{'x'.join(map(str, shape))} {index.field}: {folder / INDEX_NAME}"
+    )
+
+
+def _audit(paths: list[Path], workers: int, doing: str, index: Index | None) -> list[Found]:
+    """What each tar holds, in order; against the index where there is one."""
+
+    def work(number: int) -> Iterator[int | Found]:
+        if index is None:
+            return _survey(paths[number], number)
+        return _compare(paths[number], number, index)
+
+    found = []
+    total = index.num_samples if index else sum(p.stat().st_size for p in paths) >> 20
+    unit = " images" if index else " MiB"
+    with progress(doing, total, unit) as update:
+        for message in spread(range(len(paths)), workers, work):
+            if isinstance(message, Found):
+                found.append(message)
+                if not index:
+                    update(paths[message.number].stat().st_size >> 20)
+            elif index:
+                update(message)
+    return sorted(found, key=lambda one: one.number)
+
+
+def _survey(path: Path, number: int) -> Iterator[int | Found]:
+    """Scan a tar nobody described yet and decode each image by its own shape."""
+    found, bad, said = Found(number), [], time.monotonic()
+    try:
+        found.scanned = scan(path)
+    except DataError as error:
+        found.faults.append(str(error))
+        yield found
+        return
+    _, table, extension = found.scanned
+    decoders: dict[Shape, tuple[Callable[[memoryview, Any], None], NDArray[np.uint8]]] = {}
+    with _mapped(path) as view:
+        for offset, length, _ in table.tolist():
+            try:
+                shape = shape_of(view[offset : offset + length], extension)
+                if shape not in decoders:
+                    decoders[shape] = decoder(extension, shape), np.empty(shape, np.uint8)
+                    found.examples[shape] = f"{path.name} at offset {offset}"
+                decode, out = decoders[shape]
+                decode(view[offset : offset + length], out)
+                found.shapes[shape] += 1
+            except DecodeError as error:
+                bad.append((offset, str(error)))
+            if (now := time.monotonic()) - said > REPORT_SECONDS:
+                yield 0
+                said = now
+    found.faults += _named(path, bad)
+    yield found
+
+
+def _compare(path: Path, number: int, index: Index) -> Iterator[int | Found]:
+    """Check a tar's size, checksum and headers, and decode what the index says is in it."""
+    found, bad, said, done = Found(number), [], time.monotonic(), 0
+    shard, first = index.shards[number], sum(index.sizes[:number])
+    rows = index.table[first : first + shard.nsamples]
+    try:
+        check_size(path, shard)
+        if (digest := sha256_of(path)) != shard.sha256:
+            found.faults.append(
+                f"{path}: its checksum is {digest[:12]}..., the index says {shard.sha256[:12]}...: "
+                "its bytes changed since it was indexed."
+            )
+        if not np.array_equal(scan(path)[1], rows):
+            found.faults.append(f"{path}: its headers and the index place samples differently.")
+    except DataError as error:
+        found.faults.append(str(error))
+    if path.exists():
+        decode, out = decoder(index.field, index.shape), np.empty(index.shape, np.uint8)
+        with _mapped(path) as view:
+            inside = rows["offset"] + rows["length"] <= len(view)
+            for offset, length, _ in rows[inside].tolist():
+                try:
+                    decode(view[offset : offset + length], out)
+                except DecodeError as error:
+                    bad.append((offset, str(error)))
+                done += 1
+                if (now := time.monotonic()) - said > REPORT_SECONDS:
+                    yield done
+                    said, done = now, 0
+        found.faults += _named(path, bad)
+        if lost := int((~inside).sum()):
+            offset = int(rows["offset"][~inside].min())
+            found.faults.append(f"{path}: its last {lost} samples, from offset {offset}, are lost.")
+    yield done
+    yield found
+
+
+@contextlib.contextmanager
+def _mapped(path: Path) -> Iterator[memoryview]:
+    if path.stat().st_size == 0:  # cannot be mapped
+        yield memoryview(b"")
+        return
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+        memoryview(mapped) as view,
+    ):
+        yield view
+
+
+def _named(path: Path, bad: list[tuple[int, str]]) -> list[str]:
+    """Faults as text, with the names that the tar's own headers give the samples."""
+    names: dict[int, str] = {}
+    if bad:
+        with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(path, "r:") as tar:
+            names.update((member.offset_data, member.name) for member in tar)
+    return [f"{path}: sample {names.get(at, 'unknown')} at offset {at}: {why}" for at, why in bad]

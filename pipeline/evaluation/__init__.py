@@ -1,0 +1,1 @@
+"""Score images against real ones: extractors, metrics, protocols and the scores of a run."""

@@ -1,0 +1,117 @@
+"""Files of pretrained weights: found, fetched and checked before anything reads them.
+
+No checksum, no loading: a wrong file would give wrong numbers silently, and a weights file in
+pickle format can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import socket
+import urllib.request
+from pathlib import Path
+
+from pipeline.runtime.errors import EvaluationError
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/" + INCEPTION_FILE
+)
+EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+CHUNK = 1 << 20
+TIMEOUT = 30.0  # seconds without a byte
+
+
+def find_inception(path: str) -> Path:
+    """The file of Inception's weights: the one named, else torch's hub cache, else a download.
+
+    Raises:
+        EvaluationError: none of them is there; the message says how to bring the file to a node
+            without network.
+    """
+    if path:
+        if not Path(path).is_file():
+            raise EvaluationError(f"eval.extractor_weights ({path}): no such file. {_how_to_get()}")
+        return Path(path)
+    cached = hub_folder() / INCEPTION_FILE
+    return cached if cached.is_file() else fetch_inception(cached.parent)
+
+
+def hub_folder() -> Path:
+    """Where torch.hub keeps downloaded weights (TORCH_HOME, XDG_CACHE_HOME); without torch."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("TORCH_HOME", f"{cache}/torch")
+    return Path(home).expanduser() / "hub" / "checkpoints"
+
+
+def fetch_inception(folder: Path) -> Path:
+    """Download Inception's weights into a folder, unless the right file is there.
+
+    Raises:
+        EvaluationError: no network, or other bytes than expected.
+    """
+    target = folder / INCEPTION_FILE
+    if target.is_file():
+        verified(target, INCEPTION_SHA256)
+        return target
+    return fetch(os.environ.get("INCEPTION_URL", INCEPTION_URL), target, INCEPTION_SHA256)
+
+
+def fetch(url: str, target: Path, sha256: str) -> Path:
+    """Download ``url`` to ``target``, which appears only when its checksum is right.
+
+    Raises:
+        EvaluationError: not reachable, other bytes than expected, or nowhere to write.
+    """
+    partial = target.with_name(f"{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    digest = hashlib.sha256()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as source, partial.open("wb") as out:
+            while chunk := source.read(CHUNK):
+                digest.update(chunk)
+                out.write(chunk)
+        if digest.hexdigest() != sha256:
+            raise EvaluationError(
+                f"{url}: sha256 {digest.hexdigest()}, must be {sha256}: not the file that scores "
+                "are comparable with; nothing was kept."
+            )
+        os.replace(partial, target)
+    except OSError as error:  # URLError is one
+        reason = getattr(error, "reason", error)
+        raise EvaluationError(
+            f"{target.name} is not in {target.parent} and cannot be fetched from {url}: "
+            f"{reason}. {_how_to_get()}"
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def verified(path: Path, sha256: str) -> io.BytesIO:
+    """The bytes of a file whose checksum is right: what is checked is what is loaded.
+
+    Raises:
+        EvaluationError: missing, unreadable, or another file.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise EvaluationError(f"{path}: cannot be read: {error.strerror}.") from None
+    if (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise EvaluationError(
+            f"{path}: sha256 {found}, must be {sha256}: damaged or another file, whose scores "
+            f"could not be compared. Remove it. {_how_to_get() if 'inception' in path.name else ''}"
+        )
+    return io.BytesIO(content)
+
+
+def _how_to_get() -> str:
+    return (
+        "Where there is a network: python -m pipeline.evaluate fetch-weights --to DIR, copy "
+        f"DIR/{INCEPTION_FILE} here and set eval.extractor_weights to it. Without Inception: "
+        "eval.extractor=efficientnet-lite0 (scores of its own, under names of their own)."
+    )

@@ -1,0 +1,1 @@
+"""Build G and D, draw noise, and turn noise into images."""

@@ -1,0 +1,281 @@
+"""Checkpoints (all it takes to resume) and snapshots (G_ema for users), each one rename.
+
+    checkpoints/step_00010000/  {G,D,G_ema}.safetensors  optimizers.pt  state.json
+    snapshots/step_00010000/    generator.safetensors  config.yaml
+
+A checkpoint is written to ``step_N.tmp``, synced and renamed: a folder without ``.tmp`` is whole.
+``state.json`` holds a checksum of every file and of itself. Nothing in it depends on the number of
+ranks. A resume reproduces weights, optimizers, data order, noise and grids exactly; only running
+means of the log line begin anew.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.config.loading import dump, load
+from pipeline.config.schema import Config
+from pipeline.models.dcgan import make_discriminator, make_generator
+from pipeline.models.sampling import sampler
+from pipeline.runs.results import kept_steps
+from pipeline.runs.run_folder import CHECKPOINTS, SNAPSHOTS, committed, folder_of, step_of
+from pipeline.runtime.errors import CheckpointError, RunFolderError
+from pipeline.runtime.files import sha256_of, sync_folder
+
+STATE, OPTIMIZERS, GENERATOR = "state.json", "optimizers.pt", "generator.safetensors"
+HUB_WEIGHTS = "model.safetensors"
+"""The name that the Hugging Face Hub gives to what is ``GENERATOR`` here."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint in memory: ``state`` is JSON, ``weights`` are tensors by network."""
+
+    path: Path
+    state: dict[str, Any]
+    weights: dict[str, dict[str, Tensor]]
+    optimizers: dict[str, Any]
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    networks: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Any],
+    state: Mapping[str, Any],
+) -> Path:
+    """Commit a checkpoint; called by rank 0 only. An older one of the same step is replaced.
+
+    Args:
+        run_dir: the run's folder.
+        step: optimizer steps done.
+        networks: by name; their full state, on any device.
+        optimizers: anything with ``state_dict`` (optimizers, a gradient scaler), by name.
+        state: JSON values to keep beside them.
+
+    Raises:
+        RunFolderError: the disk is full or the folder cannot be written; earlier checkpoints stay.
+    """
+    final = folder_of(run_dir, CHECKPOINTS, step)
+    with _written_aside(final) as partial:
+        for name, network in networks.items():
+            save_file(portable(network.state_dict()), partial / f"{name}.safetensors")
+        torch.save({k: v.state_dict() for k, v in optimizers.items()}, partial / OPTIMIZERS)
+        document = dict(state) | {
+            "step": step,
+            "versions": _versions(),
+            "files": {path.name: sha256_of(path) for path in sorted(partial.iterdir())},
+        }
+        document["digest"] = _digest(document)
+        (partial / STATE).write_text(json.dumps(document, indent=1))
+    return final
+
+
+def export_snapshot(
+    run_dir: Path, step: int, weights: Mapping[str, Tensor], config: Config, device: Any = "cpu"
+) -> Path:
+    """Write G's weights with recomputed BatchNorm statistics and the configuration they belong to.
+
+    Raises:
+        RunFolderError: the disk is full or the folder cannot be written.
+    """
+    final = folder_of(run_dir, SNAPSHOTS, step)
+    with _written_aside(final) as partial:
+        tensors = portable(sampler(config.model, weights, device).state_dict())
+        save_file(tensors, partial / GENERATOR, metadata={"step": str(step)})
+        (partial / "config.yaml").write_text(dump(config))
+    return final
+
+
+def load_snapshot(path: Path, device: Any = "cpu") -> tuple[nn.Module, Config]:
+    """(G in eval mode, its configuration) from a snapshot folder, or one made for the Hub.
+
+    Raises:
+        CheckpointError: not a snapshot, damaged, or of another architecture than its configuration.
+    """
+    file = weights_file(path)
+    if not (file.is_file() and (path / "config.yaml").is_file()):
+        raise CheckpointError(f"{path}: not a snapshot; it must hold {GENERATOR} and config.yaml.")
+    config = load(path / "config.yaml")
+    try:
+        return sampler(config.model, load_file(file), device), config
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be used: {error}.") from None
+
+
+def check_finite(G: nn.Module, path: Path) -> None:
+    """Refuse a network that came from ``path`` with NaN or infinity in weights or statistics.
+
+    Raises:
+        CheckpointError: naming the place.
+    """
+    if not all(bool(torch.isfinite(values).all()) for values in G.state_dict().values()):
+        raise CheckpointError(f"{path}: its weights are NaN or infinite: training had diverged.")
+
+
+def weights_file(path: Path) -> Path:
+    """The file of G's weights in a snapshot folder, or in one made for the Hub."""
+    hub = path / HUB_WEIGHTS
+    return hub if hub.is_file() else path / GENERATOR
+
+
+def newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose every byte is right, and a line for each damaged one passed over.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none of them is usable.
+    """
+    damaged: list[str] = []
+    candidates = committed(run_dir)
+    for path in reversed(candidates):
+        try:
+            return read(path), damaged
+        except CheckpointError as error:
+            damaged.append(str(error))
+    if candidates:
+        raise CheckpointError(
+            f"no checkpoint in {run_dir / CHECKPOINTS} is usable:\n  "
+            + "\n  ".join(damaged)
+            + "\nMove them away to start this run anew, or restore them from a copy."
+        )
+    return None, damaged
+
+
+def read(path: Path) -> Checkpoint:
+    """A checkpoint, every byte verified before it is used; tensors on the CPU.
+
+    Raises:
+        CheckpointError: a file is missing or its checksum differs.
+    """
+    try:
+        state = json.loads((path / STATE).read_text())
+        digest = state.pop("digest")
+        if digest != _digest(state):
+            raise ValueError(f"{STATE} is damaged")
+        for name, expected in state["files"].items():
+            if Path(name).name != name or sha256_of(path / name) != expected:
+                raise ValueError(f"{name} is damaged (its checksum differs)")
+        weights = {
+            name.removesuffix(".safetensors"): load_file(path / name)
+            for name in state["files"]
+            if name.endswith(".safetensors")
+        }
+        optimizers = torch.load(path / OPTIMIZERS, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        # The checksums are right, so the files were written like this: not by us.
+        raise CheckpointError(f"{path}: not tensors alone: {str(error).splitlines()[0]}") from None
+    return Checkpoint(path, state, weights, optimizers)
+
+
+def prune(run_dir: Path, keep: int, keep_every: int, keep_best: bool = False) -> None:
+    """Remove all but the newest ``keep`` checkpoints and multiples of ``keep_every`` (0 = none).
+
+    ``keep_best`` also keeps what the ledger of evaluations finds best, and what it does not know
+    yet. Called after a commit, so that a good checkpoint exists at every moment.
+    """
+    there = committed(run_dir)
+    kept = kept_steps(run_dir, [step_of(path) for path in there]) if keep_best else set()
+    for path in there[:-keep]:
+        step = step_of(path)
+        if step not in kept and (not keep_every or step % keep_every):
+            # Renamed first: a kill in the middle leaves no folder that looks complete.
+            doomed = path.with_name(f"{path.name}.tmp")
+            with suppress(OSError):
+                path.rename(doomed)
+                shutil.rmtree(doomed)
+
+
+def clean(run_dir: Path) -> None:
+    """Remove what a killed writer left behind."""
+    for kind in (CHECKPOINTS, SNAPSHOTS):
+        for path in (run_dir / kind).glob("step_*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As safetensors wants them: on the CPU, contiguous; memory layout is not part of the state."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+@contextmanager
+def _written_aside(final: Path) -> Iterator[Path]:
+    """A folder to fill, committed as ``final`` when the block ends and gone when it fails."""
+    partial = final.with_name(f"{final.name}.tmp")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        _commit(partial, final)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise _unwritable(final, error) from None
+
+
+def _commit(partial: Path, final: Path) -> None:
+    for path in partial.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(partial)
+    displaced = final.with_name(f"{final.name}.old.tmp")
+    if final.exists():  # a damaged one was passed over and its step is reached again
+        final.rename(displaced)
+    os.replace(partial, final)
+    sync_folder(final.parent)
+    shutil.rmtree(displaced, ignore_errors=True)
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "accelerate", "numpy", "webdataset")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def _unwritable(path: Path, error: Exception) -> RunFolderError:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
+    reason = "the disk is full" if full else str(error).splitlines()[0]
+    return RunFolderError(
+        f"{path}: could not be written: {reason}. Earlier checkpoints are intact; free space or "
+        "fix the folder, then run the same command again."
+    )
+
+
+def checkpoint_bytes(config: Config) -> tuple[int, int]:
+    """(bytes of all checkpoints and snapshots of a whole run, bytes of one checkpoint)."""
+    with torch.device("meta"):
+        g, d = (
+            sum(p.numel() for p in network.parameters())
+            for network in (make_generator(config.model), make_discriminator(config.model))
+        )
+    one = 4 * (2 * g + d) + 8 * (g + d)  # G, G_ema, D; two moments of Adam for G and D
+    train = config.train
+    kept = train.keep + (train.total_steps // train.keep_every if train.keep_every else 0)
+    snapshots = train.total_steps // train.checkpoint_every if train.checkpoint_every else 1
+    return kept * one + snapshots * 4 * g, one
+
+
+def written_bytes(run_dir: Path) -> int:
+    """Bytes of the checkpoints and snapshots that a run holds already."""
+    found = (path for kind in (CHECKPOINTS, SNAPSHOTS) for path in run_dir.glob(f"{kind}/*/*"))
+    return sum(path.stat().st_size for path in found if path.is_file())

@@ -1,0 +1,1 @@
+"""Handle the process and its peers: launch, ranks, signals, files, messages. Knows no GAN."""

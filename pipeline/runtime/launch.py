@@ -1,0 +1,139 @@
+"""Turn a launched process into an Accelerator, or refuse a launch that cannot work."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from itertools import pairwise
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+
+from pipeline.runtime.errors import ConfigError, LaunchError
+from pipeline.runtime.hardware import (
+    asked_for_cpu,
+    keep_freed_memory,
+    of_the_launcher,
+    processes_here,
+    use_all_cores,
+)
+from pipeline.runtime.ranks import Peers
+
+log = logging.getLogger("pipeline")
+MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def start(precision: str) -> Accelerator:
+    """The Accelerator of this process.
+
+    Args:
+        precision: ``fp32``, ``bf16`` or ``fp16``; ``resolve_precision`` makes one of ``auto``.
+
+    Raises:
+        LaunchError: GPUs were allocated that PyTorch does not see, or fewer than processes.
+        ConfigError: fp16 without a GPU, or processes that do not see each other.
+    """
+    _refuse_missing_gpus()
+    on_cuda = torch.cuda.is_available() and not asked_for_cpu()
+    if on_cuda and "TORCHELASTIC_RUN_ID" in os.environ:  # others may show a process its GPU alone
+        _refuse_shared_gpus(processes_here(), torch.cuda.device_count())
+    if not on_cuda:
+        keep_freed_memory()
+        use_all_cores()
+    if precision == "fp16" and not on_cuda:
+        raise ConfigError(
+            "train.precision (fp16): needs a CUDA device; use bf16, fp32 or auto on this machine."
+        )
+    accelerator = Accelerator(
+        # Without this, processes on a machine without GPUs would not join into one group.
+        cpu=not on_cuda,
+        mixed_precision=MIXED_PRECISION[precision],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                # Broadcasting buffers before the second of D's two forward passes breaks the first
+                # one's backward pass on torch >= 2.6 (github.com/pytorch/pytorch/issues/175024).
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+        ],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise ConfigError(
+            f"WORLD_SIZE ({launched}) processes were launched but Accelerate sees "
+            f"{accelerator.num_processes}: every process would train alone and write the same "
+            "files. Launch with: accelerate launch --multi_gpu --num_processes N pipeline/train.py "
+            "... (also on CPU), or torchrun --nproc_per_node N pipeline/train.py ..."
+        )
+    return accelerator
+
+
+def _refuse_missing_gpus() -> None:
+    """Or a node with an old driver would train on its CPU without a word.
+
+    GPUS_PER_NODE is what the launch scripts know from the scheduler or from nvidia-smi.
+    """
+    promised = os.environ.get("GPUS_PER_NODE", "")
+    if not promised.isdecimal() or asked_for_cpu():
+        return
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if seen >= min(int(promised), processes_here()):
+        return
+    why = ""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is a build for CPUs
+        why = f" ({str(error).partition('. ')[0]})"
+    raise LaunchError(
+        f"GPUS_PER_NODE ({promised}): PyTorch {torch.__version__} sees {seen} on "
+        f"{socket.gethostname()}{why}; compare with nvidia-smi there, update the driver or install "
+        "a PyTorch for it, or set ACCELERATE_USE_CPU=true to compute without GPUs."
+    )
+
+
+def _refuse_shared_gpus(processes: int, gpus: int) -> None:
+    """Or NCCL would end the launch with a traceback of its own at the first exchange."""
+    if processes > gpus:
+        raise LaunchError(
+            f"{processes} processes on {socket.gethostname()}, which has {gpus} GPU(s) for them: "
+            "two processes cannot share one. Start one per GPU (--nproc_per_node, "
+            "--num_processes, NPROC_PER_NODE), or set ACCELERATE_USE_CPU=true to compute without."
+        )
+
+
+def refuse_unequal_precisions(
+    accelerator: Accelerator, precision: str, field: str = "train.precision"
+) -> None:
+    """``auto`` is made concrete by each rank for itself; unequal nodes must not mix arithmetic.
+
+    Raises:
+        ConfigError: on all ranks.
+    """
+    peers = Peers(accelerator)
+    found = peers.where(peers.gather(precision))
+    if len(found) > 1:
+        said = "; ".join(f"{one} on {nodes}" for one, nodes in sorted(found.items()))
+        raise ConfigError(
+            f"{field} (auto): means different things to these nodes: {said}. Set {field}=fp32 or "
+            "bf16, or take nodes of one kind."
+        )
+
+
+def warn_of_a_lost_launch(accelerator: Accelerator) -> None:
+    """Say so when the launcher was asked for more processes than it started.
+
+    ``accelerate launch --cpu --num_processes 2`` starts one process and is silent about it; only
+    the launcher's own command line knows.
+    """
+    words = of_the_launcher("cmdline")
+    for word, value in pairwise(words):
+        asked = (
+            int(value) if word.replace("-", "_") == "__num_processes" and value.isdecimal() else 0
+        )
+        if asked > accelerator.num_processes:
+            log.warning(
+                f"--num_processes {asked} was asked for, but this run has "
+                f"{accelerator.num_processes} process: accelerate launch starts no second one with "
+                f"--cpu. Use: accelerate launch --multi_gpu --num_processes {asked} ... on CPUs too"
+            )

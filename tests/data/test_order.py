@@ -1,0 +1,307 @@
+"""The data order "lwb1": frozen, exact, random-access, independent of ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from pipeline.data import order as order_module
+from pipeline.data.order import ALGORITHM, Order, permutation
+
+SIZES = [1, 17, 400, 3, 0, 211, 97, 268]  # 997, a prime, with an empty shard
+N = sum(SIZES)
+
+
+@st.composite
+def orders(draw):
+    """Any order over a small data set, with empty shards and oversized settings."""
+    sizes = draw(st.lists(st.integers(0, 40), min_size=1, max_size=8))
+    assume(sum(sizes))
+    return Order(
+        sizes,
+        draw(st.integers(0, 2**63 - 1)),
+        block=draw(st.integers(1, 60)),
+        window=draw(st.integers(0, 60)),
+        lanes=draw(st.integers(1, 8)),
+    )
+
+
+def epoch_of(order: Order, epoch: int = 0) -> np.ndarray:
+    start = epoch * order.num_samples
+    return order.ids(np.arange(start, start + order.num_samples))
+
+
+# -- frozen -------------------------------------------------------------------------------------
+
+# (settings, first eight ids, seven ids across the first epoch's end, digest of three epochs)
+VECTORS = [
+    (
+        {},
+        [872, 830, 536, 132, 549, 271, 250, 818],
+        [294, 883, 958, 317, 222, 467, 605],
+        "55313fb6165b2e4b",
+    ),
+    (
+        {"window": 10},
+        [250, 204, 830, 549, 271, 536, 818, 132],
+        [883, 295, 286, 455, 605, 317, 467],
+        "9ce74784c205c824",
+    ),
+    (
+        {"block": 16, "window": 50},
+        [867, 861, 864, 377, 675, 856, 372, 869],
+        [516, 951, 26, 954, 964, 146, 737],
+        "4875fdc92db87733",
+    ),
+    (
+        {"block": 64, "lanes": 4},
+        [729, 147, 512, 208, 730, 148, 513, 209],
+        [74, 146, 75, 449, 206, 804, 76],
+        "d4733520c4ad4685",
+    ),
+    (
+        {"block": 400, "window": 120, "lanes": 3},
+        [790, 586, 127, 741, 539, 149, 735, 531],
+        [328, 453, 133, 399, 917, 115, 361],
+        "6fdf95eb8098201f",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arrangement", "head", "seam", "digest"), VECTORS)
+def test_lwb1_is_frozen(arrangement, head, seam, digest):
+    """Not one id may change under this name: running and archived runs depend on it."""
+    ids = Order(SIZES, 7, **arrangement).ids(np.arange(3 * N))
+    assert ids[:8].tolist() == head
+    assert ids[N - 2 : N + 5].tolist() == seam
+    assert hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16] == digest
+    assert ALGORITHM == "lwb1"
+
+
+def test_the_batch_over_an_epoch_end_is_frozen():
+    """Positions and ids of one global batch with lanes: the tail of one epoch, the head of two."""
+    positions, ids = Order(SIZES, 7, block=16, window=50, lanes=3).batch(83, 12)
+    assert positions.tolist() == [
+        *[996, 997, 1000, 1003],
+        *[1006, 998, 1001, 1004],
+        *[1007, 999, 1002, 1005],
+    ]
+    assert ids.tolist() == [688, 26, 954, 964, 146, 219, 210, 214, 281, 987, 984, 986]
+
+
+def test_the_permutation_is_frozen():
+    """The building block, from raw Philox bits whose stream numpy guarantees."""
+    assert permutation(10, "lwb1").tolist() == [5, 1, 0, 8, 9, 4, 7, 2, 6, 3]
+    assert permutation(2, "a").tolist() == [1, 0]
+
+
+# -- exact --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 255, 256, 257, 65_537])
+def test_a_permutation_holds_each_number_once(n):
+    """Also for none and one, and around powers of two."""
+    found = permutation(n, f"key {n}")
+    assert found.dtype == np.int64
+    assert np.array_equal(np.sort(found), np.arange(n))
+
+
+def test_a_permutation_is_uniform():
+    """All 24 orders of 4 things come up alike; chi-squared below its 1e-6 quantile."""
+    counts: dict[bytes, int] = {}
+    for key in range(12_000):
+        drawn = permutation(4, f"uniform {key}").tobytes()
+        counts[drawn] = counts.get(drawn, 0) + 1
+    assert len(counts) == 24
+    assert sum((count - 500) ** 2 / 500 for count in counts.values()) < 71
+
+
+@settings(max_examples=200, deadline=None)
+@given(order=orders(), epoch=st.integers(0, 2**20))
+def test_each_epoch_has_every_sample_exactly_once(order, epoch):
+    """For any sizes, block, window, lanes and epoch."""
+    assert np.array_equal(np.sort(epoch_of(order, epoch)), np.arange(order.num_samples))
+
+
+@settings(max_examples=100, deadline=None)
+@given(order=orders(), start=st.integers(0, 10**6), count=st.integers(1, 150), data=st.data())
+def test_random_access_equals_reading_in_order(order, start, count, data):
+    """The id at a position does not depend on what was asked before or beside it."""
+    ids = order.ids(np.arange(start, start + count))
+    again = Order(
+        order.sizes, order.seed, block=order.block, window=order.window, lanes=order.lanes
+    )
+    places = np.array(data.draw(st.permutations(range(count))))
+    assert np.array_equal(again.ids(start + places), ids[places])
+    one = int(places[0])
+    assert again.ids(np.array([start + one])).tolist() == [ids[one]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(order=orders(), size=st.integers(1, 50), first=st.integers(0, 1000))
+def test_batches_cut_the_stream(order, size, first):
+    """Batch k is positions [kB, (k+1)B), each with its id, whatever the lanes do to the rows."""
+    for k in (first, first + 1):
+        positions, ids = order.batch(k, size)
+        assert np.array_equal(np.sort(positions), np.arange(k * size, (k + 1) * size))
+        assert np.array_equal(ids, order.ids(positions))
+
+
+@settings(max_examples=60, deadline=None)
+@given(order=orders(), k=st.integers(0, 500), rows=st.integers(1, 4))
+def test_any_number_of_ranks_gets_the_same_batch(order, k, rows):
+    """Rank r of R takes rows [rB/R, (r+1)B/R): joined by rank they are the batch, for every R."""
+    size = 12 * rows
+    whole = order.batch(k, size)[1]
+    for ranks in (1, 2, 3, 4, 6, 12):
+        share = size // ranks
+        parts = []
+        for rank in range(ranks):  # a rank of its own process knows the order and k, nothing else
+            own = pickle.loads(pickle.dumps(order))
+            parts.append(own.batch(k, size)[1][rank * share : (rank + 1) * share])
+        assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_ids_keep_the_shape_of_an_empty_request():
+    """Nothing asked, nothing answered."""
+    assert Order(SIZES, 0).ids(np.array([], dtype=np.int64)).shape == (0,)
+
+
+def test_a_data_set_of_one_sample_repeats_it():
+    """N = 1: every position is sample 0."""
+    order = Order([0, 1, 0], 3, block=8, window=8, lanes=4)
+    assert order.ids(np.arange(5)).tolist() == [0] * 5
+
+
+def test_batches_larger_than_the_data_set():
+    """N < B: several epochs meet in one batch, each whole."""
+    ids = Order([2, 3], 1).batch(0, 20)[1]
+    assert np.bincount(ids).tolist() == [4] * 5
+
+
+# -- shuffled -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arrangement", [vector[0] for vector in VECTORS])
+def test_seeds_and_epochs_differ(arrangement):
+    """Another seed or another epoch puts another sample at nearly every place."""
+    order, other = (Order(SIZES, seed, **arrangement) for seed in (7, 8))
+    assert np.mean(epoch_of(order) != epoch_of(other)) > 0.9
+    assert np.mean(epoch_of(order, 0) != epoch_of(order, 1)) > 0.9
+
+
+def test_the_default_is_a_uniform_permutation():
+    """block = 1 alone is one permutation of the whole set."""
+    expected = permutation(N, f"{ALGORITHM}|7|0|blocks")
+    assert np.array_equal(epoch_of(Order(SIZES, 7)), expected)
+
+
+def test_blocks_stay_adjacent_within_a_shard():
+    """block = 16: contiguous runs of at most 16 ids of one shard, near-equal in size."""
+    ids = epoch_of(Order(SIZES, 7, block=16))
+    runs = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
+    ends = np.cumsum(SIZES)
+    shards = [set(np.searchsorted(ends, run, side="right")) for run in runs]
+    joined = sum(len(run) > 16 for run in runs)  # neighbours may land side by side
+    assert joined <= 2
+    assert all(len(shard) == 1 for run, shard in zip(runs, shards, strict=True) if len(run) <= 16)
+    assert len(runs) >= sum(-(-size // 16) for size in SIZES) - joined
+
+
+@settings(max_examples=60, deadline=None)
+@given(order=orders())
+def test_windows_shuffle_only_inside_themselves(order):
+    """What stays of locality: a row leaves neither its lane nor its window."""
+    assume(order.window)
+    still = Order(order.sizes, order.seed, block=order.block, lanes=order.lanes)
+    shuffled, plain = epoch_of(order), epoch_of(still)
+    for lane in range(order.lanes):
+        a, b = shuffled[lane :: order.lanes], plain[lane :: order.lanes]
+        for start in range(0, len(a), order.window):
+            window = slice(start, start + order.window)
+            assert set(a[window]) == set(b[window])
+
+
+def test_with_a_lane_per_node_a_node_reads_few_shards():
+    """Whole-shard blocks and 8 lanes: each node reads its share of the shards, not all of them."""
+    order = Order([50] * 64, 0, block=50, window=100, lanes=8)
+    touched: list[set[int]] = [set() for _ in range(8)]
+    for k in range(order.num_samples // 80):
+        ids = order.batch(k, 80)[1].reshape(8, 10)
+        for node in range(8):
+            touched[node] |= set((ids[node] // 50).tolist())
+    assert max(map(len, touched)) <= 9
+
+
+# -- cheap --------------------------------------------------------------------------------------
+
+
+def test_thirty_million_samples_in_blocks_are_cheap():
+    """block > 1 never makes a list of N: a batch mid-epoch of 30M samples costs < 64 MiB."""
+    tracemalloc.start()
+    try:
+        order = Order([10_000] * 3_000, 0, block=64, window=8192)
+        ids = order.batch(123_456, 256)[1]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(set(ids.tolist())) == 256
+    assert peak < 64 << 20
+
+
+@pytest.mark.parametrize("arrangement", [vector[0] for vector in VECTORS])
+def test_pickles_are_small_and_equal(arrangement):
+    """A worker gets the settings, not the permutation, and computes the same ids."""
+    order = Order([200_000], 7, **arrangement)
+    positions = np.arange(100, 300)
+    ids = order.ids(positions)
+    sent = pickle.dumps(order)
+    assert len(sent) < (1024 if order.block == 1 else 250_000)
+    assert np.array_equal(pickle.loads(sent).ids(positions), ids)
+
+
+@pytest.mark.parametrize(
+    "arrangement", [{"window": 8}, {"window": 8, "lanes": 2}, {"window": 8, "block": 4}]
+)
+def test_a_batch_over_many_windows_lays_the_blocks_out_once(monkeypatch, arrangement):
+    """The permutation of an epoch is made once, however many windows its batches touch."""
+    made = []
+
+    def counted(n, key):
+        made.append(key)
+        return permutation(n, key)
+
+    monkeypatch.setattr(order_module, "permutation", counted)
+    order = Order(SIZES, 7, **arrangement)
+    for k in range(4):
+        order.batch(k, 200)
+    assert sum(key.endswith("blocks") for key in made) == 1
+
+
+# -- refused ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [[], [0, 0], [-1, 5]])
+def test_sizes_without_samples_are_refused(sizes):
+    """There is no order of nothing, nor of less."""
+    with pytest.raises(ValueError, match="at least one sample"):
+        Order(sizes, 0)
+
+
+@pytest.mark.parametrize("arrangement", [{"block": 0}, {"lanes": 0}, {"window": -1}])
+def test_settings_without_meaning_are_refused(arrangement):
+    """Named, instead of a division by zero later."""
+    with pytest.raises(ValueError, match=next(iter(arrangement))):
+        Order([5], 0, **arrangement)
+
+
+def test_describe_tells_orders_apart():
+    """What a checkpoint keeps of the order differs whenever the order does."""
+    described = [str(Order(SIZES, 7, **vector[0]).describe()) for vector in VECTORS]
+    assert len({*described, str(Order(SIZES, 8).describe())}) == len(VECTORS) + 1

@@ -1,0 +1,633 @@
+"""The evaluation job: real commands, kills, rivals, W&B's own records, and every wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from evaluating import (
+    add_checkpoint,
+    add_snapshot,
+    evaluated,
+    make_config,
+    make_run,
+)
+from launching import REPO, environment, free_port, rank_process
+from PIL import Image
+from ranks import on_ranks
+from safetensors.torch import save_file
+
+from pipeline.evaluation import candidates, run_scores
+from pipeline.runs import checkpoint
+from pipeline.runs.results import Key, Ledger, kept_steps, read_rows
+from pipeline.runs.run_folder import committed, step_of
+from pipeline.runtime.errors import CheckpointError, DataError, EvaluationError, RunFolderError
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on busy cores take most of the time of small networks."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Snapshots of steps 10 and 20."""
+    return make_run(tmp_path)
+
+
+@contextmanager
+def process(*words: object, ranks: int = 1, **env: str) -> Iterator[subprocess.Popen[str]]:
+    """The real command, in a process group of its own, gone when the block ends."""
+    script = str(REPO / "pipeline" / "evaluate.py")
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+        launcher += ["--master_port", str(free_port()), "--"]
+    tests = {"PYTHONPATH": str(REPO / "tests")}
+    running = subprocess.Popen(
+        [*launcher, script, *map(str, words)],
+        env=environment() | tests | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield running
+    finally:
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGKILL)
+        if running.stdout and not running.stdout.closed:
+            running.communicate()
+
+
+def finished(running: subprocess.Popen[str]) -> str:
+    output, _ = running.communicate(timeout=120)
+    assert running.returncode == 0, output
+    return output
+
+
+def wait_for(running: subprocess.Popen[str], met: Any) -> None:
+    deadline = time.monotonic() + 90
+    while not met():
+        assert running.poll() is None, running.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def scores(run: Path) -> dict[int, dict[str, float]]:
+    return {row["step"]: row["scores"] for row in read_rows(run)}
+
+
+# -- what is evaluated --------------------------------------------------------------------------
+
+
+def test_pending_scores_what_the_ledger_lacks_and_nothing_twice(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The newest alone, then the rest, then nothing; a grid and a row for each."""
+    evaluated("--run", run)
+    assert list(scores(run)) == [20]
+    evaluated("--run", run, "--pending")
+    assert sorted(scores(run)) == [10, 20]
+    before = (run / "evaluations.jsonl").read_bytes()
+    capsys.readouterr()
+    evaluated("--run", run, "--pending")
+    assert (run / "evaluations.jsonl").read_bytes() == before
+    out = capsys.readouterr().out.splitlines()
+    assert out[-3].split() == ["step", "FD", "IS", "KD", "PRECISION", "RECALL"]
+    assert [line.split()[0] for line in out[-2:]] == ["10", "20"]
+    assert sum(line.endswith("best") for line in out) == 1
+    assert sorted(p.name for p in (run / "evaluations").iterdir()) == [
+        "step_00000010.png",
+        "step_00000020.png",
+    ]
+
+
+def test_the_same_evaluation_gives_the_same_numbers(tmp_path: Path) -> None:
+    """To the last digit, with a reference computed anew."""
+    first, second = make_run(tmp_path / "a", (10,)), make_run(tmp_path / "b", (10,))
+    evaluated("--run", first)
+    evaluated("--run", second)
+    assert scores(first) == scores(second)
+    assert read_rows(first)[0]["protocol"] == read_rows(second)[0]["protocol"]
+
+
+def test_another_setting_is_another_row(run: Path) -> None:
+    """Another N or seed never overwrites or joins the curve of the first."""
+    evaluated("--run", run)
+    evaluated("--run", run, "eval.seed=1")
+    evaluated("--run", run, "eval.num_images=90")
+    assert len({row["protocol"] for row in read_rows(run)}) == 3
+
+
+def test_checkpoints_count_where_there_is_no_snapshot(run: Path) -> None:
+    """A checkpoint that the clock or a signal made has no snapshot; its G_ema is evaluated."""
+    add_checkpoint(run, 15)
+    add_checkpoint(run, 20)
+    found = candidates.of_run(run, "ema")
+    assert [(c.step, c.path.parent.name) for c in found] == [
+        (10, "snapshots"),
+        (15, "checkpoints"),
+        (20, "snapshots"),
+    ]
+    evaluated("--checkpoint", run / "checkpoints" / "step_00000015")
+    evaluated("--run", run, "--pending", "eval.weights=raw")
+    rows = {(row["step"], row["weights"]) for row in read_rows(run)}
+    assert rows == {(15, "ema"), (15, "raw"), (20, "raw")}
+
+
+def test_a_snapshot_scores_as_its_checkpoint(tmp_path: Path) -> None:
+    """BatchNorm statistics are a function of the weights, whichever file they come from."""
+    run = make_run(tmp_path, ())
+    path = add_checkpoint(run, 15)  # its G_ema is that of step 16
+    evaluated("--checkpoint", path)
+    add_snapshot(run, make_config(tmp_path), 16)
+    evaluated("--run", run)
+    assert scores(run)[15] == scores(run)[16]
+
+
+def test_a_bare_folder_is_scored_by_the_same_protocol(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PNGs of a snapshot's own images have the snapshot's own scores."""
+    evaluated("--run", run)
+    G, model = candidates.open_generator(
+        candidates.of_run(run, "ema")[-1], run, "ema", torch.device("cpu")
+    )
+    folder = tmp_path / "png"
+    folder.mkdir()
+    for k, pixels in enumerate(candidates.generated(G, model, 0)(0, 100)):
+        Image.fromarray(pixels[:, :, 0]).save(folder / f"{k:04d}.png")
+    capsys.readouterr()
+    evaluated("--run", run, "--images", folder)
+    printed = dict(re.findall(r"^(eval/\S+) +(\S+)$", capsys.readouterr().out, re.M))
+    assert printed == {key: f"{value:.5g}" for key, value in scores(run)[20].items()}
+
+
+def test_more_images_than_needed_are_sampled_from_the_whole_folder(tmp_path: Path) -> None:
+    """By a fixed choice, in the order of names: the first ones could all be of one class."""
+    for k in range(60):
+        path = tmp_path / f"class_{k // 30}" / f"{k:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((32, 32), 4 * k, np.uint8)).save(path)
+    grey = candidates.folder(str(tmp_path), (32, 32, 1), 20)(0, 20)[:, 0, 0, 0] // 4
+    assert grey.tolist() == sorted(set(grey.tolist()))
+    assert 5 < (grey >= 30).sum() < 15
+    again = candidates.folder(str(tmp_path), (32, 32, 1), 20)
+    assert np.array_equal(again(5, 9)[:, 0, 0, 0] // 4, grey[5:9])
+    everything = candidates.folder(str(tmp_path), (32, 32, 1), 60)(0, 60)[:, 0, 0, 0] // 4
+    assert everything.tolist() == list(range(60))
+
+
+def test_a_snapshot_alone_is_scored_and_printed(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody else's snapshot has no run folder around it; no ledger is made up for it."""
+    alone = (run / "snapshots" / "step_00000010").rename(tmp_path / "step_00000010")
+    evaluated("--checkpoint", alone)
+    assert "eval/fd_tiny-extractor-Tiny_16_100" in capsys.readouterr().out
+    assert not list(tmp_path.glob("evaluations*"))
+
+
+def test_a_reference_file_can_be_made_moved_and_named(run: Path, tmp_path: Path) -> None:
+    evaluated("--run", run)
+    other = tmp_path / "elsewhere.safetensors"
+    evaluated("reference", "--run", run, "--out", other)
+    before = scores(run)
+    (run / "evaluations.jsonl").unlink()
+    evaluated("--run", run, f"eval.reference={other}", f"eval.cache_dir={tmp_path / 'unused'}")
+    assert scores(run) == before
+    assert not (tmp_path / "unused").exists()
+
+
+def test_a_damaged_reference_of_the_cache_is_computed_anew(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluated("--run", run)
+    (cached,) = (tmp_path / "references").glob("*.safetensors")
+    whole = cached.read_bytes()
+    cached.write_bytes(whole[:-7])
+    evaluated("--run", run, "--pending")
+    assert "computing it anew" in capsys.readouterr().err
+    assert cached.read_bytes() == whole
+
+
+# -- processes ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run evaluated by two processes, with W&B offline."""
+    run = make_run(tmp_path_factory.mktemp("by_two"))
+    offline = ("tracking.wandb=offline", "tracking.timeout=30")
+    with process("--run", run, "--pending", "eval.batch_size=32", *offline, ranks=2) as running:
+        output = finished(running)
+    assert output.count("protocol ") == 1  # one rank speaks
+    return run
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same_numbers_as_one(by_two: Path, run: Path) -> None:
+    """To the last bit; 100 images and 130 reals make short and missing last batches."""
+    evaluated("--run", run, "--pending", "eval.batch_size=32")
+    assert scores(run) == scores(by_two)
+    assert {row["processes"] for row in read_rows(by_two)} == {2}
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_rivals_share_the_work_and_one_that_is_killed_loses_only_its_own(tmp_path: Path) -> None:
+    """Two evaluators at once, then kill -9 for one: each step is recorded once, none is missing."""
+    run = make_run(tmp_path, (10, 20, 30, 40))
+    words = ("--run", run, "--pending", "eval.batch_size=10")
+    with (
+        process(*words, TINY_DELAY="0.1") as doomed,
+        process(*words, TINY_DELAY="0.1") as survivor,
+    ):
+        wait_for(doomed, lambda: (run / "evaluations.jsonl").exists())
+        time.sleep(0.3)  # each is in the middle of a step now
+        os.killpg(doomed.pid, signal.SIGKILL)
+        lost = doomed.communicate()[0]
+        output = finished(survivor)
+    lines = (run / "evaluations.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["step"] for line in lines) == [10, 20, 30, 40]
+    # Computed once, not merely recorded once. (The last row of the dead may lack its line.)
+    done = re.findall(r"^step (\d+): ", output + lost, re.M)
+    assert len(done) == len(set(done)) >= 3
+
+
+@pytest.mark.slow
+def test_watch_waits_for_snapshots_and_leaves_in_order_on_a_signal(tmp_path: Path) -> None:
+    """What comes while it runs is evaluated; SIGTERM ends it at once, with the code asked for."""
+    run, config = make_run(tmp_path, ()), make_config(tmp_path)
+    with process("--run", run, "--watch", "--every", "1", STOPPED_EXIT_CODE="75") as running:
+        wait_for(running, lambda: list((tmp_path / "references").glob("*.safetensors")))
+        for step in (10, 20):
+            add_snapshot(run, config, step)
+            wait_for(running, lambda step=step: step in scores(run))
+        running.send_signal(signal.SIGTERM)
+        output, _ = running.communicate(timeout=60)
+    assert running.returncode == 75, output
+    assert "stopped by SIGTERM; run the same command again" in output
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_stopped_evaluation_on_two_processes_is_no_success_for_a_scheduler(run: Path) -> None:
+    """Nor are scores lost: no rank leaves before rank 0 has closed ledger and W&B."""
+    offline = ("tracking.wandb=offline", "tracking.timeout=30")
+    words = ("--run", run, "--watch", *offline)
+    with process(*words, ranks=2, STOPPED_EXIT_CODE="75") as running:
+        wait_for(running, lambda: sorted(scores(run)) == [10, 20])
+        rank_process(running, 1).send_signal(signal.SIGTERM)
+        output, _ = running.communicate(timeout=60)
+    assert running.returncode == 1, output  # the launcher's for any code but 0
+    assert "exitcode  : 75" in output
+    assert "stopped by another rank's signal; run the same command again" in output
+    assert len((run / ".evaluations.sent").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_watch_goes_on_past_a_damaged_snapshot(tmp_path: Path) -> None:
+    """To the end of the training; then the exit code and the last line tell of it."""
+    run, config = make_run(tmp_path, (10, 20)), make_config(tmp_path)
+    (run / "snapshots" / "step_00000010" / "generator.safetensors").write_bytes(b"no tensors")
+    with process("--run", run, "--watch", "--every", "1") as running:
+        wait_for(running, lambda: 20 in scores(run))
+        time.sleep(2)
+        add_snapshot(run, config, 30)
+        wait_for(running, lambda: 30 in scores(run))
+        (run / "FINISHED").write_text("30")
+        output, _ = running.communicate(timeout=60)
+    assert running.returncode == 2, output
+    assert sorted(scores(run)) == [20, 30]
+    assert output.count("step 10 passed over") == 1
+    assert "error: " in output.splitlines()[-1]
+
+
+def test_a_checkpoint_that_the_training_removes_meanwhile_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between the look at the folder and the reading: the others are scored, all is well."""
+    run = make_run(tmp_path, ())
+    for step in (10, 20):
+        add_checkpoint(run, step)
+    opened = candidates.open_generator
+
+    def too_late(candidate: candidates.Candidate, *rest: Any) -> Any:
+        if candidate.step == 10:
+            shutil.rmtree(candidate.path)
+        return opened(candidate, *rest)
+
+    monkeypatch.setattr(candidates, "open_generator", too_late)
+    evaluated("--run", run, "--pending", "eval.weights=raw")
+    assert [row["step"] for row in read_rows(run)] == [20]
+    assert "step 10 passed over: removed meanwhile" in capsys.readouterr().err
+
+
+def two_nodes_evaluate(folder: str) -> None:
+    """Ranks in folders of their own, as on nodes whose view of the shared one is not the same."""
+    os.chdir(Path(folder) / os.environ["RANK"])
+    run_scores.VISIBLE_SECONDS = 0.1
+    try:
+        evaluated("--run", "run", "--pending")
+    except CheckpointError as error:
+        Path("error").write_text(str(error))
+
+
+@pytest.mark.slow
+def test_a_candidate_that_one_node_does_not_see_is_passed_over_by_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would wait for each other in different collectives otherwise."""
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+        monkeypatch.chdir(tmp_path / rank)
+        make_run(Path())
+    shutil.rmtree(tmp_path / "1" / "run" / "snapshots" / "step_00000010")
+    on_ranks(2, two_nodes_evaluate, str(tmp_path))
+    assert sorted(scores(tmp_path / "0" / "run")) == [20]
+    for rank in ("0", "1"):
+        assert (
+            "step_00000010: not seen here within 0.1 s" in (tmp_path / rank / "error").read_text()
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_what_all_ranks_find_wrong_is_told_by_one(
+    run: Path, tmp_path: Path, make_shards: Any
+) -> None:
+    make_shards(tmp_path / "rgb", [20], (64, 64, 3))
+    with process("--run", run, f"data.shards={tmp_path / 'rgb'}", ranks=2) as running:
+        output, _ = running.communicate(timeout=60)
+    assert running.returncode != 0
+    assert output.count("images of 64x64 with 3 channels") == 1, output
+
+
+def test_watch_ends_with_the_training(run: Path) -> None:
+    (run / "FINISHED").write_text("20")
+    evaluated("--run", run, "--watch")
+    assert sorted(scores(run)) == [10, 20]
+
+
+def test_help_and_mistakes_answer_at_once(tmp_path: Path) -> None:
+    """Within a second on a machine that is not busy: nothing heavy is imported for them."""
+    code = (
+        "import sys; from pipeline import evaluate\n"
+        "try: evaluate.main()\n"
+        "finally: print(sorted({'torch', 'torch_fidelity', 'wandb'} & set(sys.modules)))"
+    )
+    for words, status in ((["--help"], 0), (["--run", str(tmp_path / "x")], 2), ([], 2)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == status, done.stderr
+        assert done.stdout.splitlines()[-1] == "[]"
+        assert "Traceback" not in done.stderr
+
+
+def test_training_imports_nothing_of_the_evaluation() -> None:
+    code = (
+        "import sys\n"
+        "import pipeline.train, pipeline.training.run, pipeline.training.gan\n"
+        "import pipeline.data.loader, pipeline.runtime.launch\n"
+        "heavy = ('torch_fidelity', 'pipeline.evaluation')\n"
+        "print([name for name in sys.modules if name.startswith(heavy)])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# -- the ledger ---------------------------------------------------------------------------------
+
+
+def row(step: int, value: float | None, protocol: str = "p") -> dict[str, Any]:
+    return {
+        "step": step,
+        "weights": "ema",
+        "protocol": protocol,
+        "scores": {"eval/fid": value},
+        "headline": "eval/fid",
+    }
+
+
+def test_a_row_is_added_once_and_survives_a_torn_line(tmp_path: Path) -> None:
+    """A crash may leave half a line; the next row starts on a line of its own."""
+    ledger = Ledger(tmp_path)
+    assert ledger.append(row(10, 3.0))
+    assert not ledger.append(row(10, 4.0))
+    with ledger.path.open("a") as file:
+        file.write('{"step": 20, "wei')
+    assert [r["step"] for r in ledger.rows()] == [10]
+    assert ledger.append(row(20, 2.0))
+    assert [r["scores"]["eval/fid"] for r in ledger.rows()] == [3.0, 2.0]
+    ledger.close()
+
+
+def test_a_claim_holds_against_other_processes_and_ends_with_its_own(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from pipeline.runs.results import Key, Ledger\n"
+        "ledger = Ledger(Path(sys.argv[1]))\n"
+        "print([ledger.claim(Key(step, 'ema', 'p')) for step in (10, 20)])"
+    )
+
+    def other() -> str:
+        words = [sys.executable, "-c", code, str(tmp_path)]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+    ledger = Ledger(tmp_path)
+    assert ledger.claim(Key(10, "ema", "p"))
+    ledger.append(row(5, 1.0))  # another lock of the same file comes and goes
+    assert other() == "[False, True]"
+    ledger.release(Key(10, "ema", "p"))
+    assert other() == "[True, True]"
+    ledger.close()
+
+
+def test_keep_best_prunes_neither_the_best_nor_the_unknown(tmp_path: Path) -> None:
+    """By every protocol in the ledger; without the switch the ledger changes nothing."""
+    for step in range(1, 8):
+        (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    ledger = Ledger(tmp_path)
+    for step, fid in ((1, 9.0), (2, 5.0), (3, 7.0), (5, 8.0)):  # 4, 6 and 7 are not evaluated yet
+        ledger.append(row(step, fid))
+    ledger.append(row(3, 1.0, "q"))
+    ledger.close()
+    checkpoint.prune(tmp_path, keep=1, keep_every=0, keep_best=True)
+    assert [step_of(p) for p in committed(tmp_path)] == [2, 3, 4, 6, 7]
+    assert kept_steps(tmp_path, [1, 5]) == {5}  # the best of those that are left
+    checkpoint.prune(tmp_path, keep=1, keep_every=0)
+    assert [step_of(p) for p in committed(tmp_path)] == [7]
+
+
+# -- W&B ----------------------------------------------------------------------------------------
+
+
+def records(run: Path) -> list[list[dict[str, Any]]]:
+    """Records of each offline run of W&B in the folder, oldest first, as ``wandb sync`` reads."""
+    command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json"]
+    return [
+        [
+            json.loads(line)
+            for line in subprocess.run(
+                [*command, path], capture_output=True, text=True, check=True
+            ).stdout.splitlines()
+        ]
+        for path in sorted(run.glob("wandb/offline-run-*/*.wandb"))
+    ]
+
+
+@pytest.mark.slow
+def test_wandb_gets_a_run_of_its_own_beside_the_training(by_two: Path) -> None:
+    """``<id>-eval`` in the training's group over train/step, with the best so far and the grid."""
+    run = by_two
+    evaluated("--run", run, "--pending", "eval.batch_size=32", "tracking.wandb=offline")
+    # Nothing was left to send: there is one run still.
+    (found,) = records(run)
+    (opened,) = [r["run"] for r in found if r["type"] == "run"][:1]
+    assert (opened["run_id"], opened["run_group"], opened["job_type"]) == (
+        "run-abc-eval",
+        "run-abc",
+        "eval",
+    )
+    rows = [r["history"]["item"] for r in found if r["type"] == "history"]
+    assert [item["train/step"] for item in rows] == [10, 20]
+    key = "eval/fd_tiny-extractor-Tiny_16_100"
+    expected = {step: values[key] for step, values in scores(run).items()}
+    assert {item["train/step"]: item[key] for item in rows} == pytest.approx(expected)
+    best = min(expected, key=lambda step: expected[step])
+    assert (rows[-1][f"{key}_best"], rows[-1][f"{key}_best_step"]) == (
+        pytest.approx(expected[best]),
+        best,
+    )
+    assert "samples/grid" in json.dumps(rows[-1])
+    metrics = json.dumps([r for r in found if r["type"] == "metric"])
+    assert "eval/*" in metrics
+    assert "train/step" in metrics
+
+
+# -- wrong input --------------------------------------------------------------------------------
+
+
+def refusal(*words: object, kind: type[Exception] = EvaluationError) -> str:
+    with pytest.raises(kind) as caught:
+        evaluated(*words)
+    return str(caught.value)
+
+
+def test_an_empty_run_says_when_the_first_checkpoint_comes(tmp_path: Path) -> None:
+    run = make_run(tmp_path, ())
+    assert re.search(
+        r"no checkpoint .* after train.checkpoint_every \(1000\)", refusal("--run", run)
+    )
+
+
+def test_a_folder_that_is_no_run_lists_those_beside_it(run: Path, tmp_path: Path) -> None:
+    assert "runs beside it: " + str(run) in refusal("--run", tmp_path / "rum")
+
+
+def test_too_few_images_for_fid_leave_it_out(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """KID decides then; the output says why."""
+    evaluated("--run", run, "eval.num_images=30")
+    (found,) = read_rows(run)
+    assert not any("/fd_" in key for key in found["scores"])
+    assert found["headline"] == "eval/kd_tiny-extractor-Tiny_16_30"
+    assert re.search(r"no Frechet distance: .*at least 32 images", capsys.readouterr().out)
+
+
+def test_shards_of_another_shape_are_refused(run: Path, tmp_path: Path, make_shards: Any) -> None:
+    make_shards(tmp_path / "rgb", [20], (64, 64, 3))
+    message = refusal("--run", run, f"data.shards={tmp_path / 'rgb'}", kind=DataError)
+    assert "images of 64x64 with 3 channels, the model wants 32x32 with 1 channel" in message
+
+
+def test_a_reference_of_other_data_is_refused(run: Path, tmp_path: Path, make_shards: Any) -> None:
+    evaluated("reference", "--run", run, "--out", tmp_path / "r.safetensors")
+    make_shards(tmp_path / "other", [130, 1], (32, 32, 1))
+    words = ("--run", run, f"eval.reference={tmp_path / 'r.safetensors'}")
+    assert "data: " in refusal(*words, f"data.shards={tmp_path / 'other'}")
+    assert "reference_images: 130, needed 99" in refusal(*words, "eval.reference_images=99")
+
+
+def test_a_snapshot_of_another_architecture_is_one_line(run: Path) -> None:
+    path = run / "snapshots" / "step_00000020" / "config.yaml"
+    path.write_text(path.read_text().replace("ngf: 4", "ngf: 8"))
+    message = refusal("--run", run, kind=CheckpointError)
+    assert "step_00000020: cannot be used: the weights belong to another architecture" in message
+    assert "\n" not in message
+
+
+def test_one_bad_snapshot_does_not_hold_up_the_others(run: Path) -> None:
+    path = run / "snapshots" / "step_00000010" / "generator.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    assert "step_00000010" in refusal("--run", run, "--pending", kind=CheckpointError)
+    assert list(scores(run)) == [20]
+
+
+@pytest.mark.parametrize("name", ["layers.project.weight", "layers.norm_4.running_var"])
+def test_a_diverged_generator_is_no_score(run: Path, name: str) -> None:
+    """NaN in weights or statistics would still give uint8 images, and a number."""
+    state = checkpoint.load_snapshot(run / "snapshots" / "step_00000020")[0].state_dict()
+    state[name][0] = float("nan")
+    tensors = {key: tensor.contiguous() for key, tensor in state.items()}
+    save_file(tensors, run / "snapshots" / "step_00000020" / "generator.safetensors")
+    assert "training had diverged" in refusal("--run", run, kind=CheckpointError)
+
+
+def test_what_is_no_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
+    assert "must be a folder step_N" in refusal("--run", run, "--checkpoint", tmp_path)
+    snapshot = run / "snapshots" / "step_00000010"
+    assert "holds G_ema only" in refusal("--checkpoint", snapshot, "eval.weights=raw")
+
+
+def test_images_that_do_not_suffice_are_counted(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for k in range(3):
+        Image.fromarray(np.zeros((32, 32), np.uint8)).save(folder / f"{k}.png")
+    assert "holds 3 images, eval.num_images (100)" in refusal("--run", run, "--images", folder)
+    (folder / "2.png").write_bytes(b"no image")
+    words = ("--run", run, "--images", folder, "eval.num_images=3")
+    assert "2.png" in refusal(*words, kind=DataError)
+    refusal("--run", run, "--images", tmp_path / "none", kind=DataError)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_run_is_refused(run: Path) -> None:
+    run.chmod(0o500)
+    assert "evaluations cannot be recorded" in refusal("--run", run, kind=RunFolderError)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--config", "x.yaml"],
+        ["--run", "x", "--pending", "--watch"],
+        ["--run", "x", "--images", "a", "--checkpoint", "b"],
+        ["fetch-weights"],
+    ],
+)
+def test_contradictory_words_are_refused(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        evaluated(*words)
+    assert caught.value.code == 2

