@@ -100,11 +100,11 @@ def worker(out: Path, run: Path, words: list[str]) -> None:
     from pipeline.config.loading import load
     from pipeline.evaluation import candidates
     from pipeline.evaluation.extractors import Extractor
-    from pipeline.evaluation.scorer import Evaluator
+    from pipeline.evaluation.scorer import Scorer
 
     config = load(run / "config.yaml", words)
-    accelerator: Accelerator = launch.start("fp32")
-    evaluator = Evaluator(config, accelerator)
+    accelerator: Accelerator = launch.make_accelerator("fp32")
+    evaluator = Scorer(config, accelerator)
     evaluator.load_reference()
     forward = [0.0]
     original = Extractor.__call__
@@ -120,9 +120,9 @@ def worker(out: Path, run: Path, words: list[str]) -> None:
     Extractor.__call__ = timed  # type: ignore[method-assign]
     accelerator.wait_for_everyone()
     began, clock = time.time(), time.perf_counter()
-    candidate = candidates.of_run(run, config.eval.weights)[-1]
+    candidate = candidates.find_in_run(run, config.eval.weights)[-1]
     G, model = candidates.open_generator(candidate, run, config.eval.weights, accelerator.device)
-    scores = evaluator.score(candidates.generated(G, model, config.eval.seed), "benchmark")
+    scores = evaluator.score(candidates.generated_images(G, model, config.eval.seed), "benchmark")
     seconds = time.perf_counter() - clock
     if accelerator.is_main_process:
         found = {"scores": scores, "seconds": seconds, "forward": forward[0], "began": began}
@@ -137,22 +137,22 @@ def by_torch_fidelity(run: Path, words: list[str]) -> tuple[dict[str, float], fl
 
     from pipeline.config.loading import load
     from pipeline.evaluation import candidates
-    from pipeline.evaluation.scorer import Evaluator
+    from pipeline.evaluation.scorer import Scorer
 
     config = load(run / "config.yaml", words)
-    evaluator = Evaluator(config, launch.start("fp32"))
+    evaluator = Scorer(config, launch.make_accelerator("fp32"))
     protocol, extractor = evaluator.protocol, evaluator.extractor
     count = protocol.reference.reference_images
     device = evaluator.accelerator.device
-    candidate = candidates.of_run(run, config.eval.weights)[-1]
+    candidate = candidates.find_in_run(run, config.eval.weights)[-1]
     G, model = candidates.open_generator(candidate, run, config.eval.weights, device)
     options: dict[str, Any] = {}
     if extractor.precision == "bf16":
         options["feature_extractor_internal_dtype"] = "bfloat16"
     if config.eval.extractor_weights:
         options["feature_extractor_weights_path"] = config.eval.extractor_weights
-    fake = Rows(candidates.generated(G, model, config.eval.seed)(0, protocol.num_images))
-    real = Rows(candidates.reals(evaluator.index, config.data, count)(0, count))
+    fake = Rows(candidates.generated_images(G, model, config.eval.seed)(0, protocol.num_images))
+    real = Rows(candidates.real_images(evaluator.index, config.data, count)(0, count))
     began = time.perf_counter()
     found = calculate_metrics(
         input1=fake,

@@ -30,7 +30,7 @@ from torch import Tensor
 from pipeline.config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from pipeline.data.loader import Loader, ToDevice, make_order, normalise
 from pipeline.data.shards import Index
-from pipeline.models.noise import draw_z, stream
+from pipeline.models.noise import draw_z, rng
 from pipeline.runtime import hardware, launch
 from pipeline.training.gan import GAN
 
@@ -42,7 +42,7 @@ def from_memory(config: Config, device: torch.device) -> Iterator[Inputs]:
     """The same images and z again and again."""
     batch = config.data.batch_size
     x = torch.rand(batch, 3, 64, 64, device=device) * 2 - 1
-    z = draw_z(config.model, batch, stream(0, "z", 0)).to(device)
+    z = draw_z(config.model, batch, rng(0, "z", 0)).to(device)
     return repeat((x.to(memory_format=torch.channels_last), z))
 
 
@@ -53,7 +53,7 @@ def from_shards(
     to_device = ToDevice(device)
     with closing(Loader(config, index, make_order(config, index)).batches()) as batches:
         for number, batch in enumerate(batches):
-            z = draw_z(config.model, config.data.batch_size, stream(0, "z", number))
+            z = draw_z(config.model, config.data.batch_size, rng(0, "z", number))
             images, z = to_device(batch.images, z)
             yield normalise(images, device), z
 
@@ -103,8 +103,8 @@ def main() -> None:
     options = parser.parse_args()
     given = TrainConfig(precision=options.precision)
     precision = hardware.resolve_precision(Config(train=given))
-    accelerator = launch.start(precision)
-    hardware.choose_kernels(accelerator.device, deterministic=False)
+    accelerator = launch.make_accelerator(precision)
+    hardware.configure_kernels(accelerator.device, deterministic=False)
     device = accelerator.device
     best = ceiling(torch.bfloat16 if precision == "bf16" else torch.float32, device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

@@ -25,8 +25,8 @@ from step import seconds
 
 from pipeline.config.loading import load
 from pipeline.config.schema import Config
-from pipeline.models.noise import draw_z, stream
-from pipeline.models.sampling import generate, sampler
+from pipeline.models.noise import draw_z, rng
+from pipeline.models.sampling import draw_images, make_sampler
 from pipeline.runs import checkpoint
 from pipeline.runtime.hardware import native_bf16
 from pipeline.runtime.launch import MIXED_PRECISION
@@ -96,8 +96,8 @@ def occasional(config: Config, step: float, gan: GAN, folder: Path) -> list[str]
         checkpoint.export_snapshot(folder, 1, gan.G_ema.state_dict(), config, device)
 
     def grid() -> None:
-        z = draw_z(model, 64, stream(0, "grid"))
-        generate(sampler(model, gan.G_ema.state_dict(), device), z)
+        z = draw_z(model, 64, rng(0, "grid"))
+        draw_images(make_sampler(model, gan.G_ema.state_dict(), device), z)
 
     shown = ["| what | seconds | once in | share of that time |", "|---|---|---|---|"]
     for name, work, steps in (
@@ -148,7 +148,7 @@ def main() -> None:
         gan = GAN(config, Accelerator(mixed_precision=MIXED_PRECISION[precision]), 1)
         size = (config.data.batch_size, 3, 64, 64)
         x = torch.zeros(size, device=gan.accelerator.device)
-        z = draw_z(config.model, config.data.batch_size, stream(0, "z", 1)).to(x.device)
+        z = draw_z(config.model, config.data.batch_size, rng(0, "z", 1)).to(x.device)
 
         def step() -> None:
             gan.update_D([x.to(memory_format=torch.channels_last)], [z], 1)

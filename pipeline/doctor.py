@@ -17,7 +17,7 @@ import sys
 
 from pipeline.config.loading import load
 from pipeline.config.schema import Config
-from pipeline.runtime.errors import LaunchError, one_clear_message
+from pipeline.runtime.errors import LaunchError, exit_on_user_error
 
 
 def diagnose(config: Config) -> bool:
@@ -26,11 +26,11 @@ def diagnose(config: Config) -> bool:
     from pipeline.runs.preflight import Finding, table
     from pipeline.runtime import hardware, launch
 
-    precision = run_folder.precision_of(config) or hardware.resolve_precision(
+    precision = run_folder.saved_precision(config) or hardware.resolve_precision(
         config.train.precision
     )
     try:
-        accelerator = launch.start(precision)
+        accelerator = launch.make_accelerator(precision)
     except LaunchError as error:  # the other nodes cannot be asked then
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(table([Finding("devices", "FAILED", str(error))]), flush=True)
@@ -54,7 +54,7 @@ def main() -> None:
         "overrides", nargs="*", metavar="section.key=value", help="values that win over the file"
     )
     options = parser.parse_args()
-    with one_clear_message():
+    with exit_on_user_error():
         ready = diagnose(load(options.config, options.overrides))
     sys.exit(0 if ready else 1)
 

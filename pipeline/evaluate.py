@@ -33,14 +33,14 @@ from typing import TYPE_CHECKING
 from pipeline.config.loading import load
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.runs.run_folder import SNAPSHOTS, committed
-from pipeline.runtime.errors import EvaluationError, one_clear_message
+from pipeline.runtime.errors import EvaluationError, exit_on_user_error
 
 if TYPE_CHECKING:
     from torch import nn
 
     from pipeline.evaluation.candidates import Candidate
-    from pipeline.evaluation.run_scores import RunEvaluation
-    from pipeline.evaluation.scorer import Evaluator
+    from pipeline.evaluation.run_scores import RunScores
+    from pipeline.evaluation.scorer import Scorer
 
 
 METRICS = ("fidelity", "parzen")
@@ -53,9 +53,9 @@ def evaluate(options: argparse.Namespace, config: Config) -> bool:
     # torch takes seconds to import; --help and a mistyped path answer without it.
     from pipeline.runtime import hardware, launch
 
-    accelerator = launch.start("fp32")
+    accelerator = launch.make_accelerator("fp32")
     hardware.use_all_cores()  # of a GPU machine too: precision and recall are computed on CPUs
-    launch.warn_of_a_lost_launch(accelerator)
+    launch.warn_about_missing_processes(accelerator)
     evaluator = _evaluator(options.metrics)(config, accelerator)
     if accelerator.is_main_process:
         print(evaluator.describe(), flush=True)
@@ -81,29 +81,29 @@ def evaluate(options: argparse.Namespace, config: Config) -> bool:
     return finished
 
 
-def _evaluator(metrics: str) -> type[Evaluator]:
+def _evaluator(metrics: str) -> type[Scorer]:
     if metrics == "parzen":
-        from pipeline.evaluation.parzen import ParzenEvaluator
+        from pipeline.evaluation.parzen import ParzenScorer
 
-        return ParzenEvaluator
-    from pipeline.evaluation.scorer import Evaluator
+        return ParzenScorer
+    from pipeline.evaluation.scorer import Scorer
 
-    return Evaluator
+    return Scorer
 
 
-def _score_run(options: argparse.Namespace, evaluator: Evaluator) -> None:
+def _score_run(options: argparse.Namespace, evaluator: Scorer) -> None:
     from pipeline.evaluation import candidates
-    from pipeline.evaluation.run_scores import RunEvaluation
+    from pipeline.evaluation.run_scores import RunScores
 
     weights = evaluator.config.eval.weights
 
     def find() -> list[Candidate]:
         if options.checkpoint:
-            return [candidates.at(options.checkpoint, weights)]
-        found = candidates.of_run(options.run, weights)
+            return [candidates.open_folder(options.checkpoint, weights)]
+        found = candidates.find_in_run(options.run, weights)
         return found if options.pending or options.watch else found[-1:]
 
-    with closing(RunEvaluation(evaluator, options.run)) as evaluation:
+    with closing(RunScores(evaluator, options.run)) as evaluation:
         evaluator.load_reference()
         while True:
             # Looked at first: what was written before the marker is found after it.
@@ -117,7 +117,7 @@ def _score_run(options: argparse.Namespace, evaluator: Evaluator) -> None:
         evaluation.raise_if_any_failed()
 
 
-def _print_table(evaluation: RunEvaluation) -> None:
+def _print_table(evaluation: RunScores) -> None:
     if evaluation.evaluator.is_main:
         from pipeline.evaluation.metrics import table
         from pipeline.runs.results import best
@@ -127,29 +127,31 @@ def _print_table(evaluation: RunEvaluation) -> None:
         print(table(rows, evaluation.protocol, found["step"] if found else None), flush=True)
 
 
-def _score_images(name: str, evaluator: Evaluator) -> None:
+def _score_images(name: str, evaluator: Scorer) -> None:
     from pipeline.evaluation import candidates
     from pipeline.runtime.ranks import on_every_rank
 
     shape, count = evaluator.index.shape, evaluator.protocol.num_images
-    images = on_every_rank(evaluator.accelerator, lambda: candidates.folder(name, shape, count))
+    images = on_every_rank(
+        evaluator.accelerator, lambda: candidates.images_in_folder(name, shape, count)
+    )
     evaluator.load_reference()
     _print_scores(evaluator.score(images, "images"))
 
 
-def _score_detached(path: Path, evaluator: Evaluator) -> None:
+def _score_detached(path: Path, evaluator: Scorer) -> None:
     from pipeline.evaluation import candidates
     from pipeline.runtime.ranks import on_every_rank
 
     config, accelerator = evaluator.config.eval, evaluator.accelerator
 
     def opened() -> tuple[nn.Module, ModelConfig]:
-        candidate = candidates.at(path, config.weights)
+        candidate = candidates.open_folder(path, config.weights)
         return candidates.open_generator(candidate, path, config.weights, accelerator.device)
 
     G, model = on_every_rank(accelerator, opened)
     evaluator.load_reference()
-    _print_scores(evaluator.score(candidates.generated(G, model, config.seed), path.name))
+    _print_scores(evaluator.score(candidates.generated_images(G, model, config.seed), path.name))
 
 
 def _print_scores(scores: dict[str, float]) -> None:
@@ -238,11 +240,11 @@ def main() -> None:
 
         return probe.main(sys.argv[2:])
     options, finished = parse(sys.argv[1:]), True
-    with one_clear_message():
+    with exit_on_user_error():
         if options.command == "fetch-weights":
             from pipeline.evaluation.pretrained import fetch_inception
 
-            with signals.interruptible("interrupted: nothing was kept"):
+            with signals.exit_on_interrupt("interrupted: nothing was kept"):
                 print(f"eval.extractor_weights={fetch_inception(options.to).resolve()}")
         else:
             finished = evaluate(options, configuration(options))

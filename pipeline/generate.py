@@ -34,8 +34,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.runs.run_folder import SNAPSHOTS, committed
-from pipeline.runtime.errors import GenerationError, one_clear_message
-from pipeline.runtime.files import place_for
+from pipeline.runtime.errors import GenerationError, exit_on_user_error
+from pipeline.runtime.files import check_output_path
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -64,8 +64,8 @@ def generate(options: argparse.Namespace) -> None:
     from pipeline.runs.checkpoint import check_finite, load_snapshot
     from pipeline.runtime import launch, ranks
 
-    accelerator = launch.start("fp32")
-    launch.warn_of_a_lost_launch(accelerator)
+    accelerator = launch.make_accelerator("fp32")
+    launch.warn_about_missing_processes(accelerator)
     path = ranks.on_rank_zero(accelerator, lambda: path)  # a newer one may have come since
     device = "cpu" if options.command == "onnx" else accelerator.device
     G, config = ranks.on_every_rank(accelerator, lambda: load_snapshot(path, device))
@@ -117,7 +117,7 @@ def _images(
     with progress("generate", options.num) if is_main else silent as advance:
         outcome = write(
             job,
-            lambda start, stop: sampling.generate(G, table.cut(start, stop)),
+            lambda start, stop: sampling.draw_images(G, table.cut(start, stop)),
             accelerator,
             advance,
         )
@@ -214,7 +214,7 @@ def _check_place(options: argparse.Namespace) -> None:
     # A set of images and a folder to push look themselves, and go on with what is there.
     reuse = options.command == "images" or (options.command == "hub" and bool(options.push))
     option = "" if options.command in ("images", "hub") else "--overwrite"
-    check = partial(place_for, replace=options.overwrite, option=option)
+    check = partial(check_output_path, replace=options.overwrite, option=option)
     options.out = check(options.out, reuse=reuse)
     if options.command == "walk":
         check(options.out.with_suffix(".png"))
@@ -314,7 +314,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 def main() -> None:
     """Run a command; exit code 2 on a user's mistake, 128 + n after signal n."""
     options = parse(sys.argv[1:])
-    with one_clear_message():
+    with exit_on_user_error():
         if options.command == "images":  # which has a state to leave behind, and ranks to agree
             try:
                 generate(options)
@@ -322,7 +322,7 @@ def main() -> None:
                 print(f"interrupted: {KEPT}.", file=sys.stderr, flush=True)
                 sys.exit(128 + signal.SIGINT)
         else:
-            with signals.interruptible("interrupted: nothing is half-written"):
+            with signals.exit_on_interrupt("interrupted: nothing is half-written"):
                 generate(options)
 
 

@@ -52,10 +52,10 @@ from pipeline.data.packing import (
 from pipeline.data.shards import INDEX_NAME, Index, read_index, write_index
 from pipeline.data.sources import Source, find
 from pipeline.runtime.console import progress
-from pipeline.runtime.errors import DataError, UserError, one_clear_message
-from pipeline.runtime.files import publish
+from pipeline.runtime.errors import DataError, UserError, exit_on_user_error
+from pipeline.runtime.files import write_atomic
 from pipeline.runtime.pool import spread
-from pipeline.runtime.signals import interruptible
+from pipeline.runtime.signals import exit_on_interrupt
 
 LISTED = 10
 
@@ -171,7 +171,7 @@ def _prepare_all(job: Job, options: argparse.Namespace) -> str:
     with work_folder(out) as work:
         if (out / INDEX_NAME).exists():
             index = _complete(job)
-            _judge(index.made_by["skipped"], out, options.strict)
+            _report_skipped(index.made_by["skipped"], out, options.strict)
             return f"already complete, nothing to do: {index.num_samples} samples in {out}"
         begin(job, work)
         index = _pack_all(job, work, options)
@@ -223,14 +223,14 @@ def _pack_all(job: Job, work: Path, options: argparse.Namespace) -> Index:
     enlarged = sum(one.enlarged for one in done)
     if skipped:
         lines = [f"{printable(name)}\t{printable(why)}\n" for name, why in skipped]
-        publish(job.out / SKIPPED_NAME, "".join(lines).encode())
+        write_atomic(job.out / SKIPPED_NAME, "".join(lines).encode())
     if len(skipped) == len(job.source.names):
         name, why = skipped[0]
         raise DataError(
             f"SOURCE ({job.source.location}): none of its {len(skipped)} images can be read, e.g. "
             f"{printable(name)}: {printable(why)}. All are listed in {job.out / SKIPPED_NAME}."
         )
-    _judge(len(skipped), job.out, options.strict)
+    _report_skipped(len(skipped), job.out, options.strict)
     if enlarged:
         _note(f"{enlarged} images are smaller than {job.size} px and were enlarged")
     made_by = job.describe() | {"skipped": len(skipped), "enlarged": enlarged}
@@ -256,7 +256,7 @@ def _pack(job: Job, work: Path, numbers: Sequence[int], workers: int) -> dict[in
     return packed
 
 
-def _judge(skipped: int, out: Path, strict: bool) -> None:
+def _report_skipped(skipped: int, out: Path, strict: bool) -> None:
     """Warn about images that could not be read, or fail when every one must be."""
     if not skipped:
         return
@@ -283,7 +283,7 @@ def main() -> None:
     """Run the command; exit code 2 on a user's mistake or a fault found, 128 + n on signal n."""
     options = parse()
     again = "" if options.verify else ": finished shards are kept, the same command continues"
-    with one_clear_message(), interruptible(f"interrupted{again}"):
+    with exit_on_user_error(), exit_on_interrupt(f"interrupted{again}"):
         print(verify(options.verify, options.workers) if options.verify else prepare(options))
 
 

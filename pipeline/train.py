@@ -23,7 +23,7 @@ from contextlib import closing
 
 from pipeline.config.loading import load
 from pipeline.config.schema import Config, micro_batching
-from pipeline.runtime.errors import one_clear_message
+from pipeline.runtime.errors import exit_on_user_error
 
 
 def train(config: Config) -> bool:
@@ -33,20 +33,20 @@ def train(config: Config) -> bool:
     from torch import Tensor
 
     from pipeline.data.loader import Loader, ToDevice, make_order, normalise, open_data
-    from pipeline.models.noise import draw_z, stream, with_classes
+    from pipeline.models.noise import append_classes, draw_z, rng
     from pipeline.runs import run_folder
     from pipeline.runtime import hardware, launch
     from pipeline.training.gan import GAN
     from pipeline.training.meter import IdLog
     from pipeline.training.run import Run
 
-    precision = run_folder.precision_of(config) or hardware.resolve_precision(
+    precision = run_folder.saved_precision(config) or hardware.resolve_precision(
         config.train.precision
     )
-    accelerator = launch.start(precision)
-    launch.refuse_unequal_precisions(accelerator, precision)
-    launch.warn_of_a_lost_launch(accelerator)
-    hardware.choose_kernels(accelerator.device, config.train.deterministic)
+    accelerator = launch.make_accelerator(precision)
+    launch.require_equal_precision(accelerator, precision)
+    launch.warn_about_missing_processes(accelerator)
+    hardware.configure_kernels(accelerator.device, config.train.deterministic)
     device, rank = accelerator.device, accelerator.process_index
     world_size, d_steps = accelerator.num_processes, config.optim.d_steps
     batch_size, total_steps = config.data.batch_size, config.train.total_steps
@@ -79,8 +79,8 @@ def train(config: Config) -> bool:
                     batch = next(batches)
                 ids.write(number + 1, batch)
                 labels = torch.from_numpy(batch.labels)
-                z = draw_z(config.model, batch_size, stream(config.run.seed, "z", number))[rows]
-                z = with_classes(config.model, z, labels)
+                z = draw_z(config.model, batch_size, rng(config.run.seed, "z", number))[rows]
+                z = append_classes(config.model, z, labels)
                 images, z, labels = to_device(batch.images, z, labels)
                 x = cut(normalise(images, device, config.train.channels_last))
                 noise, y = cut(z), cut(labels) if config.model.num_classes else None
@@ -118,7 +118,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with one_clear_message():
+    with exit_on_user_error():
         finished = train(load(arguments.config, arguments.overrides))
     sys.exit(signals.exit_code(finished))
 

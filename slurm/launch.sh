@@ -135,12 +135,12 @@ run_folder() {
   alone -c '
 import argparse
 from pipeline.config.loading import load
-from pipeline.runtime.errors import one_clear_message
+from pipeline.runtime.errors import exit_on_user_error
 parser = argparse.ArgumentParser(prog="slurm/train.sh")
 parser.add_argument("--config")
 parser.add_argument("overrides", nargs="*")
 words = parser.parse_args()
-with one_clear_message():
+with exit_on_user_error():
     print(load(words.config, words.overrides).run.dir)
 ' "$@" | tail -n 1
 }

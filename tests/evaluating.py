@@ -19,7 +19,7 @@ from pipeline.config.schema import (
     TrackingConfig,
 )
 from pipeline.models.dcgan import Discriminator, Generator, init_weights
-from pipeline.models.noise import stream
+from pipeline.models.noise import rng
 from pipeline.runs import checkpoint
 
 MODEL = ModelConfig(image_size=32, channels=1, z_dim=8, ngf=4, ndf=4)
@@ -53,7 +53,7 @@ def make_run(folder: Path, steps: tuple[int, ...] = (10, 20), **settings: object
 
 def generator_of(step: int) -> Generator:
     G = Generator(MODEL)
-    init_weights(G, stream(step, "test"))
+    init_weights(G, rng(step, "test"))
     with torch.no_grad():
         G.layers.to_image.weight.mul_(step)  # images that differ more than by noise
     return G

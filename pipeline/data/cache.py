@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
-from pipeline.data.remote import FETCH_ATTEMPTS, open_url, patiently
+from pipeline.data.remote import FETCH_ATTEMPTS, open_url, with_retries
 from pipeline.data.shards import INDEX_NAME, Index, Shard
 from pipeline.runtime.errors import DataError
 from pipeline.runtime.files import sha256_of
@@ -103,7 +103,7 @@ class Cache:
             return digest.hexdigest()
 
         try:
-            if patiently(url, transfer) != shard.sha256:
+            if with_retries(url, transfer) != shard.sha256:
                 raise DataError(f"{url}: its checksum differs from the index; upload it again.")
             os.replace(partial, target)
         finally:

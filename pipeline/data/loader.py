@@ -34,7 +34,7 @@ from pipeline.data.order import Order
 from pipeline.data.reader import Reader
 from pipeline.data.shards import Index, read_index
 from pipeline.runtime.errors import DataError
-from pipeline.runtime.ranks import on_every_rank, while_others_wait
+from pipeline.runtime.ranks import on_every_rank, run_on_selected_ranks
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -67,7 +67,7 @@ def open_data(config: Config, accelerator: Accelerator) -> Index:
         if data.window == 0:  # a uniform order needs every shard from the first batch on
             Cache(index, data.cache_dir, data.cache_gib, stop).fetch_all()
 
-    while_others_wait(accelerator, accelerator.is_local_main_process, make_ready)
+    run_on_selected_ranks(accelerator, accelerator.is_local_main_process, make_ready)
     return index
 
 

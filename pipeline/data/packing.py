@@ -32,7 +32,7 @@ from pipeline.data.shards import INDEX_NAME, NO_LABEL, ROW, Shard, shard_name
 from pipeline.data.sources import Source, reader
 from pipeline.runtime.console import REPORT_SECONDS
 from pipeline.runtime.errors import DataError, UserError
-from pipeline.runtime.files import publish, sha256_of
+from pipeline.runtime.files import sha256_of, write_atomic
 
 FORMAT_VERSION = 1
 WORK_FOLDER = ".prepare"
@@ -245,7 +245,7 @@ def begin(job: Job, work: Path) -> None:
             f"python -m pipeline.prepare {job.out}"
         )
     _check_room(job)
-    publish(settings, json.dumps(job.describe(), indent=1).encode())
+    write_atomic(settings, json.dumps(job.describe(), indent=1).encode())
 
 
 def refuse_differences(job: Job, begun: dict[str, Any], *, pillow: bool) -> None:
@@ -285,7 +285,7 @@ def num_unfinished(job: Job) -> int:
 
 def _mark(job: Job, packed: Packed) -> None:
     document = asdict(packed) | {"table": packed.table.tolist()}
-    publish(_marker(job.out / WORK_FOLDER, packed.number), json.dumps(document).encode())
+    write_atomic(_marker(job.out / WORK_FOLDER, packed.number), json.dumps(document).encode())
 
 
 def _marked(job: Job, work: Path, number: int) -> Packed | None:

@@ -45,7 +45,7 @@ def open_url(url: str) -> Iterator[IO[bytes]]:
         yield file
 
 
-def patiently(url: str, transfer: Callable[[], T]) -> T:
+def with_retries(url: str, transfer: Callable[[], T]) -> T:
     """Try a transfer again when the network fails; a ``DataError`` is final, and so is a stop."""
     for attempt in range(FETCH_ATTEMPTS):
         if attempt:

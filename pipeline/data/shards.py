@@ -26,9 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.codecs import IMAGE_FIELDS
-from pipeline.data.remote import open_url, patiently
+from pipeline.data.remote import open_url, with_retries
 from pipeline.runtime.errors import DataError
-from pipeline.runtime.files import publish, sha256_of
+from pipeline.runtime.files import sha256_of, write_atomic
 
 INDEX_NAME = "index.json"
 TABLE_NAME = "index.json.samples.npy"
@@ -191,7 +191,7 @@ def write_index(
     table = np.concatenate([rows for _, rows, _ in scans])
     raw = io.BytesIO()
     np.save(raw, table)
-    publish(folder / TABLE_NAME, raw.getvalue())
+    write_atomic(folder / TABLE_NAME, raw.getvalue())
     document = {
         "__kind__": KIND,
         "wids_version": 1,
@@ -201,7 +201,7 @@ def write_index(
         "made_by": made_by,
         "shardlist": [asdict(shard) for shard, _, _ in scans],
     }
-    publish(folder / INDEX_NAME, json.dumps(document, indent=1).encode())
+    write_atomic(folder / INDEX_NAME, json.dumps(document, indent=1).encode())
     return read_index(str(folder))
 
 
@@ -286,7 +286,7 @@ def _read_beside(
                 content: bytes = file.read()
                 return content
 
-        return patiently(f"{location}/{name}", whole)
+        return with_retries(f"{location}/{name}", whole)
     path = Path(location).expanduser() / name
     try:
         return path if lazy and path.is_file() else path.read_bytes()

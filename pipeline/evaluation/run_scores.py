@@ -20,18 +20,18 @@ from torch import nn
 from pipeline.config.schema import ModelConfig
 from pipeline.evaluation import candidates
 from pipeline.evaluation.candidates import Candidate
-from pipeline.evaluation.scorer import Evaluator
+from pipeline.evaluation.scorer import Scorer
 from pipeline.generation.figures import png
 from pipeline.models.sampling import sample_grid
 from pipeline.runs.results import Key, Ledger, Row, best, key_of
-from pipeline.runs.wandb_log import STEP_KEY, Dashboard, Picture, wandb_mode
+from pipeline.runs.wandb_log import STEP_KEY, Picture, WandbLog, wandb_mode
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import CheckpointError, RunFolderError
-from pipeline.runtime.files import publish
+from pipeline.runtime.files import write_atomic
 from pipeline.runtime.ranks import VISIBLE_SECONDS, on_every_rank, on_rank_zero
 
 
-class RunEvaluation:
+class RunScores:
     """Candidates of one run -> rows of its ledger -> W&B.
 
     Args:
@@ -39,12 +39,12 @@ class RunEvaluation:
         run_dir: the run's folder.
     """
 
-    def __init__(self, evaluator: Evaluator, run_dir: Path) -> None:
+    def __init__(self, evaluator: Scorer, run_dir: Path) -> None:
         self.evaluator, self.run_dir = evaluator, run_dir
         self.config, self.protocol = evaluator.config, evaluator.protocol
         self._failed: dict[int, str] = {}
         self.ledger: Ledger | None = None
-        self._dashboard: Dashboard | None = None
+        self._dashboard: WandbLog | None = None
         self._sending: list[Key] = []
         on_rank_zero(evaluator.accelerator, self._open)
 
@@ -117,7 +117,7 @@ class RunEvaluation:
         evaluator, config, began = self.evaluator, self.config, time.monotonic()
         try:
             G, model = on_every_rank(evaluator.accelerator, lambda: self._opened(candidate))
-            images = candidates.generated(G, model, config.eval.seed)
+            images = candidates.generated_images(G, model, config.eval.seed)
             scores = evaluator.score(images, f"step {candidate.step}")
             on_rank_zero(
                 evaluator.accelerator,
@@ -164,7 +164,7 @@ class RunEvaluation:
         path = self.grid_path(candidate.step)
         try:
             path.parent.mkdir(exist_ok=True)
-            publish(path, png(grid))
+            write_atomic(path, png(grid))
         except OSError as error:
             raise RunFolderError(
                 f"{path}: cannot be written: {error.strerror or error}. Free space, then run the "
@@ -224,7 +224,7 @@ class RunEvaluation:
             self.ledger.close()
         self.evaluator.close()
 
-    def _open_dashboard(self) -> Dashboard:
+    def _open_dashboard(self) -> WandbLog:
         assert self.ledger is not None
         try:
             run_id = str(json.loads((self.run_dir / "run.json").read_text())["id"])
@@ -234,7 +234,7 @@ class RunEvaluation:
         first = next((key.protocol for key in self.ledger.sent()), self.protocol.id)
         job = "eval" if first == self.protocol.id else f"eval-{self.protocol.id}"
         extra = {"protocol": self.protocol.id, "settings": dataclasses.asdict(self.protocol)}
-        return Dashboard(self.config, run_id, job, extra)
+        return WandbLog(self.config, run_id, job, extra)
 
     def _shown(self, row: Row) -> dict[str, Any]:
         """A row as W&B shows it; the best so far are metrics of their own, made from the ledger."""

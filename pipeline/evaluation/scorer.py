@@ -33,12 +33,12 @@ from pipeline.models.sampling import Images
 from pipeline.runtime import signals
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import EvaluationError
-from pipeline.runtime.ranks import on_every_rank, on_rank_zero, while_others_wait
+from pipeline.runtime.ranks import on_every_rank, on_rank_zero, run_on_selected_ranks
 
 POLL_SECONDS = 1.0
 
 
-class Evaluator:
+class Scorer:
     """Extractor, protocol and reference, ready to score images.
 
     Args:
@@ -112,8 +112,8 @@ class Evaluator:
         """Extract the features of the real images and publish them as a file."""
         side = self.protocol.reference
         check = partial(check_shards, self.index, self.config.data.verify)
-        while_others_wait(self.accelerator, self.is_main, check)
-        images = candidates.reals(self.index, self.config.data, side.reference_images)
+        run_on_selected_ranks(self.accelerator, self.is_main, check)
+        images = candidates.real_images(self.index, self.config.data, side.reference_images)
         features = self._extract(images, side.reference_images, "reference")
 
         def keep() -> None:

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from pipeline.config.schema import ModelConfig
 from pipeline.generation.figures import png
 from pipeline.models.noise import z_rows
-from pipeline.models.sampling import generate, image_grid
-from pipeline.runs.checkpoint import HUB_WEIGHTS, portable
+from pipeline.models.sampling import draw_images, image_grid
+from pipeline.runs.checkpoint import HUB_WEIGHTS, to_cpu_contiguous
 from pipeline.runtime.errors import GenerationError
-from pipeline.runtime.files import publish, sync_folder
+from pipeline.runtime.files import sync_folder, write_atomic
 
 OPSET = 20
 TOLERANCE = 1e-4  # of values in [-1, 1]: a grey level is 0.0078
@@ -129,7 +129,7 @@ def write_hub_folder(
     Raises:
         GenerationError: it cannot be written.
     """
-    weights = portable(G.state_dict())
+    weights = to_cpu_contiguous(G.state_dict())
     try:
         # A name of its own: one that a kill has left behind may have this process's number.
         partial = out.with_name(f"{out.name}.{uuid4().hex}.tmp")
@@ -137,12 +137,12 @@ def write_hub_folder(
     except OSError as error:
         raise GenerationError(f"--out ({out}): cannot be written: {error}.") from None
     try:
-        publish(partial / HUB_WEIGHTS, save(weights, metadata={"format": "pt"}))
+        write_atomic(partial / HUB_WEIGHTS, save(weights, metadata={"format": "pt"}))
         for name, content in _configuration(model).items():
-            publish(partial / name, content)
-        publish(partial / "grid.png", png(image_grid(generate(G, z))))
+            write_atomic(partial / name, content)
+        write_atomic(partial / "grid.png", png(image_grid(draw_images(G, z))))
         card = _card(model, weights, facts, licence)
-        publish(partial / "README.md", card.encode())
+        write_atomic(partial / "README.md", card.encode())
         os.replace(partial, out)
         sync_folder(out.parent)
     except OSError as error:
@@ -179,7 +179,7 @@ def check_hub_folder(folder: Path, G: nn.Module, model: ModelConfig, source: Pat
             f"--push: {folder} is no folder made for the Hub, it lacks {', '.join(missing)}; give "
             "--out a new name."
         )
-    weights, files = portable(G.state_dict()), _configuration(model)
+    weights, files = to_cpu_contiguous(G.state_dict()), _configuration(model)
     try:
         there = load_file(folder / HUB_WEIGHTS)
         same = weights.keys() == there.keys() and all(

@@ -14,7 +14,7 @@ from torch import nn
 from pipeline.data.codecs import encode
 from pipeline.generation import figures, latent
 from pipeline.generation.latent import Table
-from pipeline.models.sampling import generate, image_grid
+from pipeline.models.sampling import draw_images, image_grid
 from pipeline.runtime.errors import GenerationError
 
 
@@ -23,7 +23,7 @@ def grid(
 ) -> bytes:
     """A PNG of these rows' images, left to right; with ``numbers`` its row below each."""
     _check_size(len(rows), table, scale)
-    images = figures.enlarge(generate(G, table.rows(rows)), scale)
+    images = figures.enlarge(draw_images(G, table.rows(rows)), scale)
     cells = figures.numbered(images, rows) if numbers else images
     return figures.png(image_grid(cells, min(columns, len(rows))))
 
@@ -47,7 +47,7 @@ def walk(
         raise GenerationError(f"--rows ({rows[0]}): must be two rows or more for a walk.")
     _check_size(len(rows) * (steps + 1), table, scale)
     legs = latent.walk(table.model, table.rows(rows), steps, closed=closed)
-    images = generate(G, legs.flatten(0, 1))
+    images = draw_images(G, legs.flatten(0, 1))
     # The end of one leg is the start of the next: shown once in the film.
     film = images.reshape(len(legs), steps + 1, *images.shape[1:])[:, :-1]
     film = film.reshape(-1, *images.shape[1:])
@@ -65,7 +65,7 @@ def arithmetic(
     exemplars = [table.rows(rows) for rows in concepts]
     means, result = latent.arithmetic(table.model, *exemplars)
     around = latent.neighbours(table.model, result, noise, table.seed)
-    images = figures.enlarge(generate(G, torch.cat([*exemplars, means, around])), scale)
+    images = figures.enlarge(draw_images(G, torch.cat([*exemplars, means, around])), scale)
     ends = np.cumsum([*map(len, exemplars), 3])
     *parts, of_means, results = np.split(images, ends)
     return figures.png(figures.sum_figure(parts, of_means, results))

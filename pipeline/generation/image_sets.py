@@ -33,7 +33,7 @@ from pipeline.generation.image_files import Add, add_png, assemble_npz, tar
 from pipeline.models.noise import BLOCK
 from pipeline.models.sampling import Images
 from pipeline.runtime.errors import DataError, GenerationError
-from pipeline.runtime.files import publish, sync_folder
+from pipeline.runtime.files import sync_folder, write_atomic
 from pipeline.runtime.ranks import Peers, on_rank_zero
 from pipeline.runtime.signals import Agreement, received
 
@@ -151,7 +151,7 @@ def _write_part(job: ImageSet, number: int, images: Images) -> Iterator[None]:
             if start > part.start:
                 yield
             add(start, images(start, min(start + BLOCK, part.stop)))
-    publish(_marker(job, number), b"")
+    write_atomic(_marker(job, number), b"")
     yield
 
 
@@ -219,7 +219,7 @@ def _begin(job: ImageSet, held: contextlib.ExitStack) -> list[int] | None:
                 raise ValueError
             _refuse_differences(job, job.work, begun, free=FREE[:1])
         else:
-            publish(settings, json.dumps(job.record).encode())
+            write_atomic(settings, json.dumps(job.record).encode())
     except OSError as error:
         raise _unwritable(job, error) from None
     except (ValueError, RecursionError):
@@ -253,7 +253,7 @@ def _finish(job: ImageSet) -> None:
                 scans = [scan(job.work / shard_name(k)) for k in range(len(job.parts()))]
                 write_index(job.work, scans, job.shape, job.record)
             else:
-                publish(job.work / RECORD_NAME, json.dumps(job.record, indent=1).encode())
+                write_atomic(job.work / RECORD_NAME, json.dumps(job.record, indent=1).encode())
             os.replace(job.work, job.out)
         sync_folder(job.out.parent)
     except OSError as error:

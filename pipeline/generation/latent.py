@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.schema import ModelConfig
-from pipeline.models.noise import stream, z_rows
+from pipeline.models.noise import rng, z_rows
 from pipeline.runtime.errors import GenerationError
 
 PURPOSE = "generate"
@@ -178,7 +178,7 @@ def neighbours(model: ModelConfig, point: Tensor, noise: float, seed: int) -> Te
 
     Section 6.3.2: uniform noise in [-noise, noise], 0.25 in the paper, is added to the result.
     """
-    around = torch.rand(9, len(point), generator=stream(seed, "arithmetic")) * 2 - 1
+    around = torch.rand(9, len(point), generator=rng(seed, "arithmetic")) * 2 - 1
     around[4] = 0
     around[:, model.z_dim :] = 0
     return point + noise * around

@@ -6,7 +6,8 @@ z -> 1024x4x4 -> 512x8x8 -> 256x16x16 -> 128x32x32 -> 3x64x64.
 
 In training BatchNorm normalises with its batch and keeps no running statistics: they would be
 hidden state that differs between ranks and histories. A generator for sampling (``standing=True``)
-has them, recomputed from the weights by ``sampling.sampler``. So the parameters are all there is.
+has them, recomputed from the weights by ``sampling.make_sampler``. So the parameters are all there
+is.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from pipeline.models.layers import Down, FromVector, ToVector, Up
 from pipeline.models.mlp import D_RANGE, G_RANGE, MLPDiscriminator, MLPGenerator
 from pipeline.models.spectral_norm import (
     FIRST_ITERATIONS,
-    follow_weights,
-    normalise_weights,
-    raw_weight,
+    apply_spectral_norm,
+    power_iterate,
+    unnormalised_weight,
 )
 
 LEAK = 0.2  # section 4: slope of the leak
@@ -110,7 +111,7 @@ def make_discriminator(config: ModelConfig) -> nn.Module:
     """
     D = MLPDiscriminator(config) if config.architecture == "mlp" else Discriminator(config)
     if config.spectral_norm:
-        normalise_weights(D)
+        apply_spectral_norm(D)
     return D
 
 
@@ -132,7 +133,7 @@ def init_weights(network: nn.Module, generator: torch.Generator) -> None:
     with torch.no_grad():
         for module in network.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
-                weight = raw_weight(module)
+                weight = unnormalised_weight(module)
                 if isinstance(module, nn.Linear):
                     weight.uniform_(-reach, reach, generator=generator)
                 else:
@@ -142,7 +143,7 @@ def init_weights(network: nn.Module, generator: torch.Generator) -> None:
             elif isinstance(module, nn.BatchNorm2d):
                 module.weight.normal_(1.0, INIT_STD, generator=generator)
                 module.bias.zero_()
-    follow_weights(network, FIRST_ITERATIONS)
+    power_iterate(network, FIRST_ITERATIONS)
 
 
 def update_ema(averaged: nn.Module, network: nn.Module, decay: float) -> None:

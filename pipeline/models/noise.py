@@ -14,7 +14,7 @@ BLOCK = 64
 """Images per forward pass and rows per noise stream when sampling."""
 
 
-def stream(seed: int, purpose: str, index: int = 0) -> torch.Generator:
+def rng(seed: int, purpose: str, index: int = 0) -> torch.Generator:
     """A CPU generator that is a function of its arguments; other arguments, other numbers."""
     digest = blake2b(f"{seed}|{purpose}|{index}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -27,7 +27,7 @@ def draw_z(model: ModelConfig, count: int, generator: torch.Generator) -> Tensor
     return torch.randn(count, model.z_dim, generator=generator)
 
 
-def with_classes(model: ModelConfig, z: Tensor, y: Tensor) -> Tensor:
+def append_classes(model: ModelConfig, z: Tensor, y: Tensor) -> Tensor:
     """G's input for classes y (N,) int64: z (N, z_dim) with their one-hot rows appended.
 
     Mirza & Osindero 2014 (arXiv 1411.1784), section 3.2. Without ``num_classes`` z as it is.
@@ -42,7 +42,9 @@ def z_rows(model: ModelConfig, seed: int, purpose: str, start: int, count: int) 
     ``num_classes`` row i is of class i mod num_classes: every class as often as the others.
     """
     first, last = start // BLOCK, -(-(start + count) // BLOCK)
-    blocks = [draw_z(model, BLOCK, stream(seed, purpose, k)) for k in range(first, last)]
+    blocks = [draw_z(model, BLOCK, rng(seed, purpose, k)) for k in range(first, last)]
     table = torch.cat(blocks) if blocks else torch.empty(0, model.z_dim)
     rows = table[start - first * BLOCK :][:count]
-    return with_classes(model, rows, torch.arange(start, start + count) % max(1, model.num_classes))
+    return append_classes(
+        model, rows, torch.arange(start, start + count) % max(1, model.num_classes)
+    )

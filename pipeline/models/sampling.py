@@ -1,6 +1,6 @@
 """Noise and images as functions of (seed, purpose, index).
 
-Every random draw of the project goes through ``stream``: no global RNG is read, so a resumed run, a
+Every random draw of the project goes through ``rng``: no global RNG is read, so a resumed run, a
 run on other ranks and a repeated evaluation see the same numbers. Images are made in blocks of a
 fixed size, so they do not depend on a batch size or on how many processes share the work.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pipeline.config.schema import ModelConfig
 from pipeline.models.dcgan import make_generator
 from pipeline.models.noise import BLOCK, z_rows
-from pipeline.runtime.hardware import exact_kernels
+from pipeline.runtime.hardware import deterministic_fp32
 
 STANDING_BATCHES = 16
 """Batches of ``BLOCK`` fixed z that the BatchNorm statistics of a sampler are computed from."""
@@ -25,7 +25,7 @@ GRID_IMAGES = 64
 """Images in a picture of samples."""
 
 
-def sampler(
+def make_sampler(
     model: ModelConfig, weights: Mapping[str, Tensor], device: torch.device | str = "cpu"
 ) -> nn.Module:
     """A generator in eval mode from training weights, its BatchNorm statistics recomputed.
@@ -65,19 +65,23 @@ def _recompute_statistics(G: nn.Module, model: ModelConfig, device: torch.device
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over the batches
     G.train()
-    with exact_kernels(), torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
+    with (
+        deterministic_fp32(),
+        torch.no_grad(),
+        torch.autocast(torch.device(device).type, enabled=False),
+    ):
         for k in range(STANDING_BATCHES):
             G(z_rows(model, 0, "standing", k * BLOCK, BLOCK).to(device))
 
 
-def generate(G: nn.Module, z: Tensor) -> NDArray[np.uint8]:
+def draw_images(G: nn.Module, z: Tensor) -> NDArray[np.uint8]:
     """Images of rows of G's input: (N, ...) float32 -> (N, S, S, C) uint8, the same for any cut.
 
     The last block is padded: convolution kernels may round differently for other batch sizes.
     """
     device = next(G.parameters()).device
     out = []
-    with exact_kernels(), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with deterministic_fp32(), torch.no_grad(), torch.autocast(device.type, enabled=False):
         for block in torch.split(z, BLOCK):
             padded = torch.cat([block, block.new_zeros(BLOCK - len(block), z.shape[1])])
             out.append(to_uint8(G(padded.to(device)))[: len(block)].cpu().numpy())
@@ -86,7 +90,7 @@ def generate(G: nn.Module, z: Tensor) -> NDArray[np.uint8]:
 
 def sample_grid(G: nn.Module, model: ModelConfig, seed: int) -> NDArray[np.uint8]:
     """One picture, (8 S, 8 S, C), of images from z that are fixed for a run."""
-    return image_grid(generate(G, z_rows(model, seed, "grid", 0, GRID_IMAGES)))
+    return image_grid(draw_images(G, z_rows(model, seed, "grid", 0, GRID_IMAGES)))
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -40,14 +40,14 @@ class SpectralNorm(nn.Module):
         self.u.copy_(normalize(matrix @ v, dim=0))
 
 
-def normalise_weights(network: nn.Module) -> None:
+def apply_spectral_norm(network: nn.Module) -> None:
     """Put every convolution and matrix of a network under ``SpectralNorm``, in place."""
     for module in list(network.modules()):
         if isinstance(module, nn.Conv2d | nn.Linear):
             parametrize.register_parametrization(module, "weight", SpectralNorm(module.weight))
 
 
-def follow_weights(network: nn.Module, iterations: int = 1) -> None:
+def power_iterate(network: nn.Module, iterations: int = 1) -> None:
     """Power iterations after a change of the weights; nothing for a network without them."""
     for module in network.modules():
         if isinstance(module, parametrize.ParametrizationList):
@@ -55,7 +55,7 @@ def follow_weights(network: nn.Module, iterations: int = 1) -> None:
                 module[0].iterate(module.original)  # type: ignore[operator]
 
 
-def raw_weight(module: nn.Conv2d | nn.ConvTranspose2d | nn.Linear) -> Tensor:
+def unnormalised_weight(module: nn.Conv2d | nn.ConvTranspose2d | nn.Linear) -> Tensor:
     """The trained weight itself, before any norm."""
     if parametrize.is_parametrized(module):
         weight: Tensor = module.parametrizations.weight.original  # type: ignore[union-attr,assignment]

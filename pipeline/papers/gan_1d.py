@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.optim import Adam
 
-from pipeline.models.noise import stream
+from pipeline.models.noise import rng
 from pipeline.training.losses import discriminator_loss, non_saturating
 
 Values = NDArray[np.float64]
@@ -134,7 +134,7 @@ class Pair:
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """(x, z), each (BATCH, 1): x from p_data, z standard normal."""
-        draws = stream(self.seed, "theory", self.drawn)
+        draws = rng(self.seed, "theory", self.drawn)
         self.drawn += 1
         shares, means, stds = torch.tensor(PARTS).T
         part = torch.multinomial(shares, BATCH, replacement=True, generator=draws)
@@ -164,7 +164,7 @@ class Pair:
 
 def _network(seed: int, name: str) -> torch.nn.Sequential:
     """1 -> 1 with two hidden layers of tanh units; weights a function of the seed."""
-    draws = stream(seed, f"theory: weights of {name}")
+    draws = rng(seed, f"theory: weights of {name}")
     first, second, last = nn.Linear(1, HIDDEN), nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, 1)
     with torch.no_grad():
         for layer in (first, second, last):

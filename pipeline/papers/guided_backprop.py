@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.runtime import signals
-from pipeline.runtime.errors import EvaluationError, one_clear_message
+from pipeline.runtime.errors import EvaluationError, exit_on_user_error
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,10 +70,10 @@ def guided_gradients(D: nn.Module, images: Tensor, feature: int) -> tuple[Tensor
 
 def first_filters(D: nn.Module) -> Pixels:
     """(ndf, k, k, C) uint8: the first layer's weights, each scaled to the whole range."""
-    from pipeline.models.spectral_norm import raw_weight
+    from pipeline.models.spectral_norm import unnormalised_weight
 
     first = next(iter(D.layers))  # type: ignore[arg-type]
-    return _as_pixels(raw_weight(first).detach())
+    return _as_pixels(unnormalised_weight(first).detach())
 
 
 def excited(D: nn.Module, images: Pixels, features: int, count: int) -> Pixels:
@@ -197,10 +197,10 @@ def parse(words: list[str]) -> argparse.Namespace:
 def main() -> None:
     """Parse the command line and draw; exit code 2 on a user's mistake."""
     options = parse(sys.argv[1:])
-    with one_clear_message(), signals.interruptible("interrupted: nothing was written"):
-        from pipeline.runtime.files import place_for, write_results
+    with exit_on_user_error(), signals.exit_on_interrupt("interrupted: nothing was written"):
+        from pipeline.runtime.files import check_output_path, write_results
 
-        out = place_for(options.out)
+        out = check_output_path(options.out)
         write_results({out: picture(options)})
         print(f"written: {options.out}", flush=True)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.runtime import signals
-from pipeline.runtime.errors import CheckpointError, EvaluationError, one_clear_message
+from pipeline.runtime.errors import CheckpointError, EvaluationError, exit_on_user_error
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,10 +47,10 @@ def probe(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         standing,
     )
     from pipeline.papers.linear_probe import probe as measure
-    from pipeline.runtime.files import place_for
+    from pipeline.runtime.files import check_output_path
 
     if options.out is not None:
-        options.out = place_for(options.out)
+        options.out = check_output_path(options.out)
     config, found, trained, random = open_pair(options.run, options.checkpoint, options.seed)
     sources = {
         "--train": open_shards("--train", options.train or config.data.shards, config.model),
@@ -128,7 +128,7 @@ def open_pair(
     """
     from pipeline.config.loading import load
     from pipeline.models.dcgan import init_weights, make_discriminator
-    from pipeline.models.noise import stream
+    from pipeline.models.noise import rng
     from pipeline.runs import checkpoint
 
     if not (run / "config.yaml").is_file():
@@ -149,7 +149,7 @@ def open_pair(
         trained.load_state_dict(found.weights["D"])
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"{found.path}: D cannot be used: {error}.") from None
-    init_weights(random, stream(seed, "probe"))
+    init_weights(random, rng(seed, "probe"))
     return config, found, trained, random
 
 
@@ -197,7 +197,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 def main(words: list[str]) -> None:
     """Parse the command line and probe; exit code 2 on a user's mistake."""
     options = parse(words)
-    with one_clear_message(), signals.interruptible("interrupted: nothing was written"):
+    with exit_on_user_error(), signals.exit_on_interrupt("interrupted: nothing was written"):
         table, figures = probe(options)
         print(table, flush=True)
         if options.out is not None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.runtime import signals
-from pipeline.runtime.errors import GenerationError, one_clear_message
+from pipeline.runtime.errors import GenerationError, exit_on_user_error
 
 if TYPE_CHECKING:
     from pipeline.papers.gan_1d import Moment
@@ -37,7 +37,7 @@ def main() -> None:
         parser.error(f"--out ({options.out}): must end in .png")
     if not (options.steps >= 1 and 0 <= options.seed < 2**63):
         parser.error("--steps must be at least 1, --seed between 0 and 2**63 - 1")
-    with one_clear_message(), signals.interruptible("interrupted: nothing was written"):
+    with exit_on_user_error(), signals.exit_on_interrupt("interrupted: nothing was written"):
         make(options.out, options.seed, options.steps)
 
 
@@ -49,9 +49,9 @@ def make(out: Path, seed: int, steps: int) -> None:
         raise GenerationError(
             "theory: needs matplotlib; install with: pip install 'dcgan-pipeline[figures]'"
         )
-    from pipeline.runtime.files import place_for, write_results
+    from pipeline.runtime.files import check_output_path, write_results
 
-    picture, figures = place_for(out), place_for(out.with_suffix(".json"))
+    picture, figures = check_output_path(out), check_output_path(out.with_suffix(".json"))
     # torch takes seconds to import; a place that cannot be written to answers without it.
     import torch
 

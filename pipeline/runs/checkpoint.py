@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from pipeline.config.loading import dump, load
 from pipeline.config.schema import Config
 from pipeline.models.dcgan import make_discriminator, make_generator
-from pipeline.models.sampling import sampler
+from pipeline.models.sampling import make_sampler
 from pipeline.runs.results import kept_steps
 from pipeline.runs.run_folder import CHECKPOINTS, SNAPSHOTS, committed, folder_of, step_of
 from pipeline.runtime.errors import CheckpointError, RunFolderError
@@ -76,7 +76,7 @@ def save(
     final = folder_of(run_dir, CHECKPOINTS, step)
     with _written_aside(final) as partial:
         for name, network in networks.items():
-            save_file(portable(network.state_dict()), partial / f"{name}.safetensors")
+            save_file(to_cpu_contiguous(network.state_dict()), partial / f"{name}.safetensors")
         torch.save({k: v.state_dict() for k, v in optimizers.items()}, partial / OPTIMIZERS)
         document = dict(state) | {
             "step": step,
@@ -98,7 +98,7 @@ def export_snapshot(
     """
     final = folder_of(run_dir, SNAPSHOTS, step)
     with _written_aside(final) as partial:
-        tensors = portable(sampler(config.model, weights, device).state_dict())
+        tensors = to_cpu_contiguous(make_sampler(config.model, weights, device).state_dict())
         save_file(tensors, partial / GENERATOR, metadata={"step": str(step)})
         (partial / "config.yaml").write_text(dump(config))
     return final
@@ -115,7 +115,7 @@ def load_snapshot(path: Path, device: Any = "cpu") -> tuple[nn.Module, Config]:
         raise CheckpointError(f"{path}: not a snapshot; it must hold {GENERATOR} and config.yaml.")
     config = load(path / "config.yaml")
     try:
-        return sampler(config.model, load_file(file), device), config
+        return make_sampler(config.model, load_file(file), device), config
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be used: {error}.") from None
 
@@ -211,7 +211,7 @@ def clean(run_dir: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_cpu_contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """As safetensors wants them: on the CPU, contiguous; memory layout is not part of the state."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 

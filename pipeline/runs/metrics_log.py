@@ -22,13 +22,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline.config.schema import Config
-from pipeline.runs.wandb_log import STEP_KEY, Dashboard, Picture
+from pipeline.runs.wandb_log import STEP_KEY, Picture, WandbLog
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import RunFolderError
-from pipeline.runtime.files import publish
+from pipeline.runtime.files import write_atomic
 
 
-class Tracker:
+class MetricsLog:
     """Rank 0's record of a training run; every method is cheap next to a training step.
 
     A resumed run starts with ``metrics.jsonl`` rewound to its checkpoint, so the file holds every
@@ -63,7 +63,7 @@ class Tracker:
         self._bar: Any = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
-        self._dashboard = Dashboard(config, run_id)
+        self._dashboard = WandbLog(config, run_id)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record one row; ``step`` must grow from call to call.
@@ -102,7 +102,7 @@ class Tracker:
         path = self.run_dir / "samples" / f"step_{step:07d}.png"
         with _writing(path):
             path.parent.mkdir(exist_ok=True)
-            publish(path, content.getvalue())
+            write_atomic(path, content.getvalue())
         self._dashboard.log({STEP_KEY: step, "samples/grid": Picture(path, f"step {step}")})
         return path
 
@@ -122,7 +122,7 @@ class Tracker:
         self._file.close()
         self._dashboard.close(failed)
 
-    def __enter__(self) -> Tracker:
+    def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -142,7 +142,7 @@ class Tracker:
         say("  ".join([*parts, f"eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"]))
 
 
-class NullTracker(Tracker):
+class NullMetricsLog(MetricsLog):
     """The same methods for ranks other than 0: no file, no W&B, no output."""
 
     def __init__(self, config: Config) -> None:
@@ -173,7 +173,7 @@ def _rewind(path: Path, start_step: int) -> int:
                 last = step
     after = b"".join(kept)
     if after != before:
-        publish(path, after)
+        write_atomic(path, after)
     return last
 
 

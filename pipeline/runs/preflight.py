@@ -31,7 +31,7 @@ from pipeline.data.shards import Index
 from pipeline.runs.checkpoint import checkpoint_bytes, written_bytes
 from pipeline.runs.wandb_log import wandb_mode
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import existing, is_there, sha256_of
+from pipeline.runtime.files import exists, nearest_existing, sha256_of
 from pipeline.runtime.ranks import VISIBLE_SECONDS, Peers
 from pipeline.runtime.signals import Agreement
 
@@ -224,7 +224,7 @@ def _run_folder(peers: Peers, config: Config) -> Finding:
 
 
 def _missing_parents(folder: Path) -> list[Path]:
-    return [path for path in (folder, *folder.parents) if not is_there(path)]
+    return [path for path in (folder, *folder.parents) if not exists(path)]
 
 
 def _shards(peers: Peers, config: Config) -> tuple[Index | None, Finding]:
@@ -262,7 +262,7 @@ def _room(peers: Peers, config: Config, index: Index | None) -> list[Finding]:
     folder = Path(config.run.dir).expanduser()
     whole, one = checkpoint_bytes(config)
     needed = max(0, whole - peers.gather(written_bytes(folder))[0])
-    free = min(peers.gather(shutil.disk_usage(existing(folder)).free))
+    free = min(peers.gather(shutil.disk_usage(nearest_existing(folder)).free))
     text = f"{folder}: {_gib(free)} free, checkpoints and snapshots to the end take {_gib(needed)}"
     findings = [Finding("disk", "ok" if free > needed + one else "FAILED", text)]
     if index is not None and index.is_remote:
@@ -270,7 +270,7 @@ def _room(peers: Peers, config: Config, index: Index | None) -> list[Finding]:
         total = sum(shard.filesize for shard in index.shards)
         wanted = min(total, int(config.data.cache_gib * 2**30) or total)
         held = sum(path.stat().st_size for path in cache.glob("*.tar")) if cache.is_dir() else 0
-        free = min(peers.gather(shutil.disk_usage(existing(cache)).free + held))
+        free = min(peers.gather(shutil.disk_usage(nearest_existing(cache)).free + held))
         text = f"{cache}: {_gib(free)} free or in use for shards, they take {_gib(wanted)}"
         findings.append(Finding("shard cache", "ok" if free > wanted else "FAILED", text))
     return findings

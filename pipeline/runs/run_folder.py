@@ -19,13 +19,13 @@ from typing import IO
 from pipeline.config.loading import dump, load
 from pipeline.config.schema import Config, fixed_differences
 from pipeline.runtime.errors import ConfigError, RunFolderError
-from pipeline.runtime.files import publish
+from pipeline.runtime.files import write_atomic
 
 IDENTITY = "run.json"
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
-def precision_of(config: Config) -> str | None:
+def saved_precision(config: Config) -> str | None:
     """The arithmetic this run was started with, when the configuration leaves it to the hardware.
 
     A run that began in bf16 must not go on in fp32 because it was requeued on another machine.
@@ -63,7 +63,7 @@ class RunFolder:
 
     def mark(self, name: str, content: str) -> None:
         """Write a marker file that launch scripts read: progress, FINISHED or PREEMPTED."""
-        publish(self.path / name, content.encode())
+        write_atomic(self.path / name, content.encode())
 
     def unmark(self, name: str) -> None:
         """Remove a marker file that is no longer true."""
@@ -103,7 +103,7 @@ class RunFolder:
             name = str(json.loads(path.read_text())["id"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             name = make_run_id(config)
-        publish(path, json.dumps({"id": name, "precision": precision}).encode())
+        write_atomic(path, json.dumps({"id": name, "precision": precision}).encode())
         return name
 
     def _bind(self, config: Config) -> None:
@@ -123,7 +123,7 @@ class RunFolder:
                     f"{listed}\nSet the values back to resume it, or start a new run with "
                     "run.dir=..."
                 )
-        publish(path, dump(config).encode())
+        write_atomic(path, dump(config).encode())
 
 
 def make_run_id(config: Config) -> str:

@@ -41,7 +41,7 @@ class Picture:
     caption: str
 
 
-class Dashboard:
+class WandbLog:
     """A W&B run that can be slow, dead or absent without its owner noticing.
 
     One daemon thread imports wandb, opens the run and sends the rows. When W&B cannot be reached,
@@ -163,7 +163,7 @@ def _shut_down() -> None:
 def open_run(
     config: Config, run_id: str, mode: str, job_type: str, extra: Mapping[str, Any]
 ) -> Any:
-    """A W&B run as ``Dashboard`` describes it, blocking for up to a third of the timeout.
+    """A W&B run as ``WandbLog`` describes it, blocking for up to a third of the timeout.
 
     Raises:
         Exception: whatever wandb raises when it is not installed, not reachable or not willing.

@@ -62,7 +62,7 @@ SHARED = (ConfigError, CheckpointError, RunFolderError, EvaluationError, Generat
 
 
 @contextmanager
-def one_clear_message() -> Iterator[None]:
+def exit_on_user_error() -> Iterator[None]:
     """End the process with exit code 2 and the message alone when a ``UserError`` escapes.
 
     In a distributed run every rank fails on the same input with the same message, so ranks other

@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.runtime.errors import GenerationError
 
 
-def publish(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a power cut."""
     partial = _aside(path)
     try:
@@ -22,7 +22,7 @@ def publish(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
-def place_for(
+def check_output_path(
     path: Path,
     field: str = "--out",
     *,
@@ -137,12 +137,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def existing(folder: Path) -> Path:
+def nearest_existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
-    return next(path for path in (folder, *folder.absolute().parents) if is_there(path))
+    return next(path for path in (folder, *folder.absolute().parents) if exists(path))
 
 
-def is_there(path: Path) -> bool:
+def exists(path: Path) -> bool:
     """Whether it exists, as far as one may look."""
     try:
         return path.exists()

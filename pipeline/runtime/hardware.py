@@ -19,13 +19,13 @@ def resolve_precision(precision: str) -> str:
 
 
 def native_bf16() -> bool:
-    """Whether the device that ``start`` picks multiplies bf16 in hardware."""
-    if torch.cuda.is_available() and not asked_for_cpu():
+    """Whether the device that ``launch.make_accelerator`` picks multiplies bf16 in hardware."""
+    if torch.cuda.is_available() and not cpu_requested():
         return torch.cuda.get_device_capability() >= (8, 0)
     return bool(_cpu_flags() & {"amx_bf16", "avx512_bf16"})
 
 
-def asked_for_cpu() -> bool:
+def cpu_requested() -> bool:
     """Whether the environment says so, as Accelerate reads it."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
@@ -38,7 +38,7 @@ def _cpu_flags() -> set[str]:
     return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
-def choose_kernels(device: torch.device, deterministic: bool) -> None:
+def configure_kernels(device: torch.device, deterministic: bool) -> None:
     """On a GPU: kernels that repeat a run bit for bit, or the fastest, which cuDNN finds by trial.
 
     Two trials may choose two kernels, and some of the fastest sum in the order that threads
@@ -53,7 +53,7 @@ def choose_kernels(device: torch.device, deterministic: bool) -> None:
 
 
 @contextmanager
-def exact_kernels() -> Iterator[None]:
+def deterministic_fp32() -> Iterator[None]:
     """fp32 in full and the same bits every time: on GPUs no TF32, no kernels found by trial."""
     cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, products.allow_tf32
@@ -78,10 +78,10 @@ def use_all_cores() -> None:
     given = [*of_the_launcher("environ"), *of_the_launcher("cmdline")]
     if not given or any("OMP_NUM_THREADS=" in word or "cpu_threads" in word for word in given):
         return
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_here()))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
 
 
-def processes_here() -> int:
+def local_world_size() -> int:
     """Of this launch on this machine, as far as the launcher tells."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 

@@ -12,10 +12,10 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from pipeline.runtime.errors import ConfigError, LaunchError
 from pipeline.runtime.hardware import (
-    asked_for_cpu,
+    cpu_requested,
     keep_freed_memory,
+    local_world_size,
     of_the_launcher,
-    processes_here,
     use_all_cores,
 )
 from pipeline.runtime.ranks import Peers
@@ -24,7 +24,7 @@ log = logging.getLogger("pipeline")
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-def start(precision: str) -> Accelerator:
+def make_accelerator(precision: str) -> Accelerator:
     """The Accelerator of this process.
 
     Args:
@@ -35,9 +35,9 @@ def start(precision: str) -> Accelerator:
         ConfigError: fp16 without a GPU, or processes that do not see each other.
     """
     _refuse_missing_gpus()
-    on_cuda = torch.cuda.is_available() and not asked_for_cpu()
+    on_cuda = torch.cuda.is_available() and not cpu_requested()
     if on_cuda and "TORCHELASTIC_RUN_ID" in os.environ:  # others may show a process its GPU alone
-        _refuse_shared_gpus(processes_here(), torch.cuda.device_count())
+        _refuse_shared_gpus(local_world_size(), torch.cuda.device_count())
     if not on_cuda:
         keep_freed_memory()
         use_all_cores()
@@ -75,10 +75,10 @@ def _refuse_missing_gpus() -> None:
     GPUS_PER_NODE is what the launch scripts know from the scheduler or from nvidia-smi.
     """
     promised = os.environ.get("GPUS_PER_NODE", "")
-    if not promised.isdecimal() or asked_for_cpu():
+    if not promised.isdecimal() or cpu_requested():
         return
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if seen >= min(int(promised), processes_here()):
+    if seen >= min(int(promised), local_world_size()):
         return
     why = ""
     try:
@@ -102,7 +102,7 @@ def _refuse_shared_gpus(processes: int, gpus: int) -> None:
         )
 
 
-def refuse_unequal_precisions(
+def require_equal_precision(
     accelerator: Accelerator, precision: str, field: str = "train.precision"
 ) -> None:
     """``auto`` is made concrete by each rank for itself; unequal nodes must not mix arithmetic.
@@ -120,7 +120,7 @@ def refuse_unequal_precisions(
         )
 
 
-def warn_of_a_lost_launch(accelerator: Accelerator) -> None:
+def warn_about_missing_processes(accelerator: Accelerator) -> None:
     """Say so when the launcher was asked for more processes than it started.
 
     ``accelerate launch --cpu --num_processes 2`` starts one process and is silent about it; only

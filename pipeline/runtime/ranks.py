@@ -18,7 +18,7 @@ from pipeline.runtime.errors import USER_ERROR_EXIT_CODE, UserError
 
 T = TypeVar("T")
 VISIBLE_SECONDS = 30.0  # how long a network file system may hide a new file from other nodes
-ASK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 
 
 def on_rank_zero(accelerator: Accelerator, work: Callable[[], T], *, lengthy: bool = False) -> T:
@@ -38,7 +38,7 @@ def on_rank_zero(accelerator: Accelerator, work: Callable[[], T], *, lengthy: bo
             outcome[1] = error
 
     if lengthy:
-        while_others_wait(accelerator, accelerator.is_main_process, attempt, stoppable=False)
+        run_on_selected_ranks(accelerator, accelerator.is_main_process, attempt, stoppable=False)
     elif accelerator.is_main_process:
         attempt()
     dist.broadcast_object_list(outcome)
@@ -74,7 +74,7 @@ def _of_all(error: UserError) -> UserError:
     return error
 
 
-def while_others_wait(
+def run_on_selected_ranks(
     accelerator: Accelerator,
     mine: bool,
     work: Callable[[Callable[[], bool]], object],
@@ -105,7 +105,7 @@ def while_others_wait(
     try:
         while True:
             if mine:
-                thread.join(ASK_SECONDS)
+                thread.join(POLL_SECONDS)
             busy = thread.is_alive()
             failed = not busy and bool(failures)
             facts = [busy, failed, stoppable and signals.received() is not None]
@@ -133,7 +133,7 @@ def _on_any_rank(accelerator: Accelerator, facts: list[bool]) -> list[bool]:
     return [bool(flag) for flag in flags.tolist()]
 
 
-def ranks_hold_the_same(accelerator: Accelerator, networks: list[nn.Module]) -> bool:
+def same_on_all_ranks(accelerator: Accelerator, networks: list[nn.Module]) -> bool:
     """Whether all ranks have bitwise the same parameters (compared by a 64-bit sum of the bits)."""
     if accelerator.num_processes == 1:
         return True

@@ -46,7 +46,7 @@ def never() -> bool:
 
 
 @contextmanager
-def interruptible(said: str) -> Iterator[None]:
+def exit_on_interrupt(said: str) -> Iterator[None]:
     """End the process at the first SIGINT or SIGTERM, for work that leaves nothing to agree on.
 
     Exit code 128 + n and one line. An error that the interruption caused in a library is not shown.

@@ -19,8 +19,8 @@ from torch.optim import Adam
 
 from pipeline.config.schema import Config
 from pipeline.models.dcgan import init_weights, make_discriminator, make_generator, update_ema
-from pipeline.models.noise import stream
-from pipeline.models.spectral_norm import follow_weights
+from pipeline.models.noise import rng
+from pipeline.models.spectral_norm import power_iterate
 from pipeline.runtime.errors import ConfigError, NonFiniteLoss
 from pipeline.training.cuda_graph import Replayed
 from pipeline.training.diffaugment import augment
@@ -40,8 +40,8 @@ class GAN:
     def __init__(self, config: Config, accelerator: Accelerator, accumulation: int) -> None:
         self.config, self.accelerator, self.accumulation = config, accelerator, accumulation
         self.G, self.D = make_generator(config.model), make_discriminator(config.model)
-        init_weights(self.G, stream(config.run.seed, "weights of G"))
-        init_weights(self.D, stream(config.run.seed, "weights of D"))
+        init_weights(self.G, rng(config.run.seed, "weights of G"))
+        init_weights(self.D, rng(config.run.seed, "weights of D"))
         layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
         for network in (self.G, self.D):
             network.to(device=accelerator.device, memory_format=layout)  # type: ignore[call-overload]
@@ -189,12 +189,12 @@ class GAN:
         self._fakes.clear()
         for k, (x, noise) in enumerate(zip(real, z, strict=True)):
             fake = self._fake_for_D(noise, turn)
-            draws, classes = self._draws("D", step, turn, k), y[k] if y else None
+            draws, classes = self._micro_batch_rng("D", step, turn, k), y[k] if y else None
             x.requires_grad_(penalised)
-            with self._reduced_at_the_end(self._D, k):
+            with self._no_sync_before_the_last(self._D, k):
                 # Separate passes: BatchNorm must not mix real with generated statistics.
-                real_logits = self._judge(self._D, x, classes, draws)
-                fake_logits = self._judge(self._D, fake.detach(), classes, draws)
+                real_logits = self._logits(self._D, x, classes, draws)
+                fake_logits = self._logits(self._D, fake.detach(), classes, draws)
                 loss = objective = self._loss_D(real_logits, fake_logits, smoothing)
                 if penalised:  # half of gamma, for all the updates that go without
                     weight = stability.r1_gamma / 2 * stability.r1_every
@@ -207,7 +207,7 @@ class GAN:
         self.guard.check(whole, "D")
         self.opt_D.step()
         self.opt_D.zero_grad(set_to_none=True)
-        follow_weights(self.D)
+        power_iterate(self.D)
         return totals
 
     def _step_G(self, z: Sequence[Tensor], y: Sequence[Tensor] | None, step: int) -> Tensor:
@@ -215,10 +215,10 @@ class GAN:
         # D only passes gradients through: its weight gradients are neither computed nor reduced.
         self.D.requires_grad_(False)
         for k, noise in enumerate(z):
-            draws, classes = self._draws("G", step, 0, k), y[k] if y else None
-            with self._reduced_at_the_end(self._G, k):
+            draws, classes = self._micro_batch_rng("G", step, 0, k), y[k] if y else None
+            with self._no_sync_before_the_last(self._G, k):
                 fake = self._fakes.pop() if self._fakes else self._G(noise)
-                loss = self._loss_G(self._judge(self.D, fake, classes, draws))
+                loss = self._loss_G(self._logits(self.D, fake, classes, draws))
                 self.accelerator.backward(loss / self.accumulation)
             total += loss.detach() / self.accumulation
         self.D.requires_grad_(True)
@@ -227,7 +227,7 @@ class GAN:
         self.opt_G.zero_grad(set_to_none=True)
         return total
 
-    def _judge(
+    def _logits(
         self, D: nn.Module, images: Tensor, y: Tensor | None, draws: torch.Generator | None
     ) -> Tensor:
         """D's logits (m,) float32, of images as the configured augmentation changes them."""
@@ -236,7 +236,9 @@ class GAN:
         logits: Tensor = D(images, y, draws)
         return logits.float()
 
-    def _draws(self, purpose: str, step: int, turn: int, k: int) -> torch.Generator | None:
+    def _micro_batch_rng(
+        self, purpose: str, step: int, turn: int, k: int
+    ) -> torch.Generator | None:
         """What augmentation and dropout of a micro-batch draw from; None where nothing is drawn.
 
         A function of the micro-batch's place in the run, not of the rank that computes it.
@@ -246,7 +248,7 @@ class GAN:
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         place = (step * self.config.optim.d_steps + turn) * ranks * self.accumulation
         index = place + rank * self.accumulation + k
-        return stream(self.config.run.seed, f"draws for {purpose}", index)
+        return rng(self.config.run.seed, f"draws for {purpose}", index)
 
     def _fake_for_D(self, noise: Tensor, turn: int) -> Tensor:
         """G(z), its graph kept for G's update when one micro-batch makes the step.
@@ -260,7 +262,7 @@ class GAN:
         self._fakes.append(self._G(noise))
         return self._fakes[0]
 
-    def _reduced_at_the_end(self, network: nn.Module, k: int) -> AbstractContextManager[Any]:
+    def _no_sync_before_the_last(self, network: nn.Module, k: int) -> AbstractContextManager[Any]:
         """Gradients travel once per step: with the last micro-batch."""
         if k + 1 == self.accumulation:
             return nullcontext()

@@ -15,13 +15,13 @@ from accelerate import Accelerator
 from pipeline.config.schema import Config
 from pipeline.data.order import Order
 from pipeline.data.shards import Index
-from pipeline.models.sampling import sample_grid, sampler
+from pipeline.models.sampling import make_sampler, sample_grid
 from pipeline.runs import checkpoint
-from pipeline.runs.metrics_log import NullTracker, Tracker
+from pipeline.runs.metrics_log import MetricsLog, NullMetricsLog
 from pipeline.runs.run_folder import SNAPSHOTS, RunFolder, committed, step_of
 from pipeline.runtime import signals
 from pipeline.runtime.errors import CheckpointError
-from pipeline.runtime.ranks import on_every_rank, on_rank_zero, ranks_hold_the_same
+from pipeline.runtime.ranks import on_every_rank, on_rank_zero, same_on_all_ranks
 from pipeline.training.gan import GAN
 from pipeline.training.meter import Meter
 
@@ -78,7 +78,7 @@ class Run:
             )
         gan.load(found.weights, found.optimizers)
         self._saved_step = int(found.state["step"])
-        on_rank_zero(self.accelerator, lambda: self._make_up_for_a_snapshot(gan))
+        on_rank_zero(self.accelerator, lambda: self._export_missing_snapshot(gan))
         return self._saved_step
 
     def _read(self, path: Path) -> checkpoint.Checkpoint:
@@ -91,7 +91,7 @@ class Run:
                 )
         return found
 
-    def _make_up_for_a_snapshot(self, gan: GAN) -> None:
+    def _export_missing_snapshot(self, gan: GAN) -> None:
         """The disk was full, or a kill came, when its checkpoint had just been written."""
         step = self._saved_step
         if self.due(step, self.config.train.checkpoint_every) and step not in map(
@@ -115,9 +115,9 @@ class Run:
         if self.folder is not None and step < self.config.train.total_steps:
             self.folder.unmark("FINISHED")
         self.tracker = (
-            Tracker(self.config, self.id, step, self.config.train.total_steps)
+            MetricsLog(self.config, self.id, step, self.config.train.total_steps)
             if self.is_main
-            else NullTracker(self.config)
+            else NullMetricsLog(self.config)
         )
         self.meter = Meter(self.accelerator, self.config.images_per_step)
         self._saved_at = time.monotonic()
@@ -158,14 +158,14 @@ class Run:
         """Write a grid of G_ema's images from z that are fixed for the whole run."""
         if self.is_main:
             model, seed = self.config.model, self.config.run.seed
-            G = sampler(model, gan.G_ema.state_dict(), self.accelerator.device)
+            G = make_sampler(model, gan.G_ema.state_dict(), self.accelerator.device)
             self.tracker.images(step, sample_grid(G, model, seed))
 
     def save(self, step: int, gan: GAN) -> None:
         """Commit a checkpoint, then prune; a snapshot of G_ema with each regular one."""
         gan.guard.raise_if_tripped()
         gan.raise_if_weights_are_not_finite(step)
-        if not ranks_hold_the_same(self.accelerator, list(gan.networks().values())):
+        if not same_on_all_ranks(self.accelerator, list(gan.networks().values())):
             raise RuntimeError(f"ranks hold different weights at step {step}; not saved")
         if self.is_main:
             train = self.config.train

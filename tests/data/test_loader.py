@@ -406,11 +406,11 @@ def test_a_shard_lost_before_it_is_read_is_named(uneven: Index, tmp_path: Path) 
 SIGNALLED = """
 import sys
 import psutil
-from pipeline import signals
+from pipeline.runtime import signals
 signals.install()
-from pipeline.config import Config, DataConfig
-from pipeline.data import Loader, make_order
-from pipeline.shards import read_index
+from pipeline.config.schema import Config, DataConfig
+from pipeline.data.loader import Loader, make_order
+from pipeline.data.shards import read_index
 
 index = read_index(sys.argv[1])
 config = Config(data=DataConfig(shards=sys.argv[1], batch_size=24, workers=2))

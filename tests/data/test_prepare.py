@@ -304,7 +304,8 @@ def test_parts_at_once_write_the_bytes_of_one_command(labelled, tmp_path):
 SLOW_TO_CLEAN_UP = """
 import sys, time
 from pathlib import Path
-from pipeline import packing, prepare
+from pipeline import prepare
+from pipeline.data import packing
 remove, packed, others = packing._remove, *map(Path, sys.argv[1:3])
 def _remove(*arguments):
     deadline = time.monotonic() + 60

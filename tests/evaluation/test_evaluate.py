@@ -142,7 +142,7 @@ def test_checkpoints_count_where_there_is_no_snapshot(run: Path) -> None:
     """A checkpoint that the clock or a signal made has no snapshot; its G_ema is evaluated."""
     add_checkpoint(run, 15)
     add_checkpoint(run, 20)
-    found = candidates.of_run(run, "ema")
+    found = candidates.find_in_run(run, "ema")
     assert [(c.step, c.path.parent.name) for c in found] == [
         (10, "snapshots"),
         (15, "checkpoints"),
@@ -170,11 +170,11 @@ def test_a_bare_folder_is_scored_by_the_same_protocol(
     """PNGs of a snapshot's own images have the snapshot's own scores."""
     evaluated("--run", run)
     G, model = candidates.open_generator(
-        candidates.of_run(run, "ema")[-1], run, "ema", torch.device("cpu")
+        candidates.find_in_run(run, "ema")[-1], run, "ema", torch.device("cpu")
     )
     folder = tmp_path / "png"
     folder.mkdir()
-    for k, pixels in enumerate(candidates.generated(G, model, 0)(0, 100)):
+    for k, pixels in enumerate(candidates.generated_images(G, model, 0)(0, 100)):
         Image.fromarray(pixels[:, :, 0]).save(folder / f"{k:04d}.png")
     capsys.readouterr()
     evaluated("--run", run, "--images", folder)
@@ -188,12 +188,12 @@ def test_more_images_than_needed_are_sampled_from_the_whole_folder(tmp_path: Pat
         path = tmp_path / f"class_{k // 30}" / f"{k:02d}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(np.full((32, 32), 4 * k, np.uint8)).save(path)
-    grey = candidates.folder(str(tmp_path), (32, 32, 1), 20)(0, 20)[:, 0, 0, 0] // 4
+    grey = candidates.images_in_folder(str(tmp_path), (32, 32, 1), 20)(0, 20)[:, 0, 0, 0] // 4
     assert grey.tolist() == sorted(set(grey.tolist()))
     assert 5 < (grey >= 30).sum() < 15
-    again = candidates.folder(str(tmp_path), (32, 32, 1), 20)
+    again = candidates.images_in_folder(str(tmp_path), (32, 32, 1), 20)
     assert np.array_equal(again(5, 9)[:, 0, 0, 0] // 4, grey[5:9])
-    everything = candidates.folder(str(tmp_path), (32, 32, 1), 60)(0, 60)[:, 0, 0, 0] // 4
+    everything = candidates.images_in_folder(str(tmp_path), (32, 32, 1), 60)(0, 60)[:, 0, 0, 0] // 4
     assert everything.tolist() == list(range(60))
 
 

@@ -34,7 +34,7 @@ from pipeline.generation.image_sets import ImageSet
 from pipeline.generation.latent import Table
 from pipeline.models import sampling
 from pipeline.models.dcgan import init_weights, make_generator
-from pipeline.models.noise import stream
+from pipeline.models.noise import rng
 from pipeline.runs.checkpoint import load_snapshot
 from pipeline.runtime.errors import CheckpointError, GenerationError
 
@@ -63,7 +63,7 @@ def expected(snapshot: Path) -> np.ndarray:
 
 def images_of(snapshot: Path, z: torch.Tensor) -> np.ndarray:
     network, _ = load_snapshot(snapshot)
-    return sampling.generate(network, z)  # type: ignore[arg-type]
+    return sampling.draw_images(network, z)  # type: ignore[arg-type]
 
 
 def made(command: str, snapshot: Path, out: Path, *words: object) -> Path:
@@ -184,7 +184,7 @@ def test_an_interrupted_set_is_continued_to_the_same_bytes(tmp_path: Path) -> No
     accelerator = Accelerator(cpu=True)
     for format in image_sets.FORMATS:
         whole = ImageSet(tmp_path / f"{format}-whole", format, rows, (32, 32, 1), {"seed": 0})
-        image_sets.write(whole, lambda a, b: sampling.generate(G, table.cut(a, b)), accelerator)
+        image_sets.write(whole, lambda a, b: sampling.draw_images(G, table.cut(a, b)), accelerator)
         done: list[int] = []
 
         def images(start: int, stop: int, done: list[int] = done) -> np.ndarray:
@@ -192,7 +192,7 @@ def test_an_interrupted_set_is_continued_to_the_same_bytes(tmp_path: Path) -> No
                 done.append(-1)
                 raise OSError(28, "No space left on device")
             done.append(start)
-            return sampling.generate(G, table.cut(start, stop))
+            return sampling.draw_images(G, table.cut(start, stop))
 
         job = ImageSet(tmp_path / f"{format}-cut", format, rows, (32, 32, 1), {"seed": 0})
         with pytest.raises(GenerationError, match="the disk is full"):
@@ -307,7 +307,7 @@ def test_two_commands_on_one_set_do_not_mix(snapshot: Path, tmp_path: Path) -> N
 
 
 def generator() -> torch.nn.Module:
-    return sampling.sampler(MODEL, generator_of(30).state_dict())
+    return sampling.make_sampler(MODEL, generator_of(30).state_dict())
 
 
 # -- z ------------------------------------------------------------------------------------------
@@ -474,7 +474,7 @@ def conditional(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     """A snapshot of a G with classes, a DCGAN's and an MLP's; as large as to tell images apart."""
     folder, model = tmp_path_factory.mktemp("run"), OTHERS[request.param]
     G = make_generator(model)
-    init_weights(G, stream(0, "test"))
+    init_weights(G, rng(0, "test"))
     with torch.no_grad():
         for weights in G.parameters():
             weights.mul_(4 if weights.ndim > 1 else 1)

@@ -20,7 +20,7 @@ from pipeline.models.dcgan import (
     update_ema,
 )
 from pipeline.models.layers import Down, FromVector, ToVector, Up
-from pipeline.models.noise import stream
+from pipeline.models.noise import rng
 
 SIZES = [32, 64, 128, 256]
 EVERY = [(size, kernel, channels) for size in SIZES for kernel in (4, 5) for channels in (1, 3)]
@@ -35,7 +35,7 @@ def small(**values: Any) -> ModelConfig:
 
 def made(network: type[nn.Module], config: ModelConfig, seed: int = 0) -> nn.Module:
     made = network(config)
-    init_weights(made, stream(seed, "test"))
+    init_weights(made, rng(seed, "test"))
     return made
 
 
@@ -123,11 +123,11 @@ def test_the_architecture_guidelines(size: int) -> None:
 def test_every_input_pixel_and_every_z_counts(kernel: int) -> None:
     """No border or component is cut off: each has a gradient, and each output pixel varies."""
     config = small(kernel_size=kernel)
-    x = torch.randn(3, 1, 32, 32, generator=stream(0, "x")).requires_grad_()
+    x = torch.randn(3, 1, 32, 32, generator=rng(0, "x")).requires_grad_()
     made(Discriminator, config)(x).square().sum().backward()
     assert x.grad is not None
     assert (x.grad != 0).all()
-    z = torch.randn(3, 8, generator=stream(0, "z")).requires_grad_()
+    z = torch.randn(3, 8, generator=rng(0, "z")).requires_grad_()
     images = made(Generator, config)(z)
     assert (images.std(dim=0) > 0).all()
     images.square().sum().backward()
@@ -140,8 +140,8 @@ def test_output_range() -> None:
     config = small()
     G, D = made(Generator, config), made(Discriminator, config)
     with torch.no_grad():
-        images = G(100 * torch.randn(16, 8, generator=stream(0, "z")))
-        logits = D(torch.randn(64, 1, 32, 32, generator=stream(0, "x")) * 1000)
+        images = G(100 * torch.randn(16, 8, generator=rng(0, "z")))
+        logits = D(torch.randn(64, 1, 32, 32, generator=rng(0, "x")) * 1000)
     assert images.abs().max() <= 1
     assert images.abs().max() > 0
     assert logits.min() < 0 < logits.max()
@@ -184,7 +184,7 @@ def test_training_networks_hold_parameters_only(network: type[nn.Module]) -> Non
     assert not list(one.buffers())
     assert set(one.state_dict()) == {name for name, _ in one.named_parameters()}
     shape = (4, 8) if network is Generator else (4, 1, 32, 32)
-    x = torch.randn(shape, generator=stream(0, "x"))
+    x = torch.randn(shape, generator=rng(0, "x"))
     with torch.no_grad():
         assert torch.equal(one.train()(x), one.eval()(x))
 
@@ -192,7 +192,7 @@ def test_training_networks_hold_parameters_only(network: type[nn.Module]) -> Non
 def test_d_takes_the_class_in_by_projection() -> None:
     """D(x, y) = D(x) + <v_y, phi(x)>, phi the last feature map (Miyato & Koyama 2018)."""
     D = made(Discriminator, small(num_classes=3))
-    x, y = torch.randn(6, 1, 32, 32, generator=stream(0, "x")), torch.tensor([2, 0, 1, 1, 2, 0])
+    x, y = torch.randn(6, 1, 32, 32, generator=rng(0, "x")), torch.tensor([2, 0, 1, 1, 2, 0])
     with torch.no_grad():
         phi = D.layers[:-1](x).flatten(1)
         own, *of_classes = D.layers.to_logit.weight.flatten(1)
@@ -210,7 +210,7 @@ def test_the_mlp_d_takes_the_class_as_one_hot_inputs() -> None:
             weights.zero_()
         D.hidden[0].weight[0, 32 * 32 :] = torch.tensor([1.0, 2.0, 3.0])
         D.hidden[1].weight[0, 0] = D.to_logit.weight[0, 0] = 1
-        x = torch.randn(4, 1, 32, 32, generator=stream(0, "x"))
+        x = torch.randn(4, 1, 32, 32, generator=rng(0, "x"))
         assert D(x, torch.tensor([0, 1, 2, 0])).tolist() == [1, 2, 3, 1]
 
 
@@ -218,8 +218,8 @@ def test_the_mlp_d_takes_the_class_as_one_hot_inputs() -> None:
 def test_g_sees_the_class_through_its_own_weights(architecture: str) -> None:
     """The same z of two classes differs exactly while the weights of the one-hot inputs do."""
     G = make_generator(small(architecture=architecture, num_classes=2))
-    init_weights(G, stream(0, "test"))
-    z = torch.randn(3, 8, generator=stream(0, "z"))
+    init_weights(G, rng(0, "test"))
+    z = torch.randn(3, 8, generator=rng(0, "z"))
     first, second = (torch.cat([z, row.expand(3, 2)], 1) for row in torch.eye(2))
     weights = G.hidden[0].weight.T if architecture == "mlp" else G.layers.project.weight
     with torch.no_grad():

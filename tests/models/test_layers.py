@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.layers import Down, FromVector, ToVector, Up, _Strided
-from pipeline.models.noise import stream
+from pipeline.models.noise import rng
 
 KERNELS = pytest.mark.parametrize("kernel", [4, 5])
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    made = torch.randn(shape, generator=stream(0, "test", sum(shape)), dtype=dtype)
+    made = torch.randn(shape, generator=rng(0, "test", sum(shape)), dtype=dtype)
     return made.requires_grad_()
 
 

@@ -11,8 +11,14 @@ from torch import Tensor, nn
 
 from pipeline.config.schema import ModelConfig
 from pipeline.models.dcgan import Discriminator, Generator, init_weights
-from pipeline.models.noise import BLOCK, draw_z, stream, z_rows
-from pipeline.models.sampling import STANDING_BATCHES, generate, image_grid, sampler, to_uint8
+from pipeline.models.noise import BLOCK, draw_z, rng, z_rows
+from pipeline.models.sampling import (
+    STANDING_BATCHES,
+    draw_images,
+    image_grid,
+    make_sampler,
+    to_uint8,
+)
 
 MODEL = ModelConfig(image_size=32, channels=3, z_dim=8, ngf=8, ndf=8)
 UNIFORM = ModelConfig(z_dim=4)
@@ -23,7 +29,7 @@ NORMAL = ModelConfig(z_dim=4, z_distribution="normal")
 def weights() -> dict[str, Tensor]:
     """A generator's weights, made livelier than at the start so that images differ visibly."""
     G = Generator(MODEL)
-    init_weights(G, stream(0, "test"))
+    init_weights(G, rng(0, "test"))
     with torch.no_grad():
         for p in G.parameters():
             p.mul_(4.0)
@@ -32,7 +38,7 @@ def weights() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def G(weights: dict[str, Tensor]) -> Generator:
-    return sampler(MODEL, weights)
+    return make_sampler(MODEL, weights)
 
 
 # -- streams ------------------------------------------------------------------------------------
@@ -40,9 +46,9 @@ def G(weights: dict[str, Tensor]) -> Generator:
 
 def test_streams_are_frozen() -> None:
     """Another number here would break every resume across versions: it needs a migration."""
-    assert stream(0, "z", 0).initial_seed() == 4251995223362909821
-    assert stream(7, "weights of G").initial_seed() == 7375035343110332834
-    assert stream(0, "standing", 3).initial_seed() == 5215130352550247636
+    assert rng(0, "z", 0).initial_seed() == 4251995223362909821
+    assert rng(7, "weights of G").initial_seed() == 7375035343110332834
+    assert rng(0, "standing", 3).initial_seed() == 5215130352550247636
 
 
 def test_uniform_noise_is_frozen() -> None:
@@ -56,7 +62,7 @@ def test_uniform_noise_is_frozen() -> None:
         [0.8777165412902832, 0.7383825778961182, 0.020800471305847168, 0.6323002576828003],
         [-0.03148317337036133, -0.9757190942764282, 0.8137354850769043, 0.7486890554428101],
     ]
-    assert draw_z(UNIFORM, 3, stream(0, "z", 5)).tolist() == drawn
+    assert draw_z(UNIFORM, 3, rng(0, "z", 5)).tolist() == drawn
     assert z_rows(UNIFORM, 1, "grid", 63, 2).tolist() == rows
 
 
@@ -70,7 +76,7 @@ def test_normal_noise_is_frozen() -> None:
         [-0.27932634949684143, -0.7148181796073914, -0.0711941048502922, -0.19493639469146729],
         [0.01116722822189331, -0.15122710168361664, 2.17679762840271, 1.6243222951889038],
     ]
-    drawn = draw_z(NORMAL, 16, stream(0, "z", 5))[[0, 15]]
+    drawn = draw_z(NORMAL, 16, rng(0, "z", 5))[[0, 15]]
     torch.testing.assert_close(drawn, torch.tensor(first_and_last), rtol=1e-5, atol=1e-6)
     table = z_rows(NORMAL, 1, "grid", 63, 2)
     torch.testing.assert_close(table, torch.tensor(rows), rtol=1e-5, atol=1e-6)
@@ -79,24 +85,24 @@ def test_normal_noise_is_frozen() -> None:
 def test_seed_purpose_and_index_all_matter() -> None:
     """No two of these streams begin alike, nor do arguments run into each other."""
     arguments = [(0, "z", 0), (1, "z", 0), (0, "grid", 0), (0, "z", 1), (0, "z|1", 0), (2**62, "z")]
-    drawn = [torch.rand(4, generator=stream(*a)).tolist() for a in arguments]
+    drawn = [torch.rand(4, generator=rng(*a)).tolist() for a in arguments]
     assert len({tuple(values) for values in drawn}) == len(arguments)
-    assert torch.rand(4, generator=stream(0, "z", 0)).tolist() == drawn[0]
+    assert torch.rand(4, generator=rng(0, "z", 0)).tolist() == drawn[0]
 
 
 def test_a_batch_of_noise_cut_by_ranks_is_the_batch_of_one_process() -> None:
     """As the loop does it: each rank draws the global z and takes its rows."""
-    whole = draw_z(MODEL, 24, stream(3, "z", 17))
+    whole = draw_z(MODEL, 24, rng(3, "z", 17))
     for ranks in (2, 3, 4):
         n = 24 // ranks
-        cut = [draw_z(MODEL, 24, stream(3, "z", 17))[r * n : (r + 1) * n] for r in range(ranks)]
+        cut = [draw_z(MODEL, 24, rng(3, "z", 17))[r * n : (r + 1) * n] for r in range(ranks)]
         assert torch.equal(torch.cat(cut), whole)
 
 
 @pytest.mark.parametrize("model", [UNIFORM, NORMAL], ids=["uniform", "normal"])
 def test_the_distribution_is_the_configured_one(model: ModelConfig) -> None:
     """Uniform on [-1, 1): variance 1/3; or standard normal; both centred."""
-    z = draw_z(model, 20_000, stream(0, "moments"))
+    z = draw_z(model, 20_000, rng(0, "moments"))
     assert z.dtype == torch.float32
     assert z.mean().abs() < 0.02
     assert z.var().item() == pytest.approx(1 / 3 if model is UNIFORM else 1, rel=0.03)
@@ -128,25 +134,25 @@ def test_any_cut_of_the_noise_table_gives_the_same_rows(
 def test_images_do_not_depend_on_the_batch(cut: int, G: Generator) -> None:
     """generate() of any pieces of z, put together, is generate() of all, byte for byte."""
     z = z_rows(MODEL, 0, "images", 0, 150 if cut > 1 else 20)
-    whole = generate(G, z)
+    whole = draw_images(G, z)
     assert whole.shape == (len(z), 32, 32, 3)
     assert whole.dtype == np.uint8
     assert whole.std() > 10, "the images are too flat for this test to mean anything"
-    pieces = [generate(G, piece) for piece in z.split(cut)]
+    pieces = [draw_images(G, piece) for piece in z.split(cut)]
     np.testing.assert_array_equal(np.concatenate(pieces), whole)
 
 
 def test_no_noise_gives_no_images(G: Generator) -> None:
     """Zero rows are an empty array of the right shape: a rank without work is no special case."""
-    assert generate(G, torch.empty(0, 8)).shape == (0, 32, 32, 3)
+    assert draw_images(G, torch.empty(0, 8)).shape == (0, 32, 32, 3)
 
 
 def test_images_ignore_autocast_and_build_no_graph(G: Generator) -> None:
     """Samples are fp32 even when asked for in the midst of bf16 training."""
     z = z_rows(MODEL, 0, "images", 0, 5)
-    plain = generate(G, z)
+    plain = draw_images(G, z)
     with torch.autocast("cpu", torch.bfloat16):
-        np.testing.assert_array_equal(generate(G, z), plain)
+        np.testing.assert_array_equal(draw_images(G, z), plain)
     assert not any(p.requires_grad for p in G.parameters())
 
 
@@ -166,7 +172,7 @@ def test_samples_and_statistics_are_fp32_in_full(
     training = (True, False, True, True)
     try:
         cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, products.allow_tf32 = training
-        generate(sampler(MODEL, weights), z_rows(MODEL, 0, "images", 0, 5))
+        draw_images(make_sampler(MODEL, weights), z_rows(MODEL, 0, "images", 0, 5))
         assert now() == training
     finally:
         cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, products.allow_tf32 = before
@@ -207,11 +213,11 @@ def statistics(G: Generator) -> dict[str, Tensor]:
 
 def test_statistics_are_a_function_of_the_weights(weights: dict[str, Tensor]) -> None:
     """Equal after other samplers were made and the global RNG moved, which itself is untouched."""
-    first = statistics(sampler(MODEL, weights))
+    first = statistics(make_sampler(MODEL, weights))
     torch.manual_seed(123)
-    sampler(MODEL, {name: value * 0.5 for name, value in weights.items()})
+    make_sampler(MODEL, {name: value * 0.5 for name, value in weights.items()})
     before = torch.random.get_rng_state()
-    again = statistics(sampler(MODEL, weights))
+    again = statistics(make_sampler(MODEL, weights))
     assert torch.equal(before, torch.random.get_rng_state())
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -219,7 +225,7 @@ def test_statistics_are_a_function_of_the_weights(weights: dict[str, Tensor]) ->
 
 def test_statistics_are_those_of_the_fixed_batches(weights: dict[str, Tensor]) -> None:
     """The first layer's are the mean over 16 batches of 64 of batch means and variances."""
-    G = sampler(MODEL, weights)
+    G = make_sampler(MODEL, weights)
     assert not G.training
     z = z_rows(MODEL, 0, "standing", 0, STANDING_BATCHES * BLOCK)
     with torch.no_grad():
@@ -237,7 +243,7 @@ def test_sampled_images_are_close_to_those_of_training(weights: dict[str, Tensor
     z = z_rows(MODEL, 9, "near", 0, 512)
     with torch.no_grad():
         of_training = train(z)
-        of_sampling = sampler(MODEL, weights)(z)
+        of_sampling = make_sampler(MODEL, weights)(z)
     assert (of_sampling - of_training).abs().mean() < 0.05 * of_training.std()
 
 
@@ -245,21 +251,21 @@ def test_kept_statistics_are_used_as_they_are(G: Generator) -> None:
     """A snapshot carries its statistics: reading it recomputes nothing and is bitwise equal."""
     state = {name: value.clone() for name, value in G.state_dict().items()}
     state["layers.norm_4.running_mean"] += 1.0
-    back = sampler(MODEL, state).state_dict()
+    back = make_sampler(MODEL, state).state_dict()
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
 def test_weights_of_another_architecture_are_refused(weights: dict[str, Tensor]) -> None:
     """D's weights, or a state with a layer missing, are no generator."""
     with pytest.raises(ValueError, match="another architecture"):
-        sampler(MODEL, Discriminator(MODEL).state_dict())
+        make_sampler(MODEL, Discriminator(MODEL).state_dict())
     with pytest.raises(ValueError, match="another architecture"):
-        sampler(MODEL, {name: w for name, w in weights.items() if "project" not in name})
+        make_sampler(MODEL, {name: w for name, w in weights.items() if "project" not in name})
 
 
 def test_the_training_weights_are_left_alone(weights: dict[str, Tensor]) -> None:
     """A grid in the midst of training shares no memory with the networks that train."""
-    G = sampler(MODEL, weights)
+    G = make_sampler(MODEL, weights)
     shared = {p.data_ptr() for p in G.parameters()} & {w.data_ptr() for w in weights.values()}
     assert not shared
     assert all(

@@ -37,8 +37,8 @@ from pipeline.data.shards import read_index, scan, write_index
 from pipeline.evaluation.candidates import chosen_ids
 from pipeline.evaluation.parzen import SAMPLES, SIGMAS, log_likelihoods, parzen
 from pipeline.models.dcgan import init_weights, make_discriminator
-from pipeline.models.noise import stream, z_rows
-from pipeline.models.sampling import generate
+from pipeline.models.noise import rng, z_rows
+from pipeline.models.sampling import draw_images
 from pipeline.papers import gan_1d, guided_backprop, linear_probe, probe
 from pipeline.papers.guided_backprop import guided_gradients
 from pipeline.papers.linear_probe import check_memory, standing
@@ -71,7 +71,7 @@ def test_the_window_is_the_formula_by_hand() -> None:
 
 def test_nothing_overflows_in_many_dimensions() -> None:
     """784 dimensions and a narrow window: exp alone would be 0; chunks change nothing."""
-    images = torch.rand(600, 784, generator=stream(0, "x"))
+    images = torch.rand(600, 784, generator=rng(0, "x"))
     found = log_likelihoods(images, images[:50] * 0.5, [0.1])
     assert torch.isfinite(found).all()
     apart = torch.cat(
@@ -82,9 +82,9 @@ def test_nothing_overflows_in_many_dimensions() -> None:
 
 def test_more_samples_than_fit_are_taken_in_parts() -> None:
     """Against the formula on all distances at once; a part far away adds nothing, and no NaN."""
-    samples = torch.rand(2 * SAMPLES + 7, 5, generator=stream(0, "s"))
+    samples = torch.rand(2 * SAMPLES + 7, 5, generator=rng(0, "s"))
     samples[:SAMPLES] += 1000
-    images = torch.rand(30, 5, generator=stream(0, "x"))
+    images = torch.rand(30, 5, generator=rng(0, "x"))
     found = log_likelihoods(images, samples, [0.1, 0.5])
     for row, sigma in enumerate((0.1, 0.5)):
         squares = torch.cdist(images.double(), samples.double()).square()
@@ -98,7 +98,7 @@ def test_a_known_gaussian_scores_what_calculus_says() -> None:
     sigma^2, whose mean log-likelihood is -log(2 pi v) - 0.2^2 / v, with deviation 0.2^2 / v.
     """
     drawn = {
-        name: torch.randn(n, 2, generator=stream(0, name)) * 0.2 + 0.5
+        name: torch.randn(n, 2, generator=rng(0, name)) * 0.2 + 0.5
         for name, n in (("samples", 20_000), ("validation", 200), ("test", 2_000))
     }
     mean, error, sigma = parzen(*drawn.values())
@@ -110,8 +110,8 @@ def test_a_known_gaussian_scores_what_calculus_says() -> None:
 
 def test_sigma_is_the_best_of_the_range_for_the_validation_images() -> None:
     """Few samples far apart want a wide window."""
-    samples = torch.rand(20, 30, generator=stream(0, "s"))
-    validation, test = torch.rand(2, 200, 30, generator=stream(0, "x")).unbind()
+    samples = torch.rand(20, 30, generator=rng(0, "s"))
+    validation, test = torch.rand(2, 200, 30, generator=rng(0, "x")).unbind()
     _, _, sigma = parzen(samples, validation, test)
     means = [log_likelihoods(validation, samples, [s]).mean().item() for s in SIGMAS]
     assert sigma == SIGMAS[int(np.argmax(means))]
@@ -144,7 +144,7 @@ def test_the_command_scores_a_run_by_its_parzen_window(
     assert [row["step"] for row in rows] == [10, 20]
     assert "LOG-LIK." in capsys.readouterr().out
     network, config = load_snapshot(run / "snapshots" / "step_00000020")
-    samples = generate(network, z_rows(config.model, 0, "evaluation", 0, 100))
+    samples = draw_images(network, z_rows(config.model, 0, "evaluation", 0, 100))
     index = read_index(str(tmp_path / "held-out"))
     images = np.empty((40, 32, 32, 1), np.uint8)
     Reader(index, Cache(index, "")).read(chosen_ids(40, 40), images)
@@ -308,7 +308,7 @@ def test_the_pair_is_the_checkpoints_d_and_one_with_first_weights(
     assert "step_00000020: D.safetensors is damaged" in capsys.readouterr().err
     assert step_of(found.path) == 10
     kept, first = checkpoint.read(found.path).weights["D"], make_discriminator(MODEL)
-    init_weights(first, stream(5, "probe"))
+    init_weights(first, rng(5, "probe"))
     for name, value in trained.state_dict().items():
         assert torch.equal(value, kept[name])
         assert torch.equal(random.state_dict()[name], first.state_dict()[name])
@@ -411,7 +411,7 @@ def test_first_filters_are_the_weights_around_grey(labelled_run: Path) -> None:
 def test_guided_gradients_of_one_layer_are_its_filter_where_it_responds(labelled_run: Path) -> None:
     """Nothing before the only layer can shut; shapes and finite numbers through a whole D."""
     _, _, D, random = open_pair(labelled_run, None, 0)
-    x = torch.rand(3, 1, 32, 32, generator=stream(0, "x")) * 2 - 1
+    x = torch.rand(3, 1, 32, 32, generator=rng(0, "x")) * 2 - 1
     standing(D, np.zeros((64, 32, 32, 1), np.uint8))
     responses, gradients = guided_gradients(D, x, 2)
     assert responses.shape == (3,)

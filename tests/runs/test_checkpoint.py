@@ -14,8 +14,8 @@ from torch import nn
 
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.models.dcgan import Generator, init_weights
-from pipeline.models.noise import stream, z_rows
-from pipeline.models.sampling import generate, sampler
+from pipeline.models.noise import rng, z_rows
+from pipeline.models.sampling import draw_images, make_sampler
 from pipeline.runs import checkpoint
 from pipeline.runs.run_folder import committed, step_of
 from pipeline.runtime.errors import CheckpointError
@@ -26,7 +26,7 @@ CONFIG = Config(model=MODEL)
 
 def small_generator(seed: int = 0) -> Generator:
     G = Generator(MODEL)
-    init_weights(G, stream(seed, "weights of G"))
+    init_weights(G, rng(seed, "weights of G"))
     return G
 
 
@@ -152,8 +152,8 @@ def test_a_snapshot_alone_gives_the_same_images(tmp_path: Path) -> None:
     assert config.model == MODEL
     assert not any(module.training for module in loaded.modules())
     z = z_rows(MODEL, 0, "grid", 0, 9)
-    expected = generate(sampler(MODEL, G.state_dict()), z)
-    assert np.array_equal(generate(loaded, z), expected)
+    expected = draw_images(make_sampler(MODEL, G.state_dict()), z)
+    assert np.array_equal(draw_images(loaded, z), expected)
 
 
 def test_a_snapshot_of_another_architecture_is_refused(tmp_path: Path) -> None:
@@ -168,4 +168,4 @@ def test_a_snapshot_of_another_architecture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a snapshot"):
         checkpoint.load_snapshot(tmp_path)
     with pytest.raises(ValueError, match="another architecture"):
-        sampler(replace(MODEL, image_size=64), G.state_dict())
+        make_sampler(replace(MODEL, image_size=64), G.state_dict())

@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from pipeline.config.schema import Config, RunConfig, TrackingConfig
-from pipeline.runs.metrics_log import NullTracker, Tracker
+from pipeline.runs.metrics_log import MetricsLog, NullMetricsLog
 from pipeline.runs.run_folder import make_run_id
 from pipeline.runs.wandb_log import wandb_mode
 from pipeline.runtime.errors import RunFolderError
@@ -32,11 +32,11 @@ PRELUDE = """
 import os, signal, sys, time, psutil
 from pathlib import Path
 import numpy as np
-from pipeline.config import Config, RunConfig, TrackingConfig
-from pipeline.dashboard import Dashboard
-from pipeline.errors import one_clear_message
-from pipeline.tracking import Tracker
-from pipeline import dashboard
+from pipeline.config.schema import Config, RunConfig, TrackingConfig
+from pipeline.runs.wandb_log import WandbLog
+from pipeline.runtime.errors import exit_on_user_error
+from pipeline.runs.metrics_log import MetricsLog
+from pipeline.runs import wandb_log
 
 def config(wandb, timeout=30.0):
     return Config(
@@ -109,7 +109,7 @@ def logged_steps(records: list[dict[str, Any]]) -> list[int]:
 
 def test_every_row_is_one_json_object_on_disk_when_log_returns(tmp_path: Path) -> None:
     before = time.time()
-    with Tracker(config_of(tmp_path), "id", 0, 10) as tracker:
+    with MetricsLog(config_of(tmp_path), "id", 0, 10) as tracker:
         tracker.log(1, {"loss/G": np.float32(0.5), "grad_norm/G": float("inf")})
         (first,) = rows_of(tmp_path)
         tracker.log(2, {"loss/G": 0.25})
@@ -122,20 +122,20 @@ def test_every_row_is_one_json_object_on_disk_when_log_returns(tmp_path: Path) -
 
 
 def test_a_step_is_logged_once(tmp_path: Path) -> None:
-    with Tracker(config_of(tmp_path), "id", 0, 10) as tracker:
+    with MetricsLog(config_of(tmp_path), "id", 0, 10) as tracker:
         tracker.log(5, {"loss/G": 1.0})
         with pytest.raises(AssertionError, match="one row per step"):
             tracker.log(5, {"loss/G": 1.0})
 
 
 def test_a_resumed_run_drops_rows_after_its_checkpoint_and_a_torn_line(tmp_path: Path) -> None:
-    with Tracker(config_of(tmp_path), "id", 0, 100) as tracker:
+    with MetricsLog(config_of(tmp_path), "id", 0, 100) as tracker:
         for step in range(10, 60, 10):
             tracker.log(step, {"loss/G": float(step)})
     path = tmp_path / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines) + b'{"step": 60, "loss')
-    with Tracker(config_of(tmp_path), "id", 30, 100) as tracker:
+    with MetricsLog(config_of(tmp_path), "id", 30, 100) as tracker:
         assert path.read_bytes() == b"".join(lines[:3])
         tracker.log(40, {"loss/G": -1.0})
     assert [row["step"] for row in rows_of(tmp_path)] == [10, 20, 30, 40]
@@ -144,14 +144,14 @@ def test_a_resumed_run_drops_rows_after_its_checkpoint_and_a_torn_line(tmp_path:
 
 def test_a_torn_line_within_the_checkpoint_is_dropped_too(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}')
-    with Tracker(config_of(tmp_path), "id", 5, 10) as tracker:
+    with MetricsLog(config_of(tmp_path), "id", 5, 10) as tracker:
         tracker.log(6, {})
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 6]
 
 
 def test_kill_9_keeps_every_complete_row(tmp_path: Path) -> None:
     body = """
-with Tracker(config("disabled"), "id", 0, 10**9) as tracker:
+with MetricsLog(config("disabled"), "id", 0, 10**9) as tracker:
     for step in range(1, 10**9):
         tracker.log(step, row(step))
 """
@@ -166,7 +166,7 @@ with Tracker(config("disabled"), "id", 0, 10**9) as tracker:
             if line.startswith(b"step 500/"):
                 process.kill()
                 break
-    with Tracker(config_of(tmp_path), "id", 10**9, 10**9):
+    with MetricsLog(config_of(tmp_path), "id", 10**9, 10**9):
         steps = [row["step"] for row in rows_of(tmp_path)]
     assert len(steps) >= 500
     assert steps == list(range(1, len(steps) + 1))
@@ -175,7 +175,7 @@ with Tracker(config("disabled"), "id", 0, 10**9) as tracker:
 @pytest.mark.parametrize("shape", [(8, 6), (8, 6, 1), (8, 6, 3)])
 def test_grids_are_png_files_named_by_step(tmp_path: Path, shape: tuple[int, ...]) -> None:
     grid = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    with Tracker(config_of(tmp_path), "id", 0, 10) as tracker:
+    with MetricsLog(config_of(tmp_path), "id", 0, 10) as tracker:
         path = tracker.images(100, grid)
     assert path == tmp_path / "samples" / "step_0000100.png"
     with Image.open(path) as image:
@@ -184,7 +184,7 @@ def test_grids_are_png_files_named_by_step(tmp_path: Path, shape: tuple[int, ...
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    with NullTracker(config_of(tmp_path)) as tracker:
+    with NullMetricsLog(config_of(tmp_path)) as tracker:
         tracker.log(1, {"loss/G": 1.0})
         tracker.advance(1)
         tracker.images(1, np.zeros((4, 4), np.uint8))
@@ -196,7 +196,7 @@ def test_a_full_disk_ends_the_run_with_one_message_and_keeps_the_rows(tmp_path: 
     body = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-with one_clear_message(), Tracker(config("disabled"), "id", 0, 1000) as tracker:
+with exit_on_user_error(), MetricsLog(config("disabled"), "id", 0, 1000) as tracker:
     for step in range(1, 1000):
         tracker.log(step, row(step))
 """
@@ -206,7 +206,7 @@ with one_clear_message(), Tracker(config("disabled"), "id", 0, 1000) as tracker:
     assert len(errors) == 1
     assert errors[0].startswith(f"error: {tmp_path}/metrics.jsonl: cannot be written: ")
     assert (tmp_path / "metrics.jsonl").stat().st_size == 1000
-    with Tracker(config_of(tmp_path), "id", 1000, 1000):
+    with MetricsLog(config_of(tmp_path), "id", 1000, 1000):
         steps = [row["step"] for row in rows_of(tmp_path)]
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) > 5
@@ -215,14 +215,14 @@ with one_clear_message(), Tracker(config("disabled"), "id", 0, 1000) as tracker:
 def test_a_run_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match=r"set run\.dir to a writable folder"):
-        Tracker(config_of(tmp_path / "file" / "run"), "id", 0, 1)
+        MetricsLog(config_of(tmp_path / "file" / "run"), "id", 0, 1)
     (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
     with pytest.raises(RunFolderError, match=r"metrics\.jsonl: cannot be written"):
-        Tracker(config_of(tmp_path / "run"), "id", 0, 1)
+        MetricsLog(config_of(tmp_path / "run"), "id", 0, 1)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "samples").write_text("")
     with (
-        Tracker(config_of(tmp_path / "other"), "id", 0, 1) as tracker,
+        MetricsLog(config_of(tmp_path / "other"), "id", 0, 1) as tracker,
         pytest.raises(RunFolderError, match="step_0000001"),
     ):
         tracker.images(1, np.zeros((4, 4), np.uint8))
@@ -234,7 +234,7 @@ def test_a_run_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> 
 def test_without_a_terminal_a_row_is_one_plain_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Tracker(config_of(tmp_path), "id", 0, 5000) as tracker:
+    with MetricsLog(config_of(tmp_path), "id", 0, 5000) as tracker:
         tracker.log(100, {"loss/G": 1.23456, "perf/images_per_sec": 812.3, "memory/peak_gib": 1.0})
         tracker.advance(101)
     line = capsys.readouterr().err
@@ -244,7 +244,7 @@ def test_without_a_terminal_a_row_is_one_plain_line(
 
 def test_on_a_terminal_a_bar_shows_the_losses(tmp_path: Path) -> None:
     body = """
-with Tracker(config("disabled"), "id", 10, 40) as tracker:
+with MetricsLog(config("disabled"), "id", 10, 40) as tracker:
     tracker.advance(11)
     time.sleep(0.2)
     tracker.log(20, row(20))
@@ -269,7 +269,7 @@ with Tracker(config("disabled"), "id", 10, 40) as tracker:
 
 def test_disabled_does_not_even_import_wandb(tmp_path: Path) -> None:
     body = """
-with Tracker(config("disabled"), "id", 0, 5) as tracker:
+with MetricsLog(config("disabled"), "id", 0, 5) as tracker:
     tracker.log(1, row(1))
     tracker.images(1, np.zeros((4, 4), np.uint8))
 assert "wandb" not in sys.modules
@@ -281,7 +281,7 @@ assert "wandb" not in sys.modules
 
 def test_offline_folder_holds_rows_axes_images_and_config(tmp_path: Path) -> None:
     body = """
-with Tracker(config("auto"), "abc", 0, 20) as tracker:
+with MetricsLog(config("auto"), "abc", 0, 20) as tracker:
     for step in range(1, 21):
         tracker.log(step, row(step))
     tracker.images(20, np.zeros((8, 8, 3), np.uint8))
@@ -316,7 +316,7 @@ def test_a_resumed_run_continues_the_same_wandb_run_and_evaluations_lie_beside(
     tmp_path: Path,
 ) -> None:
     body = """
-with Tracker(config("offline"), "abc", {start}, 20) as tracker:
+with MetricsLog(config("offline"), "abc", {start}, 20) as tracker:
     for step in range({start} + 1, {end}):
         tracker.log(step, row(step))
 """
@@ -327,7 +327,7 @@ with Tracker(config("offline"), "abc", {start}, 20) as tracker:
         body.format(start=10, end=21)
         + """
 time.sleep(1.1)
-board = Dashboard(config("offline"), "abc", "eval", {"eval_samples": 7})
+board = WandbLog(config("offline"), "abc", "eval", {"eval_samples": 7})
 board.log({"train/step": 10, "eval/fid": 3.5})
 board.close()
 """,
@@ -352,7 +352,7 @@ board.close()
 def test_rows_survive_the_death_of_wandb_core(tmp_path: Path) -> None:
     """SIGTERM to a job's processes ends wandb-core at once, while the trainer saves and leaves."""
     body = """
-with Tracker(config("offline"), "abc", 0, 40) as tracker:
+with MetricsLog(config("offline"), "abc", 0, 40) as tracker:
     for step in range(1, 21):
         tracker.log(step, row(step))
     while not list(Path(sys.argv[1]).glob("wandb/offline-run-*/*.wandb")):
@@ -411,7 +411,7 @@ def test_a_server_that_does_not_answer_costs_neither_rows_nor_the_exit(
     tmp_path: Path, server: Any
 ) -> None:
     body = """
-with Tracker(config("online", timeout=18.0), "abc", 0, 20) as tracker:
+with MetricsLog(config("online", timeout=18.0), "abc", 0, 20) as tracker:
     for step in range(1, 21):
         tracker.log(step, row(step))
 """
@@ -431,8 +431,8 @@ with Tracker(config("online", timeout=18.0), "abc", 0, 20) as tracker:
 @pytest.mark.faults
 def test_a_full_queue_and_a_short_patience_are_said_once(tmp_path: Path) -> None:
     body = """
-dashboard.QUEUE_ROWS = 5
-with Tracker(config("online", timeout=0.2), "abc", 0, 20) as tracker:
+wandb_log.QUEUE_ROWS = 5
+with MetricsLog(config("online", timeout=0.2), "abc", 0, 20) as tracker:
     for step in range(1, 21):
         tracker.log(step, row(step))
 """

@@ -83,7 +83,7 @@ def two_ranks_look(folder: str, shards: str) -> None:
     preflight.VISIBLE_SECONDS = 1.0
     rank = int(os.environ["RANK"])
     os.environ["SLURMD_NODENAME"] = f"n{rank}"
-    accelerator = launch.start("fp32")
+    accelerator = launch.make_accelerator("fp32")
     for name, runs, data in (
         ("fine", f"{folder}/runs", shards),
         ("apart", f"{folder}/runs-{rank}", f"{folder}/shards-{rank}"),

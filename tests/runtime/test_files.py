@@ -21,7 +21,7 @@ def names(folder: Path) -> list[str]:
 def test_a_file_that_appeared_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     """The place was free when the work began. Of two files none is left when one cannot be."""
     a, b = tmp_path / "a.gif", tmp_path / "b.png"
-    assert files.place_for(b) == b
+    assert files.check_output_path(b) == b
     b.write_text("mine")
     with pytest.raises(GenerationError, match=r"b\.png\): exists now; give another name"):
         files.write_results({a: b"film", b: b"picture"})
@@ -51,15 +51,15 @@ def test_a_place_is_followed_to_where_it_is(
 ) -> None:
     """``~`` is the home folder, also behind ``--out=``; a link stays a link."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert files.place_for(Path("~/new/x.png")) == tmp_path / "new" / "x.png"
+    assert files.check_output_path(Path("~/new/x.png")) == tmp_path / "new" / "x.png"
     (tmp_path / "link.png").symlink_to("new/real.png")
-    files.write_results({files.place_for(tmp_path / "link.png"): b"1"})
+    files.write_results({files.check_output_path(tmp_path / "link.png"): b"1"})
     assert (tmp_path / "new" / "real.png").read_bytes() == b"1"
     assert (tmp_path / "link.png").is_symlink()
     (tmp_path / "loop").symlink_to("loop")
     for path in (tmp_path / "loop" / "x.png", Path("~nobody-here/x.png"), tmp_path / ("x" * 250)):
         with pytest.raises(GenerationError, match="cannot be written"):
-            files.place_for(path)
+            files.check_output_path(path)
 
 
 def test_an_interruption_between_two_files_leaves_none(
@@ -80,13 +80,13 @@ def test_an_interruption_between_two_files_leaves_none(
 
 WORKING = """
 import sys, time
-from pipeline import signals
+from pipeline.runtime import signals
 if "installed" in sys.argv:
     signals.install()
     print("ready", flush=True)
     while not signals.received():
         time.sleep(0.01)
-with signals.interruptible("interrupted: nothing was written"):
+with signals.exit_on_interrupt("interrupted: nothing was written"):
     print("ready", flush=True)
     try:
         while True:

@@ -44,9 +44,9 @@ def two_ranks_wait(folder: str) -> None:
     of its own, first damaged for rank 1.
     """
     signals.install()
-    ranks.ASK_SECONDS = 0.1  # the waiting rank is in a collective that long each time
+    ranks.POLL_SECONDS = 0.1  # the waiting rank is in a collective that long each time
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIME_LIMIT))
-    accelerator = launch.start("fp32")
+    accelerator = launch.make_accelerator("fp32")
     rank, done = accelerator.process_index, Path(folder) / "done"
 
     def takes_long(stop: Callable[[], bool]) -> None:
@@ -65,14 +65,14 @@ def two_ranks_wait(folder: str) -> None:
     for work in (takes_long, fails, never_ends):
         if work is never_ends and rank == 1:
             os.kill(os.getpid(), signal.SIGUSR2)
-        wait = partial(ranks.while_others_wait, accelerator, rank == 0, work)
+        wait = partial(ranks.run_on_selected_ranks, accelerator, rank == 0, work)
         found.append(outcome(wait))
         found.append(str(done.exists()))
     lengthy = partial(ranks.on_rank_zero, accelerator, lengthy=True)
     found.append(outcome(partial(lengthy, lambda: time.sleep(1.5 * TIME_LIMIT))))  # though stopped
     found.append(str(lengthy(lambda: 7)))
     found.append(outcome(partial(lengthy, partial(fails, signals.never))))
-    refuse = partial(launch.refuse_unequal_precisions, accelerator)
+    refuse = partial(launch.require_equal_precision, accelerator)
     for precision in ("fp32", "bf16" if rank else "fp32"):
         found.append(outcome(partial(refuse, precision)))
 
@@ -141,8 +141,8 @@ def test_a_file_system_without_locks_is_named_as_such(
 
 FAULTS = """
 import resource, torch
-from pipeline import distributed
-distributed.start("fp32")
+from pipeline.runtime import launch
+launch.make_accelerator("fp32")
 for _ in range(9):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**24)

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config.schema import Config, DataConfig, ModelConfig, TrainConfig, micro_batching
 from pipeline.models.dcgan import Discriminator
-from pipeline.models.noise import draw_z, stream
+from pipeline.models.noise import draw_z, rng
 from pipeline.runtime import launch
 from pipeline.training.gan import GAN
 from pipeline.training.losses import discriminator_loss
@@ -40,7 +40,7 @@ Tensors = dict[str, Tensor]
 
 def trained(config: Config) -> dict[str, Any]:
     """STEPS steps on this rank: gradients at each optimizer step, bytes sent, final weights."""
-    accelerator = launch.start("fp32")
+    accelerator = launch.make_accelerator("fp32")
     rank, ranks = accelerator.process_index, accelerator.num_processes
     micro_batch, accumulation = micro_batching(config, ranks)
     gan = GAN(config, accelerator, accumulation)
@@ -65,8 +65,8 @@ def trained(config: Config) -> dict[str, Any]:
             getattr(gan, f"_{name}").register_comm_hook(None, count)
     with all_reduced() if ranks > 1 else nullcontext() as travelled:
         for step in range(1, STEPS + 1):
-            x = torch.rand(BATCH, 1, 32, 32, generator=stream(0, "x", step))[rows] * 2 - 1
-            z = draw_z(config.model, BATCH, stream(0, "z", step))[rows]
+            x = torch.rand(BATCH, 1, 32, 32, generator=rng(0, "x", step))[rows] * 2 - 1
+            z = draw_z(config.model, BATCH, rng(0, "z", step))[rows]
             now = (step, "update_D")
             gan.update_D(x.split(micro_batch), z.split(micro_batch), step)
             now = (step, "update_G")
@@ -123,7 +123,7 @@ def test_ranks_stay_bitwise_equal(runs: dict[str, Any]) -> None:
     on both ranks, and they have moved.
     """
     here, there = (rank["weights"] for rank in runs["ranks"])
-    start = GAN(CONFIG, launch.start("fp32"), 1)
+    start = GAN(CONFIG, launch.make_accelerator("fp32"), 1)
     for name, network in start.networks().items():
         assert all(torch.equal(here[name][key], there[name][key]) for key in here[name])
         if name != "G_ema":  # not updated here
@@ -177,7 +177,7 @@ def test_nothing_else_travels(runs: dict[str, Any]) -> None:
 
 def two_forwards_before_one_backward(folder: str, running: bool, broadcast: bool) -> None:
     """D's step as in any DCGAN code; ``running`` gives its BatchNorm the usual statistics."""
-    launch.start("fp32")
+    launch.make_accelerator("fp32")
     D = Discriminator(CONFIG.model)
     for norm in [module for module in D.modules() if isinstance(module, nn.BatchNorm2d)]:
         if running:
@@ -213,7 +213,7 @@ def test_two_forwards_before_one_backward(running: bool, broadcast: bool, tmp_pa
     elif faults == ["", ""]:
         pytest.xfail(
             f"torch {torch.__version__} no longer has pytorch#175024: broadcast_buffers=False "
-            "in pipeline/distributed.py only saves traffic now"
+            "in pipeline/runtime/launch.py only saves traffic now"
         )
     else:
         assert any("modified by an inplace operation" in fault for fault in faults)
@@ -223,8 +223,8 @@ def test_two_forwards_before_one_backward(running: bool, broadcast: bool, tmp_pa
 
 SAY_THREADS = """
 import torch
-from pipeline import distributed
-distributed.start("fp32")
+from pipeline.runtime import launch
+launch.make_accelerator("fp32")
 # One write, so that the lines of two ranks cannot interleave.
 print(f"threads {torch.get_num_threads()}\\n", end="")
 """

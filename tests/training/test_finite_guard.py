@@ -13,7 +13,7 @@ from ranks import on_ranks
 from torch import Tensor, nn, optim
 
 from pipeline.config.schema import Config, DataConfig, ModelConfig, TrainConfig
-from pipeline.models.noise import stream
+from pipeline.models.noise import rng
 from pipeline.runtime import launch
 from pipeline.runtime.errors import NonFiniteLoss
 from pipeline.training.finite_guard import FiniteGuard
@@ -28,7 +28,7 @@ BAD = [float("nan"), float("inf"), float("-inf")]
 
 
 def inputs(step: int, rank: int = 0) -> tuple[list[Tensor], list[Tensor]]:
-    generator = stream(step, "inputs", rank)
+    generator = rng(step, "inputs", rank)
     real = torch.rand(4, 1, 32, 32, generator=generator) * 2 - 1
     return [real], [torch.rand(4, 8, generator=generator) * 2 - 1]
 
@@ -51,7 +51,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def trained(steps: int = 2, rank: int = 0) -> GAN:
-    gan = GAN(CONFIG, launch.start("fp32"), 1)
+    gan = GAN(CONFIG, launch.make_accelerator("fp32"), 1)
     for step in range(1, steps + 1):
         real, z = inputs(step, rank)
         gan.update_D(real, z, step)
@@ -77,7 +77,7 @@ def test_a_non_finite_loss_stops_before_the_step(network: str, value: float) -> 
 
 def test_a_fault_in_one_micro_batch_is_enough() -> None:
     """With accumulation the other micro-batches do not hide it."""
-    gan = GAN(CONFIG, launch.start("fp32"), 2)
+    gan = GAN(CONFIG, launch.make_accelerator("fp32"), 2)
     before = everything(gan)
     (good,), (z,) = inputs(1)
     with pytest.raises(NonFiniteLoss, match="loss/D"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from pipeline.config.schema import Config, ModelConfig, OptimConfig, StabilityConfig, TrainConfig
-from pipeline.models.noise import draw_z, stream
+from pipeline.models.noise import draw_z, rng
 from pipeline.runtime import launch
 from pipeline.training.diffaugment import augment
 from pipeline.training.gan import GAN
@@ -23,13 +23,13 @@ CONFIG = Config(
     optim=OptimConfig(g_lr=1e-3, d_lr=3e-3, beta1=0.4, beta2=0.99),
     train=TrainConfig(precision="fp32", ema_decay=0.75),
 )
-REAL = torch.rand(COUNT, 1, 32, 32, generator=stream(0, "x")) * 2 - 1
-Z = draw_z(CONFIG.model, COUNT, stream(0, "z"))
+REAL = torch.rand(COUNT, 1, 32, 32, generator=rng(0, "x")) * 2 - 1
+Z = draw_z(CONFIG.model, COUNT, rng(0, "z"))
 
 
 def opened(config: Config) -> GAN:
     """A pair whose gradients are of a size that shows: first weights are very small."""
-    gan = GAN(config, launch.start("fp32"), 1)
+    gan = GAN(config, launch.make_accelerator("fp32"), 1)
     with torch.no_grad():
         for network in (gan.G, gan.D):
             for parameter in network.parameters():
@@ -57,7 +57,7 @@ def test_both_updates_follow_the_configured_objective(name: str, augmented: bool
         stability=StabilityConfig(augment=list(policy)),
     )
     gan = opened(config)
-    draws_D, draws_G = stream(0, "draws for D", 1), stream(0, "draws for G", 1)
+    draws_D, draws_G = rng(0, "draws for D", 1), rng(0, "draws for G", 1)
     judged = [gan.D(augment(x, policy, draws_D)) for x in (REAL, gan.G(Z).detach())]
     loss_D = DISCRIMINATOR_LOSSES[name](*judged, 0.0)
     expected = slopes(loss_D, gan.D)

@@ -27,8 +27,8 @@ from pipeline.config.schema import (
 )
 from pipeline.models.dcgan import init_weights, make_discriminator
 from pipeline.models.mlp import dropped
-from pipeline.models.noise import draw_z, stream, with_classes
-from pipeline.models.spectral_norm import follow_weights, normalise_weights, raw_weight
+from pipeline.models.noise import append_classes, draw_z, rng
+from pipeline.models.spectral_norm import apply_spectral_norm, power_iterate, unnormalised_weight
 from pipeline.runtime import launch
 from pipeline.training.cuda_graph import Replayed
 from pipeline.training.diffaugment import augment
@@ -55,7 +55,7 @@ PLAIN_MLP = ModelConfig(architecture="mlp", image_size=8, channels=1, z_dim=8, n
 
 
 def pictures(count: int = 4, channels: int = 3, size: int = 32) -> Tensor:
-    return torch.rand(count, channels, size, size, generator=stream(0, "x")) * 2 - 1
+    return torch.rand(count, channels, size, size, generator=rng(0, "x")) * 2 - 1
 
 
 # -- spectral norm ------------------------------------------------------------------------------
@@ -64,8 +64,8 @@ def pictures(count: int = 4, channels: int = 3, size: int = 32) -> Tensor:
 def test_the_spectral_norm_of_every_layer_is_one() -> None:
     """Against the singular values that numpy's way finds, after the first iterations."""
     D = make_discriminator(CONFIG.model)
-    init_weights(D, stream(0, "D"))
-    follow_weights(D, 200)
+    init_weights(D, rng(0, "D"))
+    power_iterate(D, 200)
     layers = [layer for layer in D.modules() if isinstance(layer, torch.nn.Conv2d)]
     assert len(layers) == 4
     for layer in layers:
@@ -76,12 +76,12 @@ def test_the_spectral_norm_of_every_layer_is_one() -> None:
 def test_the_gradient_through_the_norm_is_that_of_the_formula() -> None:
     """Miyato et al. 2018, equation 12: (G - <G, W/s> u v^T) / s for the outer gradient G."""
     layer = torch.nn.Linear(5, 3, bias=False)
-    normalise_weights(layer)
-    raw = raw_weight(layer)
+    apply_spectral_norm(layer)
+    raw = unnormalised_weight(layer)
     with torch.no_grad():
-        raw.copy_(torch.randn(3, 5, generator=stream(0, "W")))
-    follow_weights(layer, 100)
-    outer = torch.randn(3, 5, generator=stream(0, "G"))
+        raw.copy_(torch.randn(3, 5, generator=rng(0, "W")))
+    power_iterate(layer, 100)
+    outer = torch.randn(3, 5, generator=rng(0, "G"))
     (layer.weight * outer).sum().backward()
     left, values, right = torch.linalg.svd(raw.detach(), full_matrices=False)
     normed = raw.detach() / values[0]
@@ -103,12 +103,12 @@ def test_r1_is_half_of_gamma_in_one_update_of_d_in_so_many(d_steps: int, every: 
         train=TrainConfig(precision="fp32"),
         stability=StabilityConfig(r1_gamma=3.0, r1_every=every),
     )
-    gan = GAN(config, launch.start("fp32"), 1)
+    gan = GAN(config, launch.make_accelerator("fp32"), 1)
     with torch.no_grad():
         for parameter in gan.D.parameters():
             parameter.mul_(50)  # first weights are so small that D hardly has a slope
     for number in range(1, 7):
-        x, z = pictures(4, 1, 8).roll(number, 0), torch.rand(4, 8, generator=stream(0, "z"))
+        x, z = pictures(4, 1, 8).roll(number, 0), torch.rand(4, 8, generator=rng(0, "z"))
         step, turn = divmod(number - 1, d_steps)
         loss = discriminator_loss(gan.D(x), gan.D(gan.G(z).detach()))
         if number % every == 0:
@@ -130,10 +130,10 @@ def test_augmentation_is_a_function_of_its_stream_and_lets_gradients_through(
     policy: tuple[str, ...],
 ) -> None:
     x = pictures().requires_grad_()
-    changed = augment(x, policy, stream(0, "draws"))
+    changed = augment(x, policy, rng(0, "draws"))
     assert changed.shape == x.shape
-    assert torch.equal(changed, augment(x, policy, stream(0, "draws")))
-    assert not torch.equal(changed, augment(x, policy, stream(0, "others")))
+    assert torch.equal(changed, augment(x, policy, rng(0, "draws")))
+    assert not torch.equal(changed, augment(x, policy, rng(0, "others")))
     assert not torch.equal(changed, x)
     changed.sum().backward()
     assert x.grad is not None
@@ -146,7 +146,7 @@ def test_each_change_is_what_it_says() -> None:
     what they should.
     """
     x = pictures(64)
-    moved = augment(x, ("translation",), stream(0, "draws"))
+    moved = augment(x, ("translation",), rng(0, "draws"))
     shifts = set()
     for before, after in zip(x, moved, strict=True):
         found = [
@@ -161,12 +161,12 @@ def test_each_change_is_what_it_says() -> None:
         assert not after[:, :, : max(0, dx)].any()
         shifts.add(found[0])
     assert {dy for dy, _ in shifts} == {dx for _, dx in shifts} == set(range(-4, 5))
-    holes = (augment(x, ("cutout",), stream(0, "draws")) == 0).all(1)
+    holes = (augment(x, ("cutout",), rng(0, "draws")) == 0).all(1)
     assert holes.sum((1, 2)).max() == 16 * 16
     assert holes.sum((1, 2)).min() >= 8 * 8  # half of each side lies outside at a corner
     grey = pictures(64, channels=1)
-    coloured = augment(grey, ("color",), stream(0, "draws"))
-    numbers = torch.rand(7, 64, generator=stream(0, "draws"))
+    coloured = augment(grey, ("color",), rng(0, "draws"))
+    numbers = torch.rand(7, 64, generator=rng(0, "draws"))
     brightness, contrast = numbers[0] - 0.5, numbers[2] + 0.5
     torch.testing.assert_close(coloured.mean((1, 2, 3)), grey.mean((1, 2, 3)) + brightness)
     torch.testing.assert_close(coloured.std((1, 2, 3)), grey.std((1, 2, 3)) * contrast)
@@ -177,8 +177,8 @@ def test_colours_are_the_formula_image_by_image() -> None:
     channels (Zhao et al. 2020, and the authors' code).
     """
     x = pictures(8)
-    found = augment(x, ("color",), stream(0, "draws"))
-    numbers = torch.rand(7, 8, generator=stream(0, "draws"))
+    found = augment(x, ("color",), rng(0, "draws"))
+    numbers = torch.rand(7, 8, generator=rng(0, "draws"))
     for k, image in enumerate(x):
         brighter = image + numbers[0, k] - 0.5
         grey = (brighter[0] + brighter[1] + brighter[2]) / 3
@@ -189,7 +189,7 @@ def test_colours_are_the_formula_image_by_image() -> None:
 
 
 def test_dropout_keeps_the_mean_and_leaves_out_its_share() -> None:
-    h = dropped(torch.ones(100, 100), 0.3, stream(0, "draws"))
+    h = dropped(torch.ones(100, 100), 0.3, rng(0, "draws"))
     assert h.unique().tolist() == pytest.approx([0, 1 / 0.7])
     assert (h == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
 
@@ -201,7 +201,7 @@ def trained(config: Config) -> dict[str, Tensor]:
     """The state of all networks after STEPS steps on this rank, and what its optimizers were given
     at first: by D's first two updates, which are plain and with R1, and by G's first.
     """
-    accelerator = launch.start("fp32")
+    accelerator = launch.make_accelerator("fp32")
     rank, ranks = accelerator.process_index, accelerator.num_processes
     micro_batch, accumulation = micro_batching(config, ranks)
     gan = GAN(config, accelerator, accumulation)
@@ -210,10 +210,10 @@ def trained(config: Config) -> dict[str, Tensor]:
         for step in range(1, STEPS + 1):
             for turn in range(config.optim.d_steps):
                 number = step * config.optim.d_steps + turn
-                x = torch.rand(BATCH, 1, 32, 32, generator=stream(0, "x", number))[rows] * 2 - 1
+                x = torch.rand(BATCH, 1, 32, 32, generator=rng(0, "x", number))[rows] * 2 - 1
                 labels = torch.arange(BATCH)[rows] % CLASSES
-                z = draw_z(config.model, BATCH, stream(0, "z", number))[rows]
-                noise = with_classes(config.model, z, labels).split(micro_batch)
+                z = draw_z(config.model, BATCH, rng(0, "z", number))[rows]
+                noise = append_classes(config.model, z, labels).split(micro_batch)
                 y = labels.split(micro_batch)
                 gan.update_D(x.split(micro_batch), noise, step, y, turn)
             gan.update_G(noise, step, y)
@@ -244,7 +244,7 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
     on_ranks(2, on_this_rank, str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, config in CASES.items():
-        alone, start = trained(config), GAN(config, launch.start("fp32"), 1).networks()
+        alone, start = trained(config), GAN(config, launch.make_accelerator("fp32"), 1).networks()
         for key, value in alone.items():
             assert torch.equal(ranks[0][name][key], ranks[1][name][key])
             if key.startswith("gradient"):
@@ -293,7 +293,7 @@ def test_replayed_updates_compute_what_direct_ones_do(micro_batch: int | None) -
 def test_a_checkpoint_does_not_decide_about_graphs() -> None:
     """Adam's groups carry ``capturable``; what a resumed run captures, its configuration says."""
     plain = replace(CONFIG, model=DCGAN, stability=StabilityConfig())
-    gan = GAN(plain, launch.start("fp32"), 1)
+    gan = GAN(plain, launch.make_accelerator("fp32"), 1)
     weights = {name: network.state_dict() for name, network in gan.networks().items()}
     optimizers = copy.deepcopy({n: o.state_dict() for n, o in gan.optimizers().items()})
     for state in optimizers.values():
