@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import hashlib
 import os
@@ -16,6 +15,7 @@ from pipeline.data.remote import FETCH_ATTEMPTS, open_url, with_retries
 from pipeline.data.shards import INDEX_NAME, Index, Shard
 from pipeline.runtime.errors import DataError
 from pipeline.runtime.files import sha256_of
+from pipeline.runtime.locks import FileLock
 from pipeline.runtime.signals import Stopped, never
 
 CHUNK = 1 << 20
@@ -49,8 +49,8 @@ class Cache:
         try:
             if not target.exists():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with (self.folder / f"{target.name}.lock").open("w") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX)
+                with FileLock(self.folder / f"{target.name}.lock") as lock:
+                    lock.acquire()
                     if not target.exists():  # another process of this node was first
                         self._make_room(shard.filesize)
                         self._fetch(shard, target)

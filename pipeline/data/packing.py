@@ -9,7 +9,6 @@ when all have one.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from tarfile import BLOCKSIZE
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import PIL
@@ -33,6 +32,7 @@ from pipeline.data.sources import Source, reader
 from pipeline.runtime.console import REPORT_SECONDS
 from pipeline.runtime.errors import DataError, UserError
 from pipeline.runtime.files import sha256_of, write_atomic
+from pipeline.runtime.locks import FileLock
 
 FORMAT_VERSION = 1
 WORK_FOLDER = ".prepare"
@@ -167,13 +167,11 @@ def work_folder(out: Path) -> Iterator[Path]:
         UserError: it cannot be written.
     """
     with _opened(out) as (work, lock):
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not lock.acquire(wait=False):
             raise FolderInUse(
                 f"--out ({out}): another prepare is writing there; wait for it to end, or give "
                 "another folder."
-            ) from None
+            )
         leftovers = ("shard-*.tmp", f"{INDEX_NAME}*.tmp", f"{WORK_FOLDER}/*.tmp")
         try:
             _remove(out, leftovers)
@@ -194,7 +192,7 @@ def shared_work_folder(out: Path, mine: Sequence[int]) -> Iterator[Path]:
         UserError: it cannot be written.
     """
     with _opened(out) as (work, lock):
-        fcntl.lockf(lock, fcntl.LOCK_SH)
+        lock.acquire(shared=True)
         leftovers = [
             f"{folder}{shard_name(number)}*.tmp"
             for folder in ("", f"{WORK_FOLDER}/")
@@ -208,11 +206,11 @@ def shared_work_folder(out: Path, mine: Sequence[int]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _opened(out: Path) -> Iterator[tuple[Path, IO[str]]]:
+def _opened(out: Path) -> Iterator[tuple[Path, FileLock]]:
     work = out / WORK_FOLDER
     try:
         work.mkdir(parents=True, exist_ok=True)
-        with (work / "lock").open("a+") as lock:
+        with FileLock(work / "lock") as lock:
             yield work, lock
     except OSError as error:
         raise UserError(

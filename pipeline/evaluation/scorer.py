@@ -5,12 +5,10 @@ Every method is called on all ranks; rank 0 alone holds features and scores.
 
 from __future__ import annotations
 
-import fcntl
 import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -33,6 +31,7 @@ from pipeline.models.sampling import Images
 from pipeline.runtime import signals
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import EvaluationError
+from pipeline.runtime.locks import FileLock
 from pipeline.runtime.ranks import on_every_rank, on_rank_zero, run_on_selected_ranks
 
 POLL_SECONDS = 1.0
@@ -89,7 +88,7 @@ class Scorer:
             on_rank_zero(self.accelerator, lambda: self._read(given))
             return
         cached = Path(self.config.eval.cache_dir).expanduser() / f"{side.id}.safetensors"
-        lock = _Lock(cached.with_suffix(".lock"))
+        lock = _ReferenceLock(cached.with_suffix(".lock"))
         while (state := on_rank_zero(self.accelerator, lambda: self._look(cached, lock))) != "here":
             if state == "mine":
                 self.compute_reference(cached)
@@ -178,7 +177,7 @@ class Scorer:
     def _read(self, path: Path) -> None:
         self.reference = read_reference(path, self.protocol.reference)
 
-    def _look(self, cached: Path, lock: _Lock) -> str:
+    def _look(self, cached: Path, lock: _ReferenceLock) -> str:
         if not cached.is_file() and not lock.acquire():
             return "busy"
         if not cached.is_file():  # looked at again: it may have come with the lock
@@ -194,32 +193,37 @@ class Scorer:
         return "here"
 
 
-class _Lock:
-    """A lock file of one process, gone with it."""
+class _ReferenceLock:
+    """The right to compute a reference file that is missing; held by one process of any node."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: IO[str] | None = None
+        self._path = path
+        self._lock: FileLock | None = None
 
     def acquire(self) -> bool:
-        if self._file is None:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                file = self.path.open("a")
-            except OSError as error:
-                raise EvaluationError(
-                    f"eval.cache_dir ({self.path.parent}): cannot be written: {error.strerror}; "
-                    "choose another with eval.cache_dir=..."
-                ) from None
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                file.close()
-                return False
-            self._file = file
-        return True
+        """Take the lock, or return False if another process has it.
+
+        Raises:
+            EvaluationError: ``eval.cache_dir`` cannot be written.
+        """
+        if self._lock is not None:
+            return True
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self._path)
+            if lock.acquire(wait=False):
+                self._lock = lock
+            else:
+                lock.close()
+        except OSError as error:
+            raise EvaluationError(
+                f"eval.cache_dir ({self._path.parent}): cannot be written: {error.strerror}; "
+                "choose another with eval.cache_dir=..."
+            ) from None
+        return self._lock is not None
 
     def release(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Give the lock up; no error without it."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None

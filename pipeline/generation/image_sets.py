@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -34,6 +33,7 @@ from pipeline.models.noise import BLOCK
 from pipeline.models.sampling import Images
 from pipeline.runtime.errors import DataError, GenerationError
 from pipeline.runtime.files import sync_folder, write_atomic
+from pipeline.runtime.locks import FileLock
 from pipeline.runtime.ranks import Peers, on_rank_zero
 from pipeline.runtime.signals import Agreement, received
 
@@ -205,14 +205,12 @@ def _begin(job: ImageSet, held: contextlib.ExitStack) -> list[int] | None:
         )
     try:
         settings.parent.mkdir(parents=True, exist_ok=True)
-        lock = held.enter_context((settings.parent / "lock").open("a"))
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        lock = held.enter_context(FileLock(settings.parent / "lock"))
+        if not lock.acquire(wait=False):
             raise GenerationError(
                 f"--out ({job.out}): another process is writing {job.work}; wait for it to end, or "
                 "give another name."
-            ) from None
+            )
         if settings.exists():
             begun = json.loads(settings.read_text())
             if not isinstance(begun, dict):

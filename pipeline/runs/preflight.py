@@ -6,7 +6,6 @@ look at its part reports why instead of leaving the others waiting.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import re
@@ -32,6 +31,7 @@ from pipeline.runs.checkpoint import checkpoint_bytes, written_bytes
 from pipeline.runs.wandb_log import wandb_mode
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import exists, nearest_existing, sha256_of
+from pipeline.runtime.locks import FileLock
 from pipeline.runtime.ranks import VISIBLE_SECONDS, Peers
 from pipeline.runtime.signals import Agreement
 
@@ -182,17 +182,9 @@ def _run_folder(peers: Peers, config: Config) -> Finding:
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        with mine.open("w") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise OSError(
-                    f"cannot lock files ({error.strerror}): two runs in one folder would not "
-                    "notice each other; mount the file system with locks"
-                ) from None
-            file.write(token[peers.rank])
-            file.flush()
-            os.fsync(file.fileno())
+        with FileLock(mine) as lock:
+            lock.acquire(wait=False)
+            lock.write_holder(token[peers.rank])
 
     def see() -> None:
         unseen, deadline = set(range(peers.count)), time.monotonic() + VISIBLE_SECONDS

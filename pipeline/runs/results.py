@@ -10,16 +10,15 @@ checkpoint; this module imports nothing of the evaluation.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.runtime.errors import RunFolderError
+from pipeline.runtime.locks import FileLock
 
 LEDGER_NAME = "evaluations.jsonl"
 APPEND, DASHBOARD, FIRST_KEY = 0, 1, 2  # bytes of the lock file
@@ -103,8 +102,7 @@ class Ledger:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir, self.path = run_dir, run_dir / LEDGER_NAME
         try:
-            # The only descriptor of this file here: closing another one would drop all the locks.
-            self._locks = os.open(run_dir / ".evaluations.lock", os.O_RDWR | os.O_CREAT, 0o666)
+            self._lock = FileLock(run_dir / ".evaluations.lock")
         except OSError as error:
             raise RunFolderError(
                 f"{run_dir}: evaluations cannot be recorded there ({error.strerror}); give write "
@@ -127,7 +125,8 @@ class Ledger:
         Raises:
             RunFolderError: the disk is full or the folder read-only.
         """
-        with self._locked(APPEND):
+        self._lock.acquire(APPEND)
+        try:
             if self.has(key_of(row)):
                 return False
             try:
@@ -144,19 +143,21 @@ class Ledger:
                     f"{self.path}: cannot be written: {error.strerror}. Free space, then run the "
                     "same command again: what was evaluated before is kept."
                 ) from None
-        return True
+            return True
+        finally:
+            self._lock.release(APPEND)
 
     def claim(self, key: Key) -> bool:
         """Reserve a key for this process until ``release`` or its end; False if another has it."""
-        return self._try(_byte_of(key))
+        return self._lock.acquire(_byte_of(key), wait=False)
 
     def release(self, key: Key) -> None:
         """Give up a claim."""
-        fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, _byte_of(key))
+        self._lock.release(_byte_of(key))
 
     def claim_dashboard(self) -> bool:
         """Become the only process that sends rows to W&B; False if another is."""
-        return self._try(DASHBOARD)
+        return self._lock.acquire(DASHBOARD, wait=False)
 
     # Sent marks are a file of their own: the ledger holds nothing but evaluations.
 
@@ -180,22 +181,7 @@ class Ledger:
 
     def close(self) -> None:
         """Drop all locks."""
-        os.close(self._locks)
-
-    def _try(self, byte: int) -> bool:
-        try:
-            fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-        except (BlockingIOError, PermissionError):
-            return False
-        return True
-
-    @contextmanager
-    def _locked(self, byte: int) -> Iterator[None]:
-        fcntl.lockf(self._locks, fcntl.LOCK_EX, 1, byte)
-        try:
-            yield
-        finally:
-            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, byte)
+        self._lock.close()
 
 
 def _byte_of(key: Key) -> int:

@@ -6,23 +6,20 @@ runs/<name>/ config.yaml  run.json (id, precision)  metrics.jsonl  samples/  che
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import re
 import secrets
 import socket
 from pathlib import Path
-from typing import IO
 
 from pipeline.config.loading import dump, load
 from pipeline.config.schema import Config, fixed_differences
 from pipeline.runtime.errors import ConfigError, RunFolderError
 from pipeline.runtime.files import write_atomic
+from pipeline.runtime.locks import FileLock
 
 IDENTITY = "run.json"
-WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 def saved_precision(config: Config) -> str | None:
@@ -69,32 +66,16 @@ class RunFolder:
         """Remove a marker file that is no longer true."""
         (self.path / name).unlink(missing_ok=True)
 
-    def _take_lock(self) -> IO[str]:
-        lock = (self.path / ".lock").open("a+")
-        try:
-            # A POSIX lock: it ends with the process, is not inherited by its workers, and holds
-            # over NFS, so a killed run never leaves a stale one.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
+    def _take_lock(self) -> FileLock:
+        lock = FileLock(self.path / ".lock")
+        if not lock.acquire(wait=False):
+            holder = lock.holder() or "another process"
             lock.close()
             raise RunFolderError(
                 f"run.dir ({self.path}): in use by {holder}; "
                 "wait for that run to end or choose another folder with run.dir=..."
-            ) from None
-        except OSError as error:
-            lock.close()
-            if error.errno not in WITHOUT_LOCKS:
-                raise
-            raise RunFolderError(
-                f"run.dir ({self.path}): files cannot be locked there ({error.strerror}), so two "
-                "runs would not notice each other; mount the file system with locks (NFS: lockd; "
-                "Lustre: flock) or choose another folder with run.dir=..."
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
+            )
+        lock.write_holder(f"process {os.getpid()} on {socket.gethostname()}\n")
         return lock
 
     def _identify(self, config: Config, precision: str) -> str:

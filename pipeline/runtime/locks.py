@@ -1,0 +1,80 @@
+"""Lock files between processes, on one node or on many that share a file system."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
+
+class FileLock:
+    """An advisory POSIX lock (``fcntl.lockf``) on a file, or on single bytes of it.
+
+    It ends with its process, so a killed process leaves no stale lock, and forked workers do not
+    inherit it. It holds between nodes over NFS (version 4, or 3 with lockd) and over Lustre mounted
+    with ``flock``. It does not exclude threads of one process from each other. The kernel drops it
+    when the process closes *any* descriptor of the file: open a lock file only through one
+    ``FileLock``.
+
+    Args:
+        path: the lock file; it is created, in a folder that exists, and stays when the lock ends.
+
+    Raises:
+        OSError: the file cannot be opened for writing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+
+    def acquire(self, byte: int = 0, *, shared: bool = False, wait: bool = True) -> bool:
+        """Lock one byte of the file; returns False if ``wait`` is False and it is taken.
+
+        Args:
+            byte: independent locks of one file have different bytes.
+            shared: allow other shared holders at the same time.
+            wait: block until the holder releases it.
+
+        Raises:
+            OSError: the file system has no locks; the message says how to mount it with them.
+        """
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        try:
+            fcntl.lockf(self._descriptor, kind | (0 if wait else fcntl.LOCK_NB), 1, byte)
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            reason = (
+                f"files cannot be locked there ({error.strerror}), so two processes would not "
+                "notice each other; mount the file system with locks (NFS: lockd; Lustre: flock)"
+            )
+            raise OSError(error.errno, reason) from None
+        return True
+
+    def release(self, byte: int = 0) -> None:
+        """Unlock one byte; no error if it is not held."""
+        fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, byte)
+
+    def write_holder(self, text: str) -> None:
+        """Write who holds the lock into the file, for the message of whoever finds it taken."""
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, text.encode(), 0)
+
+    def holder(self) -> str:
+        """Return what the last holder wrote; "" if nothing."""
+        return os.pread(self._descriptor, 200, 0).decode(errors="replace").strip()
+
+    def close(self) -> None:
+        """Release every byte and close the file."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> FileLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
