@@ -28,11 +28,12 @@ from step import ceiling, operations, update, wait
 from torch import Tensor
 
 from pipeline.config.schema import Config, DataConfig, ModelConfig, TrainConfig
-from pipeline.data.loader import Loader, ToDevice, make_order, normalise
+from pipeline.data.loader import Loader, make_order, normalise
 from pipeline.data.shards import Index
 from pipeline.models.noise import draw_z, rng
 from pipeline.runtime import hardware, launch
 from pipeline.training.gan import GAN
+from pipeline.training.inputs import ToDevice
 
 ROUNDS = 3
 Inputs = tuple[Tensor, Tensor]
@@ -101,8 +102,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     options = parser.parse_args()
-    given = TrainConfig(precision=options.precision)
-    precision = hardware.resolve_precision(Config(train=given))
+    precision = hardware.resolve_precision(options.precision)
     accelerator = launch.make_accelerator(precision)
     hardware.configure_kernels(accelerator.device, deterministic=False)
     device = accelerator.device
@@ -110,7 +110,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     variants = {"eager": TrainConfig(), "compiled": TrainConfig(compile=True)}
     if device.type == "cuda":
-        variants["CUDA graphs"] = TrainConfig(cuda_graph=True)
+        variants["CUDA graphs"] = TrainConfig(compile=True, compile_mode="reduce-overhead")
     print(machine())
     print(
         f"{name}, {precision}, ngf = ndf = {options.width}; a matrix product: {best:.2f} TFLOP/s.\n"

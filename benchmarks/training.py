@@ -156,7 +156,7 @@ OURS: dict[str, list[str]] = {
     "ours, fp32": ["train.precision=fp32"],
 }
 if torch.cuda.is_available():
-    OURS["ours, CUDA graphs"] = ["train.cuda_graph=true"]
+    OURS["ours, CUDA graphs"] = ["train.compile=true", "train.compile_mode=reduce-overhead"]
 BASELINES = {"reference loop": "png", "webdataset": "jpg", "Accelerate": "png"}
 
 

@@ -28,30 +28,22 @@ from pipeline.runtime.errors import exit_on_user_error
 
 def train(config: Config) -> bool:
     """Run or resume the training that a configuration describes; False if it was stopped."""
-    # torch takes seconds to import; --help and a mistyped key answer without it.
-    import torch
-    from torch import Tensor
-
-    from pipeline.data.loader import Loader, ToDevice, make_order, normalise, open_data
-    from pipeline.models.noise import append_classes, draw_z, rng
+    # Imported here: torch takes seconds, and --help or a mistyped key must answer without it.
+    from pipeline.data.loader import make_order, open_data
     from pipeline.runs import run_folder
     from pipeline.runtime import hardware, launch
     from pipeline.training.gan import GAN
-    from pipeline.training.meter import IdLog
+    from pipeline.training.inputs import InputReader
     from pipeline.training.run import Run
 
-    precision = run_folder.saved_precision(config) or hardware.resolve_precision(
-        config.train.precision
-    )
+    precision = run_folder.saved_precision(config)
+    precision = precision or hardware.resolve_precision(config.train.precision)
     accelerator = launch.make_accelerator(precision)
     launch.require_equal_precision(accelerator, precision)
     launch.warn_about_missing_processes(accelerator)
     hardware.configure_kernels(accelerator.device, config.train.deterministic)
-    device, rank = accelerator.device, accelerator.process_index
-    world_size, d_steps = accelerator.num_processes, config.optim.d_steps
-    batch_size, total_steps = config.data.batch_size, config.train.total_steps
-    micro_batch, accumulation = micro_batching(config, world_size)
-    rows = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+    micro_batch, accumulation = micro_batching(config, accelerator.num_processes)
+    d_steps, total_steps = config.optim.d_steps, config.train.total_steps
 
     run = Run(config, accelerator, precision)
     try:
@@ -61,38 +53,27 @@ def train(config: Config) -> bool:
     order = make_order(config, index)
     gan = GAN(config, accelerator, accumulation)
     step = run.resume(gan, index, order, micro_batch)
-    batches = Loader(config, index, order, rank, world_size).batches(step * d_steps)
-    ids, to_device = IdLog(config, rank, world_size), ToDevice(device)
+    inputs = InputReader(
+        *(config, index, order, accelerator),
+        micro_batch=micro_batch,
+        meter=run.meter,
+        start=step * d_steps,
+    )
 
-    def cut(local: Tensor) -> tuple[Tensor, ...]:
-        parts: tuple[Tensor, ...] = local.split(micro_batch)
-        return parts
-
-    with closing(batches), run.start(step):
+    with closing(inputs), run.start(step):
         while step < total_steps and not run.stopping:
             step += 1
-            d_terms = torch.zeros(3, device=device)
+            # Update D: maximise log D(x) + log(1 - D(G(z))).
+            d_terms = []
             for turn in range(d_steps):
-                # Data and noise of this turn: both drawn for the global batch and cut by rank.
-                number = (step - 1) * d_steps + turn
-                with run.meter.waiting():
-                    batch = next(batches)
-                ids.write(number + 1, batch)
-                labels = torch.from_numpy(batch.labels)
-                z = draw_z(config.model, batch_size, rng(config.run.seed, "z", number))[rows]
-                z = append_classes(config.model, z, labels)
-                images, z, labels = to_device(batch.images, z, labels)
-                x = cut(normalise(images, device, config.train.channels_last))
-                noise, y = cut(z), cut(labels) if config.model.num_classes else None
-
-                # Update D: maximise log D(x) + log(1 - D(G(z))).
-                d_terms += gan.update_D(x, noise, step, y, turn) / d_steps
+                real, z, y = next(inputs)
+                d_terms.append(gan.update_D(real, z, step, y, turn))
             # Update G: maximise log D(G(z)).
-            loss_G = gan.update_G(noise, step, y)
+            loss_G = gan.update_G(z, step, y)
             gan.update_average()
             run.meter.add(loss_G, d_terms)
 
-            # All ranks agree on stop requests here, and act alike below.
+            # All ranks agree on stop requests here, so that they do the same below.
             run.agree(step)
             if run.due(step, config.train.log_every):
                 run.log(step, gan)
@@ -101,7 +82,7 @@ def train(config: Config) -> bool:
             if run.save_due(step):
                 run.save(step, gan)
         run.finish(step)
-    # A launcher ends the other ranks as soon as one has left with another code than 0.
+    # A launcher kills the other ranks as soon as one has left with an exit code other than 0.
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return step >= total_steps

@@ -34,6 +34,10 @@ PATH_KEYS = (
     "eval.cache_dir",
     "eval.parzen_shards",
 )
+REMOVED_KEYS = {
+    "train.cuda_graph": (False, "set train.compile=true train.compile_mode=reduce-overhead"),
+}
+"""Keys that old run folders still hold: the value that changes nothing, and what to set instead."""
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -59,6 +63,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
                 bases[key] = base
                 if isinstance(value, str) and "${" not in value:  # else `_resolve` does it
                     value = _escaped(_absolute(value, base))
+            if key in REMOVED_KEYS and value == REMOVED_KEYS[key][0]:
+                continue
             fault = _assign(schema, key, value)
             if fault:
                 faults.append(f"{fault} [{source}]")
@@ -183,6 +189,8 @@ def _resolve(schema: DictConfig, bases: dict[str, Path]) -> list[str]:
 def _assign(schema: DictConfig, key: str, value: Any) -> str | None:
     """Set one value in the schema, or say what is wrong with it."""
     known = list(flatten(Config()))
+    if key in REMOVED_KEYS:
+        return f"{key} ({value}): no longer exists; {REMOVED_KEYS[key][1]}"
     if key not in known:
         section, _, name = key.rpartition(".") if not hasattr(Config(), key) else (key, "", "")
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)

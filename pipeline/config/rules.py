@@ -60,16 +60,6 @@ def faults(config: Config) -> list[str]:
     need("0 or more", lambda v: v >= 0, "stability.r1_gamma")
     need("in [0, 0.5)", lambda v: 0 <= v < 0.5, "stability.label_smoothing")
     need(f"any of {', '.join(POLICIES)}", _are_policies, "stability.augment")
-    if config.train.cuda_graph:
-        draws = bool(config.stability.augment or config.model.dropout)
-        for key, wrong in (
-            ("stability.augment and model.dropout", draws),
-            ("stability.r1_gamma", bool(config.stability.r1_gamma)),
-            ("optim.d_steps", config.optim.d_steps > 1),
-            ("train.precision=fp16", config.train.precision == "fp16"),
-        ):
-            if wrong:
-                faults.append(f"train.cuda_graph (true): must be false with {key}")
     if config.stability.label_smoothing and config.model.loss == "hinge":
         faults.append("stability.label_smoothing: must be 0 with model.loss=hinge, which has none")
     if config.stability.r1_gamma and config.train.compile:

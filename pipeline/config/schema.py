@@ -130,12 +130,13 @@ class TrainConfig:
     channels_last: bool = True
     """NHWC memory layout for the convolutions."""
     compile: bool = _may_change(False)
-    """torch.compile both networks."""
+    """Compile both networks with torch.compile."""
+    compile_mode: Literal["default", "reduce-overhead"] = _may_change("default")
+    """Mode of torch.compile. reduce-overhead also replays CUDA graphs, for batches so small that
+    the GPU waits for Python."""
     deterministic: bool = _may_change(False)
     """On GPUs kernels that repeat a run bit for bit, for exact resume; slower, with a warning where
     PyTorch has none. False = the fastest, found by trial. CPUs always repeat it."""
-    cuda_graph: bool = _may_change(False)
-    """Replay each update as one CUDA graph (one GPU, bf16 or fp32, no random draws in D)."""
     checkpoint_every: int = _may_change(1000)
     """Steps between checkpoints; 0 = only at the end, on a signal and by the clock."""
     checkpoint_minutes: float = _may_change(15.0)

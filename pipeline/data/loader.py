@@ -1,12 +1,12 @@
-"""Batches of one rank: the order, the shards and a ring of decoding processes.
+"""Load the batches of one rank: data order, shards, and a ring that worker processes decode into.
 
-    order (which ids) -> rank rows (which of them) -> workers (decode) -> ring -> training loop
+    order (sample ids) -> this rank's rows -> workers (decode) -> ring -> training loop
 
-Each worker decodes whole local batches straight into a row of a shared uint8 ring that exists
-before it starts; only a slot number and a few integers travel between processes. Worker w serves
-local batches w, w + W, ... and DataLoader takes them in strict rotation, so the batches do not
-depend on the number of workers. The loader is never given to ``accelerator.prepare``: it is cut by
-rank here.
+The ring is shared memory, allocated before the workers are forked. A worker decodes a whole local
+batch into one of its slots and sends only the slot number, labels and ids. Worker w of W decodes
+local batches w, w + W, ... and DataLoader takes them in turn, so the batches do not depend on the
+number of workers. Do not pass the loader to ``accelerator.prepare``: it already yields the rows of
+one rank only.
 """
 
 from __future__ import annotations
@@ -40,20 +40,18 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Batch(NamedTuple):
-    """This rank's rows of one global batch.
-
-    ``images`` is (n, H, W, C) uint8 in the ring: valid until the next batch but one is asked for.
-    ``labels`` (-1 = none), ``ids`` and ``positions`` are int64 (n,).
-    """
+    """This rank's n rows of one global batch."""
 
     images: Tensor
+    """(n, H, W, C) uint8, a slot of the ring: overwritten when the second next batch is taken."""
     labels: NDArray[np.int64]
+    """(n,); -1 = no label."""
     ids: NDArray[np.int64]
-    positions: NDArray[np.int64]
+    """(n,), sample ids."""
 
 
 def open_data(config: Config, accelerator: Accelerator) -> Index:
-    """The checked index of ``data.shards``; remote shards are fetched once per node.
+    """Read the index of ``data.shards`` and check or fetch the shards, once per node.
 
     Raises:
         DataError: shards missing or damaged, or of other images or labels than ``model`` says.
@@ -72,10 +70,10 @@ def open_data(config: Config, accelerator: Accelerator) -> Index:
 
 
 def checked_index(config: Config) -> Index:
-    """The index of ``data.shards``, whose images and labels the model takes.
+    """Read the index of ``data.shards``; check that its images and labels fit the model.
 
     Raises:
-        DataError: none there, damaged, or of other images or labels.
+        DataError: no index, a damaged one, or other images or labels than the model takes.
     """
     data, model = config.data, config.model
     make = f"python -m pipeline.prepare fashion-mnist --out {data.shards}"
@@ -100,7 +98,7 @@ def checked_index(config: Config) -> Index:
 
 
 def make_order(config: Config, index: Index) -> Order:
-    """The data order of a run over an index."""
+    """Return the data order of a run over the samples of an index."""
     data = config.data
     return Order(
         index.sizes, config.run.seed, block=data.block, window=data.window, lanes=data.lanes
@@ -108,13 +106,14 @@ def make_order(config: Config, index: Index) -> Order:
 
 
 class Loader:
-    """An endless stream of this rank's batches, from any global step on.
+    """Endless batches of one rank, from any global batch on.
 
     Args:
         config: batch size, workers, prefetch and cache.
-        index: the shard set.
+        index: the shards.
         order: the data order.
-        rank, world_size: which rows of each global batch to deliver.
+        rank: of ``world_size``; its rows of each global batch are loaded.
+        world_size: number of ranks; it divides ``data.batch_size``.
     """
 
     def __init__(
@@ -124,8 +123,8 @@ class Loader:
         self.rank, self.world_size = rank, world_size
         self.cache = Cache(index, config.data.cache_dir, config.data.cache_gib)
 
-    def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
-        """Batches of steps ``start_step, start_step + 1, ...``; nothing before them is read.
+    def batches(self, start: int = 0) -> Generator[Batch, None, None]:
+        """Fork the workers and yield global batches ``start``, ``start + 1``, ... without an end.
 
         Raises:
             DataError: a shard or sample cannot be read (the worker's message, unchanged).
@@ -135,19 +134,19 @@ class Loader:
         processes = max(1, data.workers)
         slots = data.prefetch + 2  # queued ahead, plus the one in use and the one before it
         ring = _shared_uint8(processes, slots, rows, *self.index.shape)
-        stream = _Stream(self, ring, start_step)
+        batches = _WorkerBatches(self, ring, start)
         options: dict[str, Any] = {}
         if data.workers:
-            self.rows_of(start_step)  # fork shares this epoch's permutation with every worker
+            self.ids_of(start)  # compute the epoch's permutation once: workers inherit it by fork
             options = {
                 "prefetch_factor": data.prefetch,
                 "multiprocessing_context": "fork",
                 "worker_init_fn": _init_worker,
             }
         loader = DataLoader(
-            stream, batch_size=None, num_workers=data.workers, collate_fn=_as_it_is, **options
+            batches, batch_size=None, num_workers=data.workers, collate_fn=_identity, **options
         )
-        # iter() starts the workers now: later, threads of others would be forked with them.
+        # iter() forks the workers now, before other parts of the program start threads.
         with _stop_signals_blocked(), warnings.catch_warnings():
             # Python 3.12 warns of fork beside threads; workers touch nothing that others lock.
             warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
@@ -160,52 +159,54 @@ class Loader:
             for item in items:
                 if isinstance(item, DataError):
                     raise item
-                worker, slot, labels, ids, positions = item
-                yield Batch(ring[worker, slot], labels, ids, positions)
+                worker, slot, labels, ids = item
+                yield Batch(ring[worker, slot], labels, ids)
         finally:
-            del items  # the last reference: ends the workers, also while an error is held
+            del items  # the last reference: the workers end, even if a traceback holds the frame
 
-    def rows_of(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(positions, ids) of this rank's rows of a global batch, each int64 (n,)."""
-        positions, ids = self.order.batch(step, self.config.data.batch_size)
+    def ids_of(self, k: int) -> NDArray[np.int64]:
+        """Return the sample ids (n,) of this rank's rows of global batch k."""
+        _, ids = self.order.batch(k, self.config.data.batch_size)
         rows = self.config.data.batch_size // self.world_size
-        mine = slice(self.rank * rows, (self.rank + 1) * rows)
-        return positions[mine], ids[mine]
+        return ids[self.rank * rows : (self.rank + 1) * rows]
 
 
-class _Stream(IterableDataset[Any]):
-    """One worker's share of the local batches, decoded into its part of the ring."""
+class _WorkerBatches(IterableDataset[Any]):
+    """The local batches of one worker, decoded into its slots of the ring."""
 
-    def __init__(self, loader: Loader, ring: Tensor, start_step: int) -> None:
-        self.loader, self.ring, self.start_step = loader, ring, start_step
+    def __init__(self, loader: Loader, ring: Tensor, start: int) -> None:
+        self.loader, self.ring, self.start = loader, ring, start
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         reader = Reader(self.loader.index, self.loader.cache)
         slots = self.ring[worker].numpy()
-        step, turn = self.start_step + worker, 0
+        k, turn = self.start + worker, 0
         while True:
             slot = turn % len(slots)
-            positions, ids = self.loader.rows_of(step)
+            ids = self.loader.ids_of(k)
             try:
                 labels = reader.read(ids, slots[slot])
             except DataError as error:
-                # Sent, not raised: DataLoader would bury the message in a traceback of its own.
+                # DataLoader would wrap a raised error in a traceback of its own.
                 yield error
                 return
-            yield worker, slot, labels, ids, positions
-            step, turn = step + workers, turn + 1
+            yield worker, slot, labels, ids
+            k, turn = k + workers, turn + 1
 
 
 def _shared_uint8(*shape: int) -> Tensor:
-    """Zeros that forked workers share; anonymous memory, so a container's /dev/shm may be tiny."""
+    """Return zeros that forked workers share.
+
+    The memory is anonymous: a container's small /dev/shm does not limit it.
+    """
     return torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
 
 
 @contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
-    """Workers forked in this block leave stop signals to the training process for good."""
+    """Block stop signals; workers forked meanwhile keep them blocked, for the parent to handle."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -214,51 +215,28 @@ def _stop_signals_blocked() -> Iterator[None]:
 
 
 def _init_worker(_: int) -> None:
-    Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+    Thread(target=_exit_on_sigterm_of, args=(os.getppid(),), daemon=True).start()
 
 
-def _obey(parent: int) -> None:
-    """End on a SIGTERM of the training process, e.g. amid a slow download; on no one else's."""
+def _exit_on_sigterm_of(parent: int) -> None:
+    """Wait for a SIGTERM of the training process, and of no other; end the worker on it.
+
+    The worker itself may be inside a slow download then.
+    """
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
 
 
-def _as_it_is(item: Any) -> Any:
+def _identity(item: Any) -> Any:
     return item
 
 
-class ToDevice:
-    """The inputs of a step on their way to the device, while the step before is still computed.
-
-    On a GPU the copies run on a stream of their own: the computing stream waits for them, the host
-    for nothing. A plain ``tensor.to(device)`` makes the host wait until the GPU has caught up, and
-    the GPU then idles until the next kernels are launched.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        """The same tensors on the device; on a GPU those given may be overwritten at once."""
-        if self._copies is None:
-            return [tensor.to(self._device) for tensor in tensors]
-        with torch.cuda.stream(self._copies):
-            # Page-locked copies; the allocator keeps each until its transfer has ended.
-            locked = [tensor.pin_memory() for tensor in tensors]
-            moved = [tensor.to(self._device, non_blocking=True) for tensor in locked]
-        computing = torch.cuda.current_stream(self._device)
-        computing.wait_stream(self._copies)
-        for tensor in moved:
-            tensor.record_stream(computing)  # not to be reused before the computation is done
-        return moved
-
-
 def normalise(images: Tensor, device: torch.device, channels_last: bool = True) -> Tensor:
-    """(n, H, W, C) uint8 -> (n, C, H, W) float32 in [-1, 1] on the device (x / 127.5 - 1).
+    """Convert (n, H, W, C) uint8 to (n, C, H, W) float32 in [-1, 1] on the device: x / 127.5 - 1.
 
-    uint8 travels, a quarter of the bytes; the permuted view of NHWC is channels_last for free.
+    The copy to the device is of uint8, a quarter of the bytes. A permuted NHWC tensor is
+    channels_last already.
     """
     moved = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
     scaled = moved.to(torch.float32).div_(127.5).sub_(1.0)

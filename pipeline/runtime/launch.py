@@ -51,8 +51,8 @@ def make_accelerator(precision: str) -> Accelerator:
         mixed_precision=MIXED_PRECISION[precision],
         kwargs_handlers=[
             DistributedDataParallelKwargs(
-                # Broadcasting buffers before the second of D's two forward passes breaks the first
-                # one's backward pass on torch >= 2.6 (github.com/pytorch/pytorch/issues/175024).
+                # The only buffers in training, the vectors of spectral norm, are functions of the
+                # weights: no rank needs another's.
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )

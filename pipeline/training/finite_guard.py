@@ -1,4 +1,4 @@
-"""The stop at a non-finite loss, before the optimizer step that would spread it."""
+"""Stop a run at a non-finite loss, before the optimizer step that would spread it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ NETWORKS = "DG"
 
 
 class FiniteGuard:
-    """Watches the losses; once one is NaN or infinite on any rank, no weight changes any more.
+    """A check of every loss. Once one is NaN or infinite on any rank, no weight changes any more.
 
-    The flag lives on the device and the fused Adam kernel itself skips the update, so a GPU need
-    not be waited for: the fault is raised at the next ``raise_if_tripped``, with the step it began
-    at. On the CPU, where looking is free, it is raised at once.
+    The flag is a tensor on the device, and the fused Adam kernel skips the update while it is set.
+    So a GPU need not be waited for: ``raise_if_tripped`` raises later, with the step of the first
+    fault. On a CPU, where reading the flag is free, ``check`` raises at once.
 
     Args:
-        optimizers: fused optimizers; each is given the flag. Empty under a gradient scaler, which
-            skips non-finite gradients itself.
-        device: where the losses live.
-        rank, world_size: for the message and for sharing the flag.
+        optimizers: fused optimizers, which get the flag as ``found_inf``. Empty with a gradient
+            scaler, which skips non-finite gradients itself.
+        device: device of the losses.
+        rank: this process, for the message.
+        world_size: number of ranks; with several the flag is all-reduced.
     """
 
     def __init__(
@@ -36,41 +37,44 @@ class FiniteGuard:
     ) -> None:
         self.rank, self.world_size = rank, world_size
         self._tripped = torch.zeros((), device=device)
-        self._now = torch.zeros(2, dtype=torch.int64, device=device)  # step; which of NETWORKS
-        self._first = torch.full_like(self._now, -1)  # of the first fault
+        # Of the first fault on this rank: 2 * step + index into NETWORKS; -1 before one.
+        self._first = torch.full((), -1, dtype=torch.int64, device=device)
         for optimizer in optimizers:
             optimizer.found_inf = self._tripped  # type: ignore[attr-defined]
 
-    def begin(self, step: int) -> None:
-        """The step that the losses to come belong to."""
-        self._now[0].fill_(step)
+    def check(self, loss: Tensor, name: str, step: int) -> None:
+        """Check a loss before its gradients are applied. All ranks call it in the same order.
 
-    def check(self, loss: Tensor, name: str) -> None:
-        """Look at a loss (scalar) of network ``D`` or ``G`` before its gradients are applied.
+        Args:
+            loss: float scalar on the device.
+            name: ``D`` or ``G``, the network that the loss trains.
+            step: number of the step, for the message.
 
-        Everything it reads and writes stays in its place, so a CUDA graph may hold it.
+        Raises:
+            NonFiniteLoss: on a CPU, see ``raise_if_tripped``.
         """
-        bad = (~torch.isfinite(loss.detach())).float()
-        self._now[1].fill_(NETWORKS.index(name))
-        first = (bad > 0) & (self._first[0] < 0)
-        self._first.copy_(torch.where(first, self._now, self._first))
-        self._tripped.copy_(torch.maximum(self._tripped, bad))
+        bad = ~torch.isfinite(loss.detach())
+        fault = 2 * step + NETWORKS.index(name)
+        # In place, because the optimizers hold the flag; without a copy to the host, which would
+        # wait for the GPU.
+        self._first.copy_(torch.where(bad & (self._first < 0), fault, self._first))
+        self._tripped.copy_(torch.maximum(self._tripped, bad.float()))
         if self.world_size > 1:
             dist.all_reduce(self._tripped, dist.ReduceOp.MAX)
         if bad.device.type == "cpu":
             self.raise_if_tripped()
 
     def raise_if_tripped(self) -> None:
-        """Raise if any loss was non-finite since the start; waits for the device.
+        """Raise if any loss has been non-finite on any rank. Waits for the device.
 
         Raises:
-            NonFiniteLoss: naming loss, step and rank.
+            NonFiniteLoss: the message names loss, step and rank of the first fault on this rank.
         """
         if not self._tripped.item():
             return
-        step, number = self._first.tolist()
+        step, network = divmod(int(self._first.item()), 2)
         where = (
-            f"loss/{NETWORKS[number]} became NaN or infinite at step {step} on rank {self.rank}"
+            f"loss/{NETWORKS[network]} became NaN or infinite at step {step} on rank {self.rank}"
             if step >= 0
             else "a loss became NaN or infinite on another rank"
         )

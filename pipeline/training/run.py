@@ -1,7 +1,7 @@
-"""A run on one rank: opening its folder, resuming, and what is written at which step.
+"""Open, resume and record a training run on one rank.
 
-The loop asks ``due`` questions and calls ``log``, ``sample`` and ``save``; every answer is the same
-on all ranks, and only rank 0 writes.
+The loop of ``train.py`` asks what is due and calls ``log``, ``sample`` and ``save``. All ranks get
+the same answers at the same step. Only rank 0 writes.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ log = logging.getLogger("pipeline")
 
 
 class Run:
-    """The open run of this rank.
+    """An open run, as one rank sees it.
 
     Args:
         config: the whole configuration.
-        accelerator: the processes that share the run.
-        precision: resolved arithmetic, kept for the life of the run.
+        accelerator: the ranks that share the run.
+        precision: ``fp32``, ``bf16`` or ``fp16``; a run keeps it for its whole life.
 
     Raises:
         RunFolderError: the folder is in use or cannot be written.
@@ -47,6 +47,7 @@ class Run:
         self.is_main = accelerator.is_main_process
         self.folder: RunFolder | None = None
         self.id = on_rank_zero(accelerator, self._open_folder)
+        self.meter = Meter(accelerator, config.images_per_step)
         self._agreement = signals.Agreement(accelerator.num_processes)
         self._stop, self._save_by_clock = False, False
         self._saved_step, self._saved_at = -1, time.monotonic()
@@ -59,12 +60,18 @@ class Run:
     # -- resume -----------------------------------------------------------------------------
 
     def resume(self, gan: GAN, index: Index, order: Order, micro_batch: int) -> int:
-        """Load the newest good checkpoint into ``gan``; returns its step, 0 for a new run.
+        """Load the newest undamaged checkpoint into ``gan``; return its step, 0 for a new run.
+
+        Args:
+            gan: takes the weights and optimizer states.
+            index: the shards; a checkpoint of other shards is refused.
+            order: the data order; a checkpoint of another order is refused.
+            micro_batch: images per BatchNorm group. A change is allowed, with a warning.
 
         Raises:
-            CheckpointError: none is usable, or it was trained on other data.
+            CheckpointError: every checkpoint is damaged, or it was trained on other data.
         """
-        self._stream = order.describe() | {"fingerprint": index.fingerprint}
+        self._data_identity = order.describe() | {"fingerprint": index.fingerprint}
         self._micro_batch = micro_batch
         path = on_rank_zero(self.accelerator, self._newest)
         if path is None:
@@ -83,7 +90,7 @@ class Run:
 
     def _read(self, path: Path) -> checkpoint.Checkpoint:
         found = checkpoint.read(path)
-        for key, value in self._stream.items():
+        for key, value in self._data_identity.items():
             if (before := found.state["stream"][key]) != value:
                 raise CheckpointError(
                     f"{path}: trained on other data: {key} was {before}, is {value}. Point "
@@ -92,7 +99,7 @@ class Run:
         return found
 
     def _export_missing_snapshot(self, gan: GAN) -> None:
-        """The disk was full, or a kill came, when its checkpoint had just been written."""
+        """Export the snapshot that a full disk or a kill prevented after the last checkpoint."""
         step = self._saved_step
         if self.due(step, self.config.train.checkpoint_every) and step not in map(
             step_of, committed(self.dir, SNAPSHOTS)
@@ -108,9 +115,10 @@ class Run:
     # -- while training ---------------------------------------------------------------------
 
     def start(self, step: int) -> Run:
-        """Open metrics and tracker; after the data workers exist, which are forked without them.
+        """Open the metrics log and W&B, and start the clocks; return the run itself.
 
-        From here on the run is no longer finished, if it was.
+        Call it after the data workers were forked, so that they do not inherit open files. The
+        marker FINISHED is removed if steps are left to do.
         """
         if self.folder is not None and step < self.config.train.total_steps:
             self.folder.unmark("FINISHED")
@@ -119,71 +127,80 @@ class Run:
             if self.is_main
             else NullMetricsLog(self.config)
         )
-        self.meter = Meter(self.accelerator, self.config.images_per_step)
+        self.meter.reset()
         self._saved_at = time.monotonic()
         return self
 
     def agree(self, step: int) -> None:
-        """Share stop requests and the checkpoint clock; once a step, on every rank."""
+        """Make all ranks agree on stop requests and on the checkpoint clock, once a step."""
         minutes = self.config.train.checkpoint_minutes
         late = self.is_main and 0 < minutes * 60 < time.monotonic() - self._saved_at
         self._stop, late = self._agreement.agree(stop=signals.received() is not None, also=late)
-        # Several ranks hear of the step before: what was late then may have been saved since.
-        heard_of = step - 1 if self.accelerator.num_processes > 1 else step
-        self._save_by_clock = late and self._saved_step < heard_of
+        # Several ranks get the answer of the step before, which a save since may have settled.
+        asked_at = step - 1 if self.accelerator.num_processes > 1 else step
+        self._save_by_clock = late and self._saved_step < asked_at
         self.tracker.advance(step)
 
     @property
     def stopping(self) -> bool:
-        """Whether all ranks leave after this step."""
+        """Whether all ranks leave the loop after this step."""
         return self._stop
 
     def due(self, step: int, every: int) -> bool:
-        """Whether something done ``every`` steps (0 = never) and at the end is due."""
+        """Return whether work done every ``every`` steps (0 = never) and at the end is due."""
         return step == self.config.train.total_steps or bool(every and step % every == 0)
 
     def save_due(self, step: int) -> bool:
-        """Whether a checkpoint is due: by step, by the clock, at the end or before leaving."""
+        """Return whether a checkpoint is due: by its step, by the clock, at the end, or to stop."""
         asked = self._stop or self._save_by_clock
         return (asked or self.due(step, self.config.train.checkpoint_every)) and (
             step != self._saved_step
         )
 
     def log(self, step: int, gan: GAN) -> None:
-        """Write a row of metrics; the loop's only wait for the device."""
+        """Write a row of metrics. This is the loop's only wait for the device."""
         gan.guard.raise_if_tripped()
         self.tracker.log(step, self.meter.row(step))
 
     def sample(self, step: int, gan: GAN) -> None:
-        """Write a grid of G_ema's images from z that are fixed for the whole run."""
-        if self.is_main:
-            model, seed = self.config.model, self.config.run.seed
-            G = make_sampler(model, gan.G_ema.state_dict(), self.accelerator.device)
-            self.tracker.images(step, sample_grid(G, model, seed))
+        """Write a grid of G_ema's images, from the same z at every step of the run."""
+        with self.meter.upkeep():
+            if self.is_main:
+                model, seed = self.config.model, self.config.run.seed
+                G = make_sampler(model, gan.G_ema.state_dict(), self.accelerator.device)
+                self.tracker.images(step, sample_grid(G, model, seed))
 
     def save(self, step: int, gan: GAN) -> None:
-        """Commit a checkpoint, then prune; a snapshot of G_ema with each regular one."""
-        gan.guard.raise_if_tripped()
-        gan.raise_if_weights_are_not_finite(step)
-        if not same_on_all_ranks(self.accelerator, list(gan.networks().values())):
-            raise RuntimeError(f"ranks hold different weights at step {step}; not saved")
-        if self.is_main:
-            train = self.config.train
-            state = {
-                "run_id": self.id,
-                "images_seen": step * self.config.images_per_step,
-                "stream": self._stream | {"position": step * self.config.images_per_step},
-                "micro_batch": self._micro_batch,
-                "precision": self.precision,
-                "world_size": self.accelerator.num_processes,
-            }
-            checkpoint.save(self.dir, step, gan.networks(), gan.optimizers(), state)
-            self._mark("progress", str(step))
-            keep_best = self.config.eval.keep_best
-            checkpoint.prune(self.dir, train.keep, train.keep_every, keep_best)
-            if self.due(step, train.checkpoint_every):
-                self._export(step, gan)
+        """Commit a checkpoint, remove old ones, and export a snapshot at regular steps.
+
+        Raises:
+            NonFiniteLoss: a loss or a weight is NaN or infinite; nothing is saved.
+            RunFolderError: the checkpoint cannot be written; earlier ones are intact.
+        """
+        with self.meter.upkeep():
+            gan.guard.raise_if_tripped()
+            gan.raise_if_weights_are_not_finite(step)
+            if not same_on_all_ranks(self.accelerator, list(gan.networks().values())):
+                raise RuntimeError(f"ranks hold different weights at step {step}; not saved")
+            if self.is_main:
+                self._commit(step, gan)
         self._saved_step, self._saved_at = step, time.monotonic()
+
+    def _commit(self, step: int, gan: GAN) -> None:
+        train, images_seen = self.config.train, step * self.config.images_per_step
+        state = {
+            "run_id": self.id,
+            "images_seen": images_seen,
+            "stream": self._data_identity | {"position": images_seen},
+            "micro_batch": self._micro_batch,
+            "precision": self.precision,
+            "world_size": self.accelerator.num_processes,
+        }
+        checkpoint.save(self.dir, step, gan.networks(), gan.optimizers(), state)
+        self._mark("progress", str(step))
+        checkpoint.prune(self.dir, train.keep, train.keep_every, self.config.eval.keep_best)
+        if self.due(step, train.checkpoint_every):
+            self._export(step, gan)
 
     def _export(self, step: int, gan: GAN) -> None:
         weights, device = gan.G_ema.state_dict(), self.accelerator.device
@@ -193,11 +210,11 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Close the tracker, whatever ended the loop."""
+        """Close the metrics log and W&B, however the loop ended."""
         self.tracker.close(failed=kind is not None)
 
     def finish(self, step: int) -> None:
-        """Leave the marker that launch scripts decide by, after the last checkpoint."""
+        """Write FINISHED or PREEMPTED, which launch scripts read, after the last checkpoint."""
         self._agreement.close()
         finished = step >= self.config.train.total_steps
         if self.is_main:
@@ -212,7 +229,7 @@ class Run:
                 )
 
     def leave_early(self) -> bool:
-        """End before the first step, stopped; whether the run had finished already."""
+        """Leave before the first step, on a stop request; return whether the run had finished."""
         step = on_rank_zero(self.accelerator, self._progress)
         self.finish(step)
         self.accelerator.wait_for_everyone()

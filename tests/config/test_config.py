@@ -357,10 +357,6 @@ def test_an_impossible_value_is_refused(write, override, reason):
             ["train.sync_batchnorm=true", "stability.r1_gamma=1"],
             "train.sync_batchnorm (true): must be false with stability.r1_gamma",
         ),
-        (
-            ["train.cuda_graph=true", "stability.r1_gamma=1"],
-            "must be false with stability.r1_gamma",
-        ),
         (["model.architecture=mlp", "model.image_size=7"], "must be between 8 and 256"),
     ],
 )
@@ -369,6 +365,15 @@ def test_an_impossible_combination_is_refused(write, overrides, reason):
     load(write(""), overrides[:1])
     with pytest.raises(ConfigError, match=re.escape(reason)):
         load(write(""), overrides)
+
+
+def test_a_removed_key_of_an_old_run_folder_is_read_if_it_changed_nothing(write):
+    """Run folders keep every key with its value; one that was in use names what took its place."""
+    load(write("train: {cuda_graph: false}"))
+    with pytest.raises(
+        ConfigError, match=r"train.cuda_graph \(True\): no longer exists; set train"
+    ):
+        load(write("train: {cuda_graph: true}"))
 
 
 # -- interpolations -----------------------------------------------------------------------------

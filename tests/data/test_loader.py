@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.schema import Config, DataConfig, ModelConfig
 from pipeline.data.codecs import read_npy
-from pipeline.data.loader import Batch, Loader, ToDevice, make_order, normalise, open_data
+from pipeline.data.loader import Batch, Loader, make_order, normalise, open_data
 from pipeline.data.order import Order
 from pipeline.data.shards import Index, read_index
 from pipeline.models.sampling import to_uint8
@@ -542,14 +542,6 @@ def test_normalise_values_type_and_layout(channels: int, channels_last: bool) ->
     assert out[0, 0, 0, 0].item() == pytest.approx(-1 / 255, abs=1e-7)
     assert out[0, 0, 0, 1].item() == pytest.approx(1 / 255, abs=1e-7)
     assert torch.equal(images, kept)
-
-
-def test_what_is_sent_to_the_device_arrives() -> None:
-    """Values, types and order of several tensors, none of them changed."""
-    given = [torch.arange(12, dtype=torch.uint8).view(3, 4), torch.randn(5), torch.tensor([7])]
-    moved = ToDevice(torch.device("cpu"))(*given)
-    assert [tensor.dtype for tensor in moved] == [torch.uint8, torch.float32, torch.int64]
-    assert all(torch.equal(a, b) for a, b in zip(given, moved, strict=True))
 
 
 def test_every_grey_level_survives_the_way_to_the_device_and_back() -> None:

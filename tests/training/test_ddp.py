@@ -15,16 +15,13 @@ import pytest
 import torch
 from launching import environment, free_port
 from ranks import on_ranks
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config.schema import Config, DataConfig, ModelConfig, TrainConfig, micro_batching
-from pipeline.models.dcgan import Discriminator
 from pipeline.models.noise import draw_z, rng
 from pipeline.runtime import launch
 from pipeline.training.gan import GAN
-from pipeline.training.losses import discriminator_loss
 
 pytestmark = pytest.mark.slow
 STEPS = 3
@@ -170,53 +167,6 @@ def test_nothing_else_travels(runs: dict[str, Any]) -> None:
         count = sizes(rank["weights"])
         assert rank["travelled"], "the profiler names all-reduces otherwise: adapt this test"
         assert sum(rank["travelled"]) == STEPS * (count["D"] + count["G"] + 2)
-
-
-# -- github.com/pytorch/pytorch/issues/175024 ----------------------------------------------------
-
-
-def two_forwards_before_one_backward(folder: str, running: bool, broadcast: bool) -> None:
-    """D's step as in any DCGAN code; ``running`` gives its BatchNorm the usual statistics."""
-    launch.make_accelerator("fp32")
-    D = Discriminator(CONFIG.model)
-    for norm in [module for module in D.modules() if isinstance(module, nn.BatchNorm2d)]:
-        if running:
-            norm.track_running_stats = True
-            for name, buffer in nn.BatchNorm2d(norm.num_features).named_buffers():
-                setattr(norm, name, buffer)
-    ddp = DistributedDataParallel(D, broadcast_buffers=broadcast)
-    fault = ""
-    try:
-        for _ in range(2):
-            real, fake = torch.randn(2, 4, 1, 32, 32).unbind()
-            discriminator_loss(ddp(real), ddp(fake)).backward()
-    except RuntimeError as error:  # one rank's own fault, or the other's connection gone with it
-        fault = str(error)
-    (Path(folder) / os.environ["RANK"]).write_text(fault)
-
-
-@pytest.mark.parametrize(
-    ("running", "broadcast"),
-    [(True, True), (True, False), (False, True)],
-    ids=["usual BatchNorm, DDP's default", "usual BatchNorm, no broadcast", "ours, DDP's default"],
-)
-def test_two_forwards_before_one_backward(running: bool, broadcast: bool, tmp_path: Path) -> None:
-    """With running statistics DDP's default breaks D's backward pass (pytorch#175024); without
-    the broadcast it does not; networks without buffers, ours, do not even with it.
-
-    An expected failure says that this torch has mended it (pull request 175851 does).
-    """
-    on_ranks(2, two_forwards_before_one_backward, str(tmp_path), running, broadcast)
-    faults = [(tmp_path / str(rank)).read_text() for rank in range(2)]
-    if not (running and broadcast):
-        assert faults == ["", ""]
-    elif faults == ["", ""]:
-        pytest.xfail(
-            f"torch {torch.__version__} no longer has pytorch#175024: broadcast_buffers=False "
-            "in pipeline/runtime/launch.py only saves traffic now"
-        )
-    else:
-        assert any("modified by an inplace operation" in fault for fault in faults)
 
 
 # -- threads ------------------------------------------------------------------------------------

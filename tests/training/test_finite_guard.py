@@ -104,9 +104,8 @@ def test_the_fused_kernel_skips_the_update(first_step: bool) -> None:
     before = [p.detach().clone() for p in parameters]
     if not first_step:
         before = step(1.0)
-    guard.begin(5)
     with pytest.raises(NonFiniteLoss):
-        guard.check(torch.tensor(float("nan")), "D")
+        guard.check(torch.tensor(float("nan")), "D", 5)
     for gradient in (float("nan"), float("inf"), 1.0):
         after = step(gradient)
         if first_step:  # Adam has made its state of zeros by now
@@ -120,7 +119,7 @@ def test_finite_losses_pass() -> None:
     """However large: only NaN and infinity stop a run."""
     guard = FiniteGuard([], torch.device("cpu"), 0, 1)
     for loss in (0.0, -1.0, 1e38, -1e38):
-        guard.check(torch.tensor(loss), "G")
+        guard.check(torch.tensor(loss), "G", 1)
     guard.raise_if_tripped()
 
 
@@ -128,9 +127,8 @@ def test_the_first_fault_is_the_one_named() -> None:
     """Later faults follow from the first; they do not replace it in the message."""
     guard = FiniteGuard([], torch.device("cpu"), 3, 1)
     for name, step in (("G", 2**24 + 1), ("D", 2**24 + 2)):  # a float32 would round it
-        guard.begin(step)
         with pytest.raises(NonFiniteLoss, match=r"loss/G .* at step 16777217 on rank 3;"):
-            guard.check(torch.tensor(float("inf")), name)
+            guard.check(torch.tensor(float("inf")), name, step)
 
 
 def _fault_on_rank_1(folder: str) -> None:

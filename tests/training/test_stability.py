@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,6 @@ from pipeline.models.mlp import dropped
 from pipeline.models.noise import append_classes, draw_z, rng
 from pipeline.models.spectral_norm import apply_spectral_norm, power_iterate, unnormalised_weight
 from pipeline.runtime import launch
-from pipeline.training.cuda_graph import Replayed
 from pipeline.training.diffaugment import augment
 from pipeline.training.gan import GAN
 from pipeline.training.losses import discriminator_loss
@@ -268,54 +266,6 @@ def test_each_option_changes_the_training_and_none_leaves_it_alone(option: str) 
     before, again, after = trained(plain), trained(plain), trained(with_it)
     assert all(torch.equal(before[key], again[key]) for key in before)
     assert any(not torch.equal(before[key], after[key]) for key in before)
-
-
-# -- CUDA graphs -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("micro_batch", [None, 4])
-def test_replayed_updates_compute_what_direct_ones_do(micro_batch: int | None) -> None:
-    """Everything but the capture itself, which needs a GPU: unmoving inputs, both updates, classes;
-    weights and optimizers bitwise equal after several steps.
-    """
-    plain = replace(
-        CONFIG,
-        model=replace(DCGAN, spectral_norm=True),
-        optim=OptimConfig(),
-        train=TrainConfig(precision="fp32", micro_batch=micro_batch),
-        stability=StabilityConfig(),
-    )
-    replayed = replace(plain, train=replace(plain.train, cuda_graph=True))
-    expected, found = trained(plain), trained(replayed)
-    assert all(torch.equal(found[key], value) for key, value in expected.items())
-
-
-def test_a_checkpoint_does_not_decide_about_graphs() -> None:
-    """Adam's groups carry ``capturable``; what a resumed run captures, its configuration says."""
-    plain = replace(CONFIG, model=DCGAN, stability=StabilityConfig())
-    gan = GAN(plain, launch.make_accelerator("fp32"), 1)
-    weights = {name: network.state_dict() for name, network in gan.networks().items()}
-    optimizers = copy.deepcopy({n: o.state_dict() for n, o in gan.optimizers().items()})
-    for state in optimizers.values():
-        state["param_groups"][0]["capturable"] = True  # as a run with CUDA graphs leaves it
-    gan.load(weights, optimizers)
-    assert not any(o.param_groups[0]["capturable"] for o in gan.optimizers().values())
-
-
-def test_replayed_inputs_stay_in_their_place() -> None:
-    """A graph reads where it was captured: every call's values arrive in the same memory."""
-    seen: list[int] = []
-
-    def work(x: list[Tensor], y: None) -> Tensor:
-        assert y is None
-        seen.extend(part.data_ptr() for part in x)
-        return torch.stack([part.sum() for part in x])
-
-    update = Replayed(work)
-    for k in range(3):
-        parts = [torch.full((2,), float(k)), torch.full((2,), k + 1.0)]
-        assert update(parts, None).tolist() == [2 * k, 2 * k + 2]
-    assert seen[:2] == seen[2:4] == seen[4:]
 
 
 # -- the whole command -----------------------------------------------------------------------------

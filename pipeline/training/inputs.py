@@ -1,0 +1,145 @@
+"""Read what the updates of a step need: real images, z and classes of this rank, on its device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from pipeline.config.schema import Config
+from pipeline.data.loader import Loader, normalise
+from pipeline.data.order import Order
+from pipeline.data.shards import Index
+from pipeline.models.noise import append_classes, draw_z, rng
+from pipeline.training.meter import Meter
+
+
+class Inputs(NamedTuple):
+    """This rank's micro-batches for one update of D, and for the update of G that follows it."""
+
+    real: Sequence[Tensor]
+    """Images, (m, C, S, S) float32 in [-1, 1] each."""
+    z: Sequence[Tensor]
+    """Input of G, (m, z_dim + num_classes) float32 each."""
+    y: Sequence[Tensor] | None
+    """Classes, (m,) int64 each; None without ``model.num_classes``."""
+
+
+class InputReader(Iterator[Inputs]):
+    """An endless iterator over ``Inputs``, from any update of D on.
+
+    Update u takes the images of global batch u of the data order, and z drawn for that whole batch
+    from ``rng(run.seed, "z", u)``. Each rank takes its rows of both, so the global batch is the
+    same on any number of ranks.
+
+    Args:
+        config: the whole configuration.
+        index: the shards.
+        order: the data order.
+        accelerator: says which rows are this rank's, and where they go.
+        micro_batch: images per micro-batch.
+        meter: counts the time that the loader was waited for.
+        start: the first update of D, from 0. Nothing before it is read.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        index: Index,
+        order: Order,
+        accelerator: Accelerator,
+        *,
+        micro_batch: int,
+        meter: Meter,
+        start: int = 0,
+    ) -> None:
+        self._config, self._micro_batch, self._meter = config, micro_batch, meter
+        rank, ranks, size = (
+            accelerator.process_index,
+            accelerator.num_processes,
+            config.data.batch_size,
+        )
+        self._rows = slice(rank * size // ranks, (rank + 1) * size // ranks)
+        self._update, self._device = start, accelerator.device
+        self._to_device, self._ids = ToDevice(accelerator.device), IdLog(config, rank, ranks)
+        self._batches = Loader(config, index, order, rank, ranks).batches(start)
+
+    def __next__(self) -> Inputs:
+        """Return the inputs of the next update of D.
+
+        Raises:
+            DataError: a shard or sample cannot be read.
+        """
+        config = self._config
+        with self._meter.waiting():
+            batch = next(self._batches)
+        self._ids.write(self._update + 1, batch.ids.tolist())
+        labels = torch.from_numpy(batch.labels)
+        generator = rng(config.run.seed, "z", self._update)
+        z = draw_z(config.model, config.data.batch_size, generator)[self._rows]
+        z = append_classes(config.model, z, labels)
+        images, z, labels = self._to_device(batch.images, z, labels)
+        real = normalise(images, self._device, config.train.channels_last)
+        self._update += 1
+        y = labels.split(self._micro_batch) if config.model.num_classes else None
+        return Inputs(real.split(self._micro_batch), z.split(self._micro_batch), y)
+
+    def close(self) -> None:
+        """End the data workers."""
+        self._batches.close()
+
+
+class ToDevice:
+    """A copy of the next inputs to the device while the step before is still computed.
+
+    On a GPU the copies run on a CUDA stream of their own. The compute stream waits for them, the
+    host does not. After a plain ``tensor.to(device)`` the host would wait until the GPU has caught
+    up, and the GPU would then idle until the next kernels are launched.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        """Return the tensors on the device. On a GPU the originals may be overwritten at once."""
+        if self._copy_stream is None:
+            return [tensor.to(self._device) for tensor in tensors]
+        with torch.cuda.stream(self._copy_stream):
+            # Page-locked copies. The allocator keeps each until its transfer has ended.
+            pinned = [tensor.pin_memory() for tensor in tensors]
+            moved = [tensor.to(self._device, non_blocking=True) for tensor in pinned]
+        compute_stream = torch.cuda.current_stream(self._device)
+        compute_stream.wait_stream(self._copy_stream)
+        for tensor in moved:
+            # Its memory must not be reused before the computation has read it.
+            tensor.record_stream(compute_stream)
+        return moved
+
+
+class IdLog:
+    """A file with the sample ids of every batch of this rank, as evidence of the data order.
+
+    ``ids/rank_R.jsonl`` in the run folder has one line per update of D. Without
+    ``data.record_ids`` nothing is written.
+    """
+
+    def __init__(self, config: Config, rank: int, world_size: int) -> None:
+        self._world_size, self._file = world_size, None
+        if config.data.record_ids:
+            folder = Path(config.run.dir).expanduser() / "ids"
+            folder.mkdir(exist_ok=True)
+            self._file = (folder / f"rank_{rank}.jsonl").open("a", buffering=1)
+            if self._file.tell():
+                self._file.write("\n")  # a killed run may have left half a line
+
+    def write(self, update: int, ids: list[int]) -> None:
+        """Record the ids of update ``update`` of D, counted from 1."""
+        if self._file:
+            row = {"step": update, "world_size": self._world_size, "ids": ids}
+            self._file.write(json.dumps(row) + "\n")

@@ -1,0 +1,87 @@
+"""What the updates are given: images, z and classes of the right rows, on any number of ranks."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from pipeline.config.schema import Config, DataConfig, ModelConfig, RunConfig
+from pipeline.data.loader import Loader, make_order, normalise
+from pipeline.data.shards import read_index
+from pipeline.models.noise import append_classes, draw_z, rng
+from pipeline.training.inputs import InputReader, Inputs, ToDevice
+from pipeline.training.meter import Meter
+
+CPU = torch.device("cpu")
+
+
+def config_of(shards: Path, classes: int = 0) -> Config:
+    return Config(
+        run=RunConfig(seed=3),
+        model=ModelConfig(image_size=32, channels=1, z_dim=5, num_classes=classes),
+        data=DataConfig(shards=str(shards), batch_size=8, workers=0),
+    )
+
+
+def read(config: Config, count: int, *, rank: int = 0, ranks: int = 1, start: int = 0) -> list[Any]:
+    """Inputs of ``count`` updates as one of several ranks, in micro-batches of two."""
+    index = read_index(config.data.shards)
+    place: Any = SimpleNamespace(process_index=rank, num_processes=ranks, device=CPU)
+    reader = InputReader(
+        *(config, index, make_order(config, index), place),
+        micro_batch=2,
+        meter=Meter(Accelerator(cpu=True), 8),
+        start=start,
+    )
+    with closing(reader):
+        return [next(reader) for _ in range(count)]
+
+
+def joined(parts: list[Inputs], name: str) -> Tensor:
+    return torch.cat([tensor for inputs in parts for tensor in getattr(inputs, name)])
+
+
+@pytest.mark.parametrize("classes", [0, 10])
+def test_an_update_gets_the_images_and_the_noise_of_its_number(
+    training_shards: Path, classes: int
+) -> None:
+    """Update 5 takes batch 5 of the loader and the z of ("z", 5), however one arrives there."""
+    config = config_of(training_shards, classes)
+    index = read_index(config.data.shards)
+    with closing(Loader(config, index, make_order(config, index)).batches(5)) as batches:
+        batch = next(batches)
+    labels = torch.from_numpy(batch.labels)
+    z = append_classes(config.model, draw_z(config.model, 8, rng(3, "z", 5)), labels)
+    for inputs in (read(config, 6)[-1], read(config, 1, start=5)[0]):
+        assert [len(part) for part in inputs.real] == [2, 2, 2, 2]
+        assert torch.equal(joined([inputs], "real"), normalise(batch.images, CPU))
+        assert torch.equal(joined([inputs], "z"), z)
+        if classes:
+            assert torch.equal(joined([inputs], "y"), labels)
+        else:
+            assert inputs.y is None
+
+
+def test_ranks_share_the_inputs_of_one(training_shards: Path) -> None:
+    """The rows of two ranks, one after the other, are those of a single process."""
+    config = config_of(training_shards, 10)
+    for alone, *parts in zip(
+        read(config, 3), *(read(config, 3, rank=rank, ranks=2) for rank in range(2)), strict=True
+    ):
+        for name in Inputs._fields:
+            assert torch.equal(joined(parts, name), joined([alone], name))
+
+
+def test_what_is_sent_to_the_device_arrives() -> None:
+    """Values, types and order of several tensors, none of them changed."""
+    given = [torch.arange(12, dtype=torch.uint8).view(3, 4), torch.randn(5), torch.tensor([7])]
+    moved = ToDevice(CPU)(*given)
+    assert [tensor.dtype for tensor in moved] == [torch.uint8, torch.float32, torch.int64]
+    assert all(torch.equal(a, b) for a, b in zip(given, moved, strict=True))
