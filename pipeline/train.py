@@ -23,11 +23,16 @@ from contextlib import closing
 
 from pipeline.config.loading import load
 from pipeline.config.schema import Config, micro_batching
+from pipeline.runtime.arguments import HelpFormatter
 from pipeline.runtime.errors import exit_on_user_error
 
 
 def train(config: Config) -> bool:
-    """Run or resume the training that a configuration describes; False if it was stopped."""
+    """Run or resume the training of a configuration.
+
+    Returns:
+        True if the run reached ``train.total_steps``, False if a signal stopped it.
+    """
     # Imported here: torch takes seconds, and --help or a mistyped key must answer without it.
     from pipeline.data.loader import make_order, open_data
     from pipeline.runs import run_folder
@@ -89,13 +94,14 @@ def train(config: Config) -> bool:
 
 
 def main() -> None:
-    """Parse the command line and train."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Parse the command line and train; exit with code 2 on a user's mistake."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="values that win over the file"
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="values that replace those of the file, e.g. optim.g_lr=1e-4",
     )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

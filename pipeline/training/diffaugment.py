@@ -1,14 +1,13 @@
-"""DiffAugment (Zhao et al. 2020, arXiv 2006.10738): the same kinds of change to what D sees.
+"""Augment the images that D sees, differentiably (DiffAugment, Zhao et al. 2020, arXiv 2006.10738).
 
-Real and generated images alike are changed before D looks at them, differentiably, so that G learns
-from the changed images without learning to draw the changes. With few images D can then no longer
-learn them by heart.
+Real and generated images get the same kinds of augmentation, so that D cannot memorise a small data
+set. The gradient passes through the augmentation to G, and G does not learn to draw it.
 
     color        brightness + U(-0.5, 0.5), saturation * U(0, 2), contrast * U(0.5, 1.5)
-    translation  by up to an eighth of the size each way
-    cutout       a square of half the size at a random place
+    translation  a shift by up to an eighth of the image size in each direction
+    cutout       a square of half the image size, at a random place, set to 0
 
-What comes in from outside and what is cut out is 0, the middle of the range.
+Pixels shifted in from outside are 0, the middle of the range.
 """
 
 from __future__ import annotations
@@ -16,21 +15,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SHIFT = 8  # one part in eight
-NUMBERS = 7  # of one image: brightness, saturation, contrast, shift by y and x, hole at y and x
+SHIFT = 8  # the largest shift is 1/8 of the image size
+NUMBERS = 7  # per image: brightness, saturation, contrast, shift (y, x), centre of the hole (y, x)
 
 
 def augment(images: Tensor, policy: tuple[str, ...], generator: torch.Generator) -> Tensor:
-    """Images changed by the policies, each by random numbers of its own.
+    """Augment each image by random numbers of its own.
 
     Args:
-        images: (N, C, S, S) float in [-1, 1]; results may leave that range by their colours.
-        policy: of ``config.POLICIES``; always applied in that order.
-        generator: a CPU generator. As many numbers are drawn whatever the policy, so the other
-            changes stay the same when one is switched off.
+        images: (N, C, S, S) float in [-1, 1].
+        policy: names out of ``config.schema.POLICIES``; they are applied in the order given there.
+        generator: a CPU generator. It always draws ``NUMBERS`` numbers per image, so that one
+            policy's numbers do not depend on the others.
 
     Returns:
-        (N, C, S, S) in the dtype and layout of the images.
+        (N, C, S, S) in the dtype and memory layout of the images. ``color`` may leave [-1, 1].
     """
     numbers = torch.rand(NUMBERS, len(images), generator=generator)
     numbers = numbers.to(images.device, non_blocking=True)
@@ -38,7 +37,7 @@ def augment(images: Tensor, policy: tuple[str, ...], generator: torch.Generator)
         images = _color(images, numbers[:3, :, None, None, None].to(images.dtype))
     if "translation" in policy:
         most = images.shape[-1] // SHIFT
-        images = _shifted(images, (numbers[3:5] * (2 * most + 1)).long().clamp(max=2 * most) - most)
+        images = _shift(images, (numbers[3:5] * (2 * most + 1)).long().clamp(max=2 * most) - most)
     if "cutout" in policy:
         images = images * ~_hole(numbers[5:7], images.shape[-1])
     return images
@@ -53,20 +52,23 @@ def _color(images: Tensor, numbers: Tensor) -> Tensor:
     return torch.lerp(mean.expand_as(images), images, contrast)
 
 
-def _shifted(images: Tensor, by: Tensor) -> Tensor:
-    """Each image moved by ``by`` (2, N) pixels, down and to the right."""
+def _shift(images: Tensor, offsets: Tensor) -> Tensor:
+    """Shift each image by ``offsets`` pixels (down, right), shape (2, N)."""
     size = images.shape[-1]
-    source = torch.arange(size, device=images.device) - by[:, :, None]  # (2, N, S): where from
+    source = torch.arange(size, device=images.device) - offsets[:, :, None]  # (2, N, S)
     inside = (source >= 0) & (source < size)
     rows, columns = source.clamp(0, size - 1)
     which = torch.arange(len(images), device=images.device)[:, None, None]
-    # Indexing around the channels puts them last: (N, S, S, C), the layout of channels_last.
+    # Advanced indices around the channels move these to the end: (N, S, S, C), channels_last.
     moved = images[which, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
     return moved * (inside[0][:, :, None] & inside[1][:, None])[:, None]
 
 
 def _hole(centre: Tensor, size: int) -> Tensor:
-    """(N, 1, S, S) bool: a square of half the size around ``centre`` (2, N) in [0, 1), clipped."""
+    """Return a mask (N, 1, S, S), True in a square of side S / 2 around ``centre``.
+
+    ``centre`` is (2, N) in [0, 1). The square is clipped at the borders.
+    """
     offset = torch.arange(size, device=centre.device) - (centre * (size + 1)).floor()[:, :, None]
     inside = (offset >= -(size // 4)) & (offset < size // 2 - size // 4)
     return (inside[0][:, :, None] & inside[1][:, None])[:, None]
