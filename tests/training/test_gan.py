@@ -102,3 +102,18 @@ def test_the_average_follows_g_by_its_decay() -> None:
     for old, now, averaged in zip(before, gan.G.parameters(), gan.G_ema.parameters(), strict=True):
         assert not torch.equal(old, now)
         torch.testing.assert_close(averaged, 0.75 * old + 0.25 * now)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.filterwarnings("default")  # the compiler's own
+def test_compiled_updates_compute_what_eager_ones_do(mode: str) -> None:
+    """Three steps of both, within the rounding of fused kernels; on a CPU no graph is replayed."""
+    compiled = replace(CONFIG, train=replace(CONFIG.train, compile=True, compile_mode=mode))
+    found = []
+    for config in (CONFIG, compiled):
+        gan = opened(config)
+        for step in range(1, 4):
+            terms = gan.update_D([REAL.clone()], [Z], step)
+            found.append(torch.cat([terms, gan.update_G([Z], step)[None]]))
+    torch.testing.assert_close(torch.stack(found[3:]), torch.stack(found[:3]), rtol=1e-4, atol=1e-5)
