@@ -15,10 +15,10 @@ import math
 import mmap
 import os
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -147,16 +147,26 @@ class Loader:
             batches, batch_size=None, num_workers=data.workers, collate_fn=_identity, **options
         )
         # iter() forks the workers now, before other parts of the program start threads.
-        with _stop_signals_blocked(), warnings.catch_warnings():
+        with _signals_left_to_the_parent(), warnings.catch_warnings():
             # Python 3.12 warns of fork beside threads; workers touch nothing that others lock.
             warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
             items = iter(loader)
         return self._deliver(items, ring)
 
-    @staticmethod
-    def _deliver(items: Iterator[Any], ring: Tensor) -> Generator[Batch, None, None]:
+    def _deliver(self, items: Iterator[Any], ring: Tensor) -> Generator[Batch, None, None]:
         try:
-            for item in items:
+            while True:
+                try:
+                    item = next(items)
+                except RuntimeError as error:  # DataLoader's word for a worker that has died
+                    if "DataLoader worker" not in str(error):
+                        raise
+                    raise DataError(
+                        f"data.workers ({self.config.data.workers}): a data worker was killed, "
+                        "most often for lack of memory; the last checkpoint is intact. Lower "
+                        "data.workers or data.prefetch, or give the job more memory, and run the "
+                        "same command again."
+                    ) from None
                 if isinstance(item, DataError):
                     raise item
                 worker, slot, labels, ids = item
@@ -205,17 +215,24 @@ def _shared_uint8(*shape: int) -> Tensor:
 
 
 @contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
-    """Block stop signals; workers forked meanwhile keep them blocked, for the parent to handle."""
+def _signals_left_to_the_parent() -> Iterator[None]:
+    """Block stop signals while workers are forked. Workers keep them blocked; the parent acts.
+
+    DataLoader's handler of SIGCHLD is undone. It would raise wherever the main thread is when a
+    worker dies, also inside a checkpoint. Without it the next batch raises.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    on_child_death = signal.getsignal(signal.SIGCHLD)
     try:
         yield
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, on_child_death)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _init_worker(_: int) -> None:
-    Thread(target=_exit_on_sigterm_of, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_on_sigterm_of, args=(os.getppid(),), daemon=True).start()
 
 
 def _exit_on_sigterm_of(parent: int) -> None:

@@ -339,24 +339,22 @@ def test_closing_does_not_wait_for_a_download_that_hangs(
             assert gone(pids)
 
 
-def test_a_killed_worker_is_an_error_and_no_hang(
+def test_a_killed_worker_is_one_message_and_no_hang(
     uneven: Index, new_workers: Callable[[], set[int]]
 ) -> None:
-    """SIGKILL of one worker (as by the OOM killer) raises within seconds and ends the others."""
+    """SIGKILL of one worker, as by the kernel when memory runs out: told by the next batch, not
+    amid whatever the training process does when it happens; the other workers end.
+    """
     batches = loader_of(uneven, workers=2, prefetch=2).batches()
     next(batches)
     pids = new_workers()
-    began = time.monotonic()
-
-    def kill_and_read() -> None:
-        os.kill(random.choice(sorted(pids)), signal.SIGKILL)
-        for _ in batches:
-            pass
-
-    with pytest.raises(RuntimeError, match=r"worker \(pid.*killed by signal|exited unexpectedly"):
-        kill_and_read()
+    victim = psutil.Process(random.choice(sorted(pids)))
+    victim.kill()
+    while victim.is_running() and victim.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    with pytest.raises(DataError, match=r"data.workers \(2\): a data worker was killed"):
+        list(batches)
     batches.close()
-    assert time.monotonic() - began < 15
     assert gone(pids)
 
 
