@@ -399,7 +399,7 @@ def test_arithmetic_leaves_the_class_alone() -> None:
     for other, said in (
         (table, "classes 0 to 2"),
         (Table(ModelConfig(z_dim=4), 0), "no classes"),
-        (Table(model, 0, of_class=1), "--class 1 makes every row"),
+        (Table(model, 0, of_class=1), "--class 1 gives every row"),
     ):
         with pytest.raises(GenerationError, match=rf"--a \(class:3\): .*{said}"):
             latent.parse_concept("class:3", "--a", other)
@@ -420,6 +420,9 @@ def test_a_grid_shows_the_rows_in_order(
     assert large.shape == (64 + 13, 2 * 64)
     assert np.array_equal(large[:64:2, :64:2], expected[5, :, :, 0])
     assert (large[64:] < 128).any()
+    with pytest.raises(GenerationError, match="row number 123456 is wider than an image of 32"):
+        made("grid", snapshot, tmp_path / "n.png", "--rows", "7,123456", "--numbers")
+    made("grid", snapshot, tmp_path / "n.png", "--rows", "12345", "--numbers")
 
 
 def test_a_film_repeats_and_its_frames_are_the_images(
@@ -714,7 +717,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(
 def test_pictures_beyond_the_memory_are_refused(snapshot: Path, tmp_path: Path) -> None:
     """Before an image is made."""
     out, film = tmp_path / "g.png", tmp_path / "w.gif"
-    with pytest.raises(GenerationError, match="41,943,040,000 numbers, at most 536,870,912"):
+    with pytest.raises(GenerationError, match="41,943,040,000 pixel values, at most 536,870,912"):
         made("grid", snapshot, out, "--rows", "0-9999", "--scale", 64)
     with pytest.raises(GenerationError, match="give fewer rows or steps, or a smaller --scale"):
         made("walk", snapshot, film, "--rows", "0-2000", "--steps", 10000)
