@@ -580,7 +580,7 @@ def test_an_onnx_file_that_differs_is_refused(snapshot: Path) -> None:
     content = export.onnx_bytes(G, MODEL, {})  # type: ignore[arg-type]
     with torch.no_grad():
         G.layers.to_image.weight.mul_(1.1)
-    with pytest.raises(GenerationError, match="differ from torch's"):
+    with pytest.raises(GenerationError, match="differ from those of torch"):
         export.onnx_difference(content, G, MODEL, 0)  # type: ignore[arg-type]
 
 
@@ -608,10 +608,25 @@ def test_the_hub_folder_works_with_this_pipeline_and_without(
         made("hub", snapshot, hub)
 
 
+def test_the_commands_of_the_model_card_work(
+    snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a copy of the folder, where grid.png lies already."""
+    hub = made("hub", snapshot, tmp_path / "hub")
+    block = re.search(r"```bash\n(.*?)```", (hub / "README.md").read_text(), re.DOTALL)
+    assert block
+    monkeypatch.chdir(hub)
+    for line in block[1].splitlines():
+        assert line.startswith("python -m pipeline.generate ")
+        generate.generate(generate.parse(line.split()[3:]))
+    assert (hub / "samples.png").is_file()
+    assert (hub / "images" / "00000999.png").is_file()
+
+
 def test_only_a_hub_folder_is_ever_uploaded(snapshot: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     with pytest.raises(
-        GenerationError, match=r"is no folder made for the Hub, it lacks README\.md"
+        GenerationError, match=r"--out .*: was not made by this command, it lacks README\.md"
     ):
         made("hub", snapshot, tmp_path / "mine", "--push", "me/x")
 
@@ -620,7 +635,7 @@ def test_a_hub_folder_of_other_weights_is_not_uploaded(snapshot: Path, tmp_path:
     """A folder that was made before is uploaded for the same G alone; its card may be edited."""
     hub, other = made("hub", snapshot, tmp_path / "hub"), tmp_path / "run"
     newer = add_snapshot(other, make_config(tmp_path), 31)
-    with pytest.raises(GenerationError, match=rf"{hub} .* another G than {newer}"):
+    with pytest.raises(GenerationError, match=rf"{hub}\): exists and holds another G than {newer}"):
         made("hub", newer, hub, "--push", "me/x")
     network, config = load_snapshot(snapshot)
     (hub / "README.md").write_text("mine")
