@@ -28,9 +28,9 @@ from pipeline.config.schema import ModelConfig
 from pipeline.generation.figures import png
 from pipeline.models.noise import z_rows
 from pipeline.models.sampling import draw_images, image_grid
-from pipeline.runs.checkpoint import HUB_WEIGHTS, to_cpu_contiguous
+from pipeline.runs.checkpoint import HUB_WEIGHTS, to_cpu_contiguous, weights_file
 from pipeline.runtime.errors import GenerationError
-from pipeline.runtime.files import sync_folder, write_atomic
+from pipeline.runtime.files import sha256_of, sync_folder, write_atomic
 
 OPSET = 20
 TOLERANCE = 1e-4  # of pixels in [-1, 1], where a grey level is 0.0078
@@ -38,7 +38,7 @@ CHECKED_BATCHES = (1, 7, 64)
 HUB_FILES = ("README.md", HUB_WEIGHTS, "config.yaml", "config.json", "grid.png")
 
 
-def need(modules: tuple[str, ...], what: str, remedy: str) -> None:
+def _require(modules: tuple[str, ...], what: str, remedy: str) -> None:
     """Check that optional packages are installed.
 
     Args:
@@ -54,6 +54,15 @@ def need(modules: tuple[str, ...], what: str, remedy: str) -> None:
         raise GenerationError(f"{what}: needs {', '.join(missing)}; install with: {remedy}")
 
 
+def describe(snapshot: Path, model: ModelConfig) -> dict[str, str]:
+    """Return what an export says of its weights: snapshot, sha256, input."""
+    return {
+        "snapshot": snapshot.resolve().name,
+        "sha256 of its weights": sha256_of(weights_file(snapshot)),
+        "z": f"{model.z_dim} numbers, {model.z_distribution}",
+    }
+
+
 def onnx_bytes(G: nn.Module, model: ModelConfig, description: dict[str, str]) -> bytes:
     """Return the ONNX file of G: ``z`` (n, z_dim + num_classes) -> ``images`` (n, C, S, S).
 
@@ -64,7 +73,12 @@ def onnx_bytes(G: nn.Module, model: ModelConfig, description: dict[str, str]) ->
         G: in eval mode, on the CPU.
         model: architecture of G.
         description: metadata of the file, by key.
+
+    Raises:
+        GenerationError: a package of the extra ``onnx`` is missing.
     """
+    modules, remedy = ("onnx", "onnxscript", "onnxruntime"), "pip install 'dcgan-pipeline[onnx]'"
+    _require(modules, "onnx", remedy)
     import onnx
 
     z = z_rows(model, 0, "onnx example", 0, 2)
@@ -225,7 +239,7 @@ def push(folder: Path, repository: str) -> str:
     Raises:
         GenerationError: no login, no network, or the Hub refuses the upload.
     """
-    need(("huggingface_hub",), "--push", "pip install huggingface_hub")
+    _require(("huggingface_hub",), "--push", "pip install huggingface_hub")
     from huggingface_hub import HfApi
 
     try:

@@ -430,7 +430,7 @@ def test_a_film_repeats_and_its_frames_are_the_images(
 ) -> None:
     """Gray frames lose nothing; the grid beside it has a row for each leg."""
     out = made("walk", snapshot, tmp_path / "w.gif", "--rows", "0,4,2", "--steps", 3)
-    assert "linear interpolation, the one for uniform z" in capsys.readouterr().out
+    assert "interpolation: linear, for uniform z" in capsys.readouterr().out
     frames = []
     with Image.open(out) as film:
         assert film.info["loop"] == 0
@@ -697,12 +697,21 @@ def test_weights_that_cannot_be_used_are_refused(snapshot: Path, tmp_path: Path)
     ("words", "said"),
     [
         (["images", "--run", "R", "--out", "x"], "--num"),
-        (["images", "--run", "R", "--num", "0", "--out", "x"], "--num (0): must be between 1"),
+        (
+            ["images", "--run", "R", "--num", "0", "--out", "x"],
+            "--num: 0: must be a whole number from 1",
+        ),
         (["images", "--run", "R", "--num", "9", "--out", "x", "--format", "npz"], "end in .npz"),
         (["grid", "--run", "R", "--out", "x.jpg"], "must end in .png"),
         (["grid", "--out", "x.png"], "one of the arguments --snapshot --run is required"),
-        (["grid", "--run", "R", "--out", "x.png", "--truncation", "1.5"], "--truncation (1.5)"),
-        (["grid", "--run", "R", "--out", "x.png", "--truncation", "nan"], "--truncation (nan)"),
+        (
+            ["grid", "--run", "R", "--out", "x.png", "--truncation", "1.5"],
+            "--truncation: 1.5: must",
+        ),
+        (
+            ["grid", "--run", "R", "--out", "x.png", "--truncation", "nan"],
+            "--truncation: nan: must",
+        ),
         (["grid", "--run", "S", "--out", "/proc/x/g.png"], "cannot be written"),
         (["grid", "--run", "S", "--out", "~nobody-here/g.png"], "cannot be written"),
         (["grid", "--run", "S", "--out", f"{'x' * 251}.png"], "cannot be written"),
@@ -710,7 +719,7 @@ def test_weights_that_cannot_be_used_are_refused(snapshot: Path, tmp_path: Path)
         (["grid", "--snapshot", "~nobody-here/s", "--out", "x.png"], "--snapshot (~nobody-here/s)"),
         (["grid", "--run", "x" * 300, "--out", "x.png"], "cannot be read"),
         (["hub", "--run", "S", "--out", "h", "--license", "a: b"], "must be an identifier"),
-        (["grid", "--run", "R", "--out", "x.png"], "--run (R): no snapshot there"),
+        (["grid", "--run", "R", "--out", "x.png"], "--run (R): has no snapshot"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(
@@ -727,6 +736,27 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["S"]
+
+
+def test_help_names_every_default_and_does_not_import_torch() -> None:
+    """Each command says what it does, and --help takes no seconds."""
+    code = """if True:
+        import contextlib, sys
+        from pipeline import generate
+        for name in generate.COMMANDS:
+            with contextlib.suppress(SystemExit):
+                generate.parse([name, "--help"])
+        assert "torch" not in sys.modules
+    """
+    env = os.environ | {"PYTHONPATH": str(REPO), "COLUMNS": "200"}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for name, line in generate.COMMANDS.items():
+        assert f"generate {name} [-h]" in done.stdout
+        assert f"{line[1:]}.\n" in done.stdout
+    assert done.stdout.count("seed of the noise (default: 0)") == len(generate.COMMANDS)
+    assert "variations around the result (default: 0.25)" in done.stdout
 
 
 def test_pictures_beyond_the_memory_are_refused(snapshot: Path, tmp_path: Path) -> None:
