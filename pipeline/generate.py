@@ -78,7 +78,7 @@ def generate(options: argparse.Namespace) -> None:
     check_finite(G, path)
     classes = config.model.num_classes
     if options.of_class is not None and not options.of_class < classes:
-        has = f"classes 0 to {classes - 1}" if classes else "no classes (model.num_classes is 0)"
+        has = f"classes 0 to {classes - 1}; give one" if classes else "no classes; omit --class"
         raise GenerationError(f"--class ({options.of_class}): this G has {has}.")
     table = Table(config.model, options.seed, options.truncation, options.of_class)
     if options.command == "images":
@@ -212,7 +212,7 @@ def _find_snapshot(options: argparse.Namespace) -> Path:
         raise GenerationError(f"{field} ({given}): cannot be read: {error}.") from None
     if options.snapshot:
         if not is_folder:
-            raise GenerationError(f"--snapshot ({path}): no such folder.")
+            raise GenerationError(f"--snapshot ({path}): no such folder; see RUN/snapshots.")
         return path
     snapshots = committed(path, SNAPSHOTS)
     if not snapshots:

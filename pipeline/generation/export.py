@@ -39,16 +39,7 @@ HUB_FILES = ("README.md", HUB_WEIGHTS, "config.yaml", "config.json", "grid.png")
 
 
 def _require(modules: tuple[str, ...], what: str, remedy: str) -> None:
-    """Check that optional packages are installed.
-
-    Args:
-        modules: names to import.
-        what: command or option that needs them, for the message.
-        remedy: shell command that installs them.
-
-    Raises:
-        GenerationError: one of them is missing.
-    """
+    """Raise ``GenerationError`` if one of the modules that ``what`` needs is not installed."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise GenerationError(f"{what}: needs {', '.join(missing)}; install with: {remedy}")
@@ -109,12 +100,6 @@ def onnx_bytes(G: nn.Module, model: ModelConfig, description: dict[str, str]) ->
 
 def onnx_difference(content: bytes, G: nn.Module, model: ModelConfig, seed: int) -> float:
     """Return the largest difference between a pixel of onnxruntime and of torch, for random z.
-
-    Args:
-        content: the ONNX file of G.
-        G: in eval mode, on the CPU.
-        model: architecture of G.
-        seed: of the random z.
 
     Raises:
         GenerationError: the difference exceeds ``TOLERANCE``.
@@ -228,13 +213,9 @@ def check_hub_folder(folder: Path, G: nn.Module, model: ModelConfig, source: Pat
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload a Hub folder with the token of ``hf auth login`` and return its URL.
+    """Upload a Hub folder to ``repository`` (USER/NAME) and return its URL.
 
-    A new repository is private. Its owner can make it public on the site.
-
-    Args:
-        folder: made by ``write_hub_folder``.
-        repository: USER/NAME.
+    The token is that of ``hf auth login``. A new repository is private.
 
     Raises:
         GenerationError: no login, no network, or the Hub refuses the upload.
@@ -314,7 +295,6 @@ With torch and safetensors alone:
 
 ```python
 import json, pathlib, torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn import functional as F
 c, size = json.loads(pathlib.Path("config.json").read_text()), 4

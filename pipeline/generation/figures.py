@@ -1,4 +1,7 @@
-"""Grids, walks and vector arithmetic from rows of z, as the bytes of PNG and GIF files."""
+"""Grids, walks and vector arithmetic from rows of z, as the bytes of PNG and GIF files.
+
+``scale`` is the side of the square that a pixel of an image becomes.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +34,7 @@ MAX_VALUES = 1 << 29
 def grid(
     G: nn.Module, table: Table, rows: Sequence[int], columns: int, scale: int, numbers: bool
 ) -> bytes:
-    """Return a PNG of these rows of the noise table, from left to right.
-
-    Args:
-        G: in eval mode.
-        table: the noise table.
-        rows: row numbers.
-        columns: images side by side.
-        scale: side of the square that a pixel becomes.
-        numbers: write the row number below each image.
+    """Return a PNG of these rows, left to right; with ``numbers``, row numbers below the images.
 
     Raises:
         GenerationError: the figure is too large, or a row number is wider than its image.
@@ -62,14 +57,8 @@ def walk(
 ) -> tuple[bytes, bytes]:
     """Return (GIF, PNG) of a walk through z (section 6.1): a film, and a grid with one leg a line.
 
-    Args:
-        G: in eval mode.
-        table: the noise table.
-        rows: row numbers of the points, at least two.
-        steps: steps from one point to the next.
-        closed: return to the first point.
-        scale: side of the square that a pixel becomes.
-        fps: frames per second of the film.
+    The walk takes ``steps`` steps from one row to the next. With ``closed`` it returns to the first
+    row. ``fps`` is frames per second of the film.
 
     Raises:
         GenerationError: fewer than two rows, or the figure is too large.
@@ -93,12 +82,8 @@ def arithmetic(
 ) -> bytes:
     """Return a PNG like figure 7 of the paper: mean(a) - mean(b) + mean(c), and eight variations.
 
-    Args:
-        G: in eval mode.
-        table: the noise table.
-        concepts: row numbers of the exemplars of a, b and c.
-        noise: half width of the uniform noise of the variations.
-        scale: side of the square that a pixel becomes.
+    ``concepts`` are the row numbers of the exemplars of a, b and c. ``noise`` is the half width of
+    the uniform noise that makes the variations.
 
     Raises:
         GenerationError: the figure is too large.
@@ -114,15 +99,7 @@ def arithmetic(
 
 
 def check_size(values: int, remedy: str = "fewer rows or steps, or a smaller --scale") -> None:
-    """Refuse a figure that would not fit into memory, before any image is drawn.
-
-    Args:
-        values: pixels times channels of the whole figure.
-        remedy: what the user can ask for instead.
-
-    Raises:
-        GenerationError: more than ``MAX_VALUES``.
-    """
+    """Raise ``GenerationError`` for a figure of too many pixels times channels; name the remedy."""
     if values > MAX_VALUES:
         raise GenerationError(
             f"--out: would have {values:,} pixel values, at most {MAX_VALUES:,} can be drawn; give "
@@ -177,15 +154,10 @@ def _add_numbers(images: Pixels, numbers: Sequence[int]) -> Pixels:
 
 
 def _arithmetic_figure(concepts: Sequence[Pixels], means: Pixels, results: Pixels) -> Pixels:
-    """Lay out figure 7 of the paper.
+    """Lay out figure 7 of the paper, from uint8 images.
 
-    Each concept is a column of exemplars with its mean below. Signs stand between the means. On the
-    right is the 3x3 grid of results, with the unvaried result in the middle.
-
-    Args:
-        concepts: exemplars of a, b and c, each (n, H, W, C) uint8.
-        means: (3, H, W, C), images of the mean z.
-        results: (9, H, W, C).
+    The exemplars of a concept, (n, H, W, C), are a column above the image of their mean z, of
+    ``means`` (3, H, W, C). To the right are the ``results`` (9, H, W, C) as a 3x3 grid.
     """
     _, height, width, channels = means.shape
     most = max(len(concept) for concept in concepts)

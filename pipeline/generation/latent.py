@@ -62,15 +62,10 @@ class Table:
 
 
 def parse_rows(text: str, field: str) -> list[int]:
-    """Read row numbers and ranges like ``3,17,40-43``, both ends included.
-
-    Args:
-        text: as the user wrote it.
-        field: its option, for the message.
+    """Read row numbers and ranges, both ends included, like ``3,17,40-43``.
 
     Raises:
-        GenerationError: another format, a number of ``ROW_LIMIT`` or more, or more than
-            ``MAX_ROWS`` rows.
+        GenerationError: another format, too many rows or a number too high. It names ``field``.
     """
     numbers: list[int] = []
     for part in text.split(","):
@@ -90,13 +85,8 @@ def parse_rows(text: str, field: str) -> list[int]:
 def parse_concept(text: str, field: str, table: Table) -> list[int]:
     """Read the rows of a concept: row numbers, or ``class:2`` for the first rows of class 2.
 
-    Args:
-        text: as the user wrote it.
-        field: its option, for the message.
-        table: says which classes there are.
-
     Raises:
-        GenerationError: not such rows, or a class that no row of the table has.
+        GenerationError: another format, or a class that the table cannot give. It names ``field``.
     """
     match = re.fullmatch(r"\s*class:(\d{1,9})\s*", text)
     if match is None:

@@ -93,13 +93,7 @@ class Discriminator(nn.Module):
     def forward(
         self, images: Tensor, y: Tensor | None = None, _generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return logits, (N,).
-
-        Args:
-            images: (N, C, S, S) float in [-1, 1].
-            y: (N,) int64, the classes that images are meant to show; None: without classes.
-            _generator: unused, because this D has no dropout.
-        """
+        """Return logits, (N,). ``y`` (N,) int64 are classes; the generator is for dropout only."""
         outputs: Tensor = self.layers(images).flatten(1)
         logits = outputs[:, 0]
         return logits if y is None else logits + outputs.gather(1, 1 + y[:, None])[:, 0]

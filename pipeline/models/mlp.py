@@ -68,10 +68,8 @@ class MLPDiscriminator(nn.Module):
     ) -> Tensor:
         """Return logits, (N,).
 
-        Args:
-            images: (N, C, S, S) float in [-1, 1].
-            y: (N,) int64 classes, appended to the pixels as one-hot numbers; None: no classes.
-            generator: of the CPU, draws the dropout masks; None: no dropout.
+        ``y`` (N,) int64 are classes, appended to the pixels as one-hot numbers. ``generator``, of
+        the CPU, draws the dropout masks; None: no dropout.
         """
         h = images.flatten(1)
         if y is not None:
