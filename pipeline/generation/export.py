@@ -1,6 +1,6 @@
-"""G for other programs: an ONNX file, and a folder for the Hugging Face Hub.
+"""Export G as an ONNX file, or as a folder for the Hugging Face Hub.
 
-Weights leave as safetensors or ONNX only: nothing here is ever pickled.
+Weights are written as safetensors or ONNX, never pickled.
 """
 
 from __future__ import annotations
@@ -28,42 +28,52 @@ from pipeline.config.schema import ModelConfig
 from pipeline.generation.figures import png
 from pipeline.models.noise import z_rows
 from pipeline.models.sampling import draw_images, image_grid
-from pipeline.runs.checkpoint import HUB_WEIGHTS, to_cpu_contiguous
+from pipeline.runs.checkpoint import HUB_WEIGHTS, to_cpu_contiguous, weights_file
 from pipeline.runtime.errors import GenerationError
-from pipeline.runtime.files import sync_folder, write_atomic
+from pipeline.runtime.files import sha256_of, sync_folder, write_atomic
 
 OPSET = 20
-TOLERANCE = 1e-4  # of values in [-1, 1]: a grey level is 0.0078
+TOLERANCE = 1e-4  # of pixels in [-1, 1], where a grey level is 0.0078
 CHECKED_BATCHES = (1, 7, 64)
 HUB_FILES = ("README.md", HUB_WEIGHTS, "config.yaml", "config.json", "grid.png")
 
 
-def need(modules: tuple[str, ...], what: str, remedy: str) -> None:
-    """Refuse what needs a package that is not installed.
-
-    Raises:
-        GenerationError: naming the packages and how to get them.
-    """
+def _require(modules: tuple[str, ...], what: str, remedy: str) -> None:
+    """Raise ``GenerationError`` if one of the modules that ``what`` needs is not installed."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise GenerationError(f"{what}: needs {', '.join(missing)}; install with: {remedy}")
 
 
-def onnx_bytes(G: nn.Module, model: ModelConfig, description: dict[str, str]) -> bytes:
-    """G as an ONNX model: ``z`` (n, z_dim + num_classes) float32 -> ``images`` (n, C, S, S).
+def describe(snapshot: Path, model: ModelConfig) -> dict[str, str]:
+    """Return what an export says of its weights: snapshot, sha256, input."""
+    return {
+        "snapshot": snapshot.resolve().name,
+        "sha256 of its weights": sha256_of(weights_file(snapshot)),
+        "z": f"{model.z_dim} numbers, {model.z_distribution}",
+    }
 
-    Images are float32 in [-1, 1], n is any. BatchNorm uses the standing statistics, so images do
-    not depend on their batch.
+
+def onnx_bytes(G: nn.Module, model: ModelConfig, description: dict[str, str]) -> bytes:
+    """Return the ONNX file of G: ``z`` (n, z_dim + num_classes) -> ``images`` (n, C, S, S).
+
+    Both are float32, images are in [-1, 1], and n is dynamic. BatchNorm uses running statistics, so
+    an image does not depend on its batch.
 
     Args:
-        G: on the CPU, in eval mode.
-        model: its architecture.
-        description: kept in the file's metadata.
+        G: in eval mode, on the CPU.
+        model: architecture of G.
+        description: metadata of the file, by key.
+
+    Raises:
+        GenerationError: a package of the extra ``onnx`` is missing.
     """
+    modules, remedy = ("onnx", "onnxscript", "onnxruntime"), "pip install 'dcgan-pipeline[onnx]'"
+    _require(modules, "onnx", remedy)
     import onnx
 
     z = z_rows(model, 0, "onnx example", 0, 2)
-    # The exporter reports its stages and its own deprecations, none of which a user can act on.
+    # The exporter prints its stages and deprecation warnings, none of which a user can act on.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -78,7 +88,7 @@ def onnx_bytes(G: nn.Module, model: ModelConfig, description: dict[str, str]) ->
             verbose=False,
         )
     exported: Any = program.model_proto
-    for node in exported.graph.node:  # stack traces of the exporting program: its paths
+    for node in exported.graph.node:  # stack traces, which contain paths of this machine
         del node.metadata_props[:]
     for value in (*exported.graph.value_info, *exported.graph.input, *exported.graph.output):
         del value.metadata_props[:]
@@ -89,10 +99,10 @@ def onnx_bytes(G: nn.Module, model: ModelConfig, description: dict[str, str]) ->
 
 
 def onnx_difference(content: bytes, G: nn.Module, model: ModelConfig, seed: int) -> float:
-    """The largest difference between onnxruntime and torch over random z, of values in [-1, 1].
+    """Return the largest difference between a pixel of onnxruntime and of torch, for random z.
 
     Raises:
-        GenerationError: it exceeds the rounding of float32.
+        GenerationError: the difference exceeds ``TOLERANCE``.
     """
     import onnxruntime
 
@@ -101,37 +111,44 @@ def onnx_difference(content: bytes, G: nn.Module, model: ModelConfig, seed: int)
     for count in CHECKED_BATCHES:
         z = z_rows(model, seed, "onnx check", 0, count)
         with torch.no_grad():
-            ours = G(z).numpy()
-        largest = max(largest, float(np.abs(session.run(None, {"z": z.numpy()})[0] - ours).max()))
+            expected = G(z).numpy()
+        images = session.run(None, {"z": z.numpy()})[0]
+        largest = max(largest, float(np.abs(images - expected).max()))
     if not largest <= TOLERANCE:
         raise GenerationError(
-            f"onnx: onnxruntime's images differ from torch's by {largest:.3g}, allowed are "
-            f"{TOLERANCE:g}; nothing was written. Please report the versions of torch and onnx."
+            f"onnx: pixels of onnxruntime differ from those of torch by up to {largest:.3g}, "
+            f"allowed are {TOLERANCE:g}. No file was written. Please report the versions of torch, "
+            "onnx and onnxruntime."
         )
     return largest
 
 
 def write_hub_folder(
-    out: Path, G: nn.Module, model: ModelConfig, z: Tensor, facts: dict[str, str], licence: str
+    out: Path,
+    G: nn.Module,
+    model: ModelConfig,
+    z: Tensor,
+    facts: dict[str, str],
+    licence: str | None,
 ) -> None:
-    """A folder as the Hugging Face Hub shows it: model card, weights, configuration, a grid.
+    """Write a folder for the Hugging Face Hub: model card, weights, configuration and a grid.
 
-    The configuration holds the architecture alone, no paths of the machine it was trained on.
+    The configuration holds the architecture only, no paths of the machine that trained it.
 
     Args:
-        out: must not exist; it is there whole or not at all.
+        out: must not exist. The folder appears under this name when it is complete.
         G: in eval mode, on any device.
-        model: its architecture.
-        z: (64, z_dim) of the example grid.
-        facts: what the model card says about the weights.
-        licence: identifier for the card, "" = none is stated.
+        model: architecture of G.
+        z: (64, z_dim + num_classes) of the example grid.
+        facts: rows of the table in the model card.
+        licence: identifier for the model card. None: the card names no licence.
 
     Raises:
-        GenerationError: it cannot be written.
+        GenerationError: the folder cannot be written.
     """
     weights = to_cpu_contiguous(G.state_dict())
     try:
-        # A name of its own: one that a kill has left behind may have this process's number.
+        # Not named after the process id: a killed process may have had the same one.
         partial = out.with_name(f"{out.name}.{uuid4().hex}.tmp")
         partial.mkdir()
     except OSError as error:
@@ -152,7 +169,7 @@ def write_hub_folder(
 
 
 def _configuration(model: ModelConfig) -> dict[str, bytes]:
-    """The files that hold the architecture, by name."""
+    """Return the files that hold the architecture, by name."""
     settings = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     yaml = "".join(f"  {key}: {json.dumps(value)}\n" for key, value in settings.items())
     return {
@@ -162,48 +179,48 @@ def _configuration(model: ModelConfig) -> dict[str, bytes]:
 
 
 def check_hub_folder(folder: Path, G: nn.Module, model: ModelConfig, source: Path) -> None:
-    """Refuse to take a folder that was made before for the one of this G.
+    """Check that an existing Hub folder holds this G.
 
     Args:
-        folder: as ``write_hub_folder`` leaves it; its card may have been edited.
-        G: what is asked for.
-        model: its architecture.
-        source: where G comes from, for the message.
+        folder: made by ``write_hub_folder``. Its model card may have been edited.
+        G: the expected weights.
+        model: the expected architecture.
+        source: the snapshot of G, for the message.
 
     Raises:
-        GenerationError: not such a folder, or one with other weights or another configuration.
+        GenerationError: a file is missing, or weights or configuration differ.
     """
     missing = [name for name in HUB_FILES if not (folder / name).is_file()]
     if missing:
         raise GenerationError(
-            f"--push: {folder} is no folder made for the Hub, it lacks {', '.join(missing)}; give "
-            "--out a new name."
+            f"--out ({folder}): was not made by this command, it lacks {', '.join(missing)}; give "
+            "another --out."
         )
     weights, files = to_cpu_contiguous(G.state_dict()), _configuration(model)
     try:
-        there = load_file(folder / HUB_WEIGHTS)
-        same = weights.keys() == there.keys() and all(
-            torch.equal(value, there[name]) for name, value in weights.items()
+        stored = load_file(folder / HUB_WEIGHTS)
+        same = weights.keys() == stored.keys() and all(
+            torch.equal(value, stored[name]) for name, value in weights.items()
         )
         same = same and all((folder / name).read_bytes() == files[name] for name in files)
     except (OSError, SafetensorError):
         same = False
     if not same:
         raise GenerationError(
-            f"--push: {folder} was made before and holds another G than {source}; give --out a new "
-            f"name, or remove {folder}."
+            f"--out ({folder}): exists and holds another G than {source}; give another --out, or "
+            f"remove {folder}."
         )
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload a Hub folder with the token that huggingface_hub finds; returns where it lies.
+    """Upload a Hub folder to ``repository`` (USER/NAME) and return its URL.
 
-    A new repository is private; its owner can open it on the site.
+    The token is that of ``hf auth login``. A new repository is private.
 
     Raises:
-        GenerationError: not logged in, no network, or refused.
+        GenerationError: no login, no network, or the Hub refuses the upload.
     """
-    need(("huggingface_hub",), "--push", "pip install huggingface_hub")
+    _require(("huggingface_hub",), "--push", "pip install huggingface_hub")
     from huggingface_hub import HfApi
 
     try:
@@ -214,22 +231,23 @@ def push(folder: Path, repository: str) -> str:
                 repo_id=repository, folder_path=folder, allow_patterns=list(HUB_FILES)
             )
         )
-    except Exception as error:  # its own, and whatever its HTTP library raises
+    except Exception as error:  # huggingface_hub's errors, and those of its HTTP library
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise GenerationError(
-            f"--push ({repository}): {reason}. The folder {folder} is complete; log in with "
-            "`hf auth login`, then run the same command again with --push."
+            f"--push ({repository}): {reason}. The folder {folder} is complete. Log in with "
+            "`hf auth login`, then run the same command again."
         ) from None
 
 
 def _card(
-    model: ModelConfig, weights: dict[str, Tensor], facts: dict[str, str], licence: str
+    model: ModelConfig, weights: dict[str, Tensor], facts: dict[str, str], licence: str | None
 ) -> str:
-    numbers = sum(p.numel() for name, p in weights.items() if "running_" not in name and p.ndim)
+    """Return the model card, README.md."""
+    parameters = sum(p.numel() for name, p in weights.items() if "running_" not in name and p.ndim)
     table = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
-    noise = "torch.rand(64, c['z_dim']) * 2 - 1"
+    z = "torch.rand(64, c['z_dim']) * 2 - 1"
     if model.z_distribution == "normal":
-        noise = "torch.randn(64, c['z_dim'])"
+        z = "torch.randn(64, c['z_dim'])"
     size, kind, paper = model.image_size, "Fully connected GAN", ""
     if model.architecture == "dcgan":
         kind, paper = "DCGAN", " as in Radford et al. 2016"
@@ -243,45 +261,45 @@ def _card(
             "---\n",
         ]
     )
-    simple = model.architecture == "dcgan" and not model.num_classes
-    plain = PLAIN.format(noise=noise) if simple else ""
+    plain = model.architecture == "dcgan" and not model.num_classes
+    without_pipeline = WITHOUT_PIPELINE.format(z=z) if plain else ""
     return f"""{front}
 # {kind} generator, {size}x{size}
 
-![64 images, not chosen](grid.png)
+![64 uncurated samples](grid.png)
 
-G of a GAN (Goodfellow et al. 2014){paper}: {numbers:,} parameters,
-{model.z_dim} {model.z_distribution} numbers z{classes} in, {size}x{size} images with
-{model.channels} channel{"s" if model.channels > 1 else ""} out.
+This is G of a GAN (Goodfellow et al. 2014){paper}. It has {parameters:,} parameters. It maps
+{model.z_dim} {model.z_distribution} numbers z{classes} to {size}x{size} images with
+{model.channels} channel{"s" if model.channels > 1 else ""}.
 
 | | |
 |---|---|
 {table}
 ## Use
 
-With the pipeline it was trained with, in a copy of this folder:
+In a copy of this folder, with the pipeline that trained G:
 
 ```bash
-python -m pipeline.generate grid --snapshot . --out grid.png
+python -m pipeline.generate grid --snapshot . --out samples.png
 python -m pipeline.generate images --snapshot . --num 1000 --out images
 ```
-{plain}
-`model.safetensors` holds G with the BatchNorm statistics for sampling: an image does not depend on
-the others of its batch. This card does not know the licence of the training images.
+{without_pipeline}
+`model.safetensors` holds G with BatchNorm statistics for sampling, so an image does not depend on
+the others of its batch. The licence of the training images is not known to the program that wrote
+this card.
 """
 
 
-PLAIN = """
+WITHOUT_PIPELINE = """
 With torch and safetensors alone:
 
 ```python
 import json, pathlib, torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn import functional as F
 c, size = json.loads(pathlib.Path("config.json").read_text()), 4
 w = load_file("model.safetensors")
-z = {noise}
+z = {z}
 x, k = F.conv_transpose2d(z[:, :, None, None], w["layers.project.weight"]), c["kernel_size"]
 while size < c["image_size"]:
     n = f"layers.norm_{{size}}."

@@ -1,7 +1,7 @@
-"""The space of z: rows by number, truncation, smooth walks and vector arithmetic.
+"""Rows of the noise table by number, and what is done with z: truncation, walks, arithmetic.
 
-Images are named by their row in the table of noise of a seed, so image 17 of a folder, cell 17 of a
-grid and row 17 of a walk are one image.
+Every image has the number of its row in the noise table of the seed. So image 17 of a folder, of a
+grid and of a walk show the same z.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from pipeline.models.noise import rng, z_rows
 from pipeline.runtime.errors import GenerationError
 
 PURPOSE = "generate"
-"""Name of the noise table: evaluations and training grids draw from others."""
-MOST_ROW, MOST_ROWS = 2**40, 10_000
-EXEMPLARS = 3  # of a concept: section 6.3.2 found one unstable and the mean of three enough
+"""Purpose of the noise table in ``rng``. Evaluation and training grids have other purposes."""
+ROW_LIMIT, MAX_ROWS = 2**40, 10_000
+EXEMPLARS = 3  # rows of a concept given as a class; section 6.3.2 takes the mean of three
 
 
 @dataclass(frozen=True)
 class Table:
-    """The endless table of noise of a seed, shrunk by ``truncation``.
+    """The endless noise table of a seed, whose rows are inputs of G.
 
-    Truncation multiplies z by a number in (0, 1]: images come nearer to what G draws for z = 0,
-    with fewer failures and less variety. 1 is what G was trained on.
-
-    A G with ``num_classes`` takes the class as one-hot numbers appended to z: row i is of class
-    i mod num_classes, or all are of ``of_class``.
+    Args:
+        model: gives z_dim, num_classes and the distribution of z.
+        seed: of the noise.
+        truncation: z is multiplied by it, in (0, 1]. Smaller values give fewer failures and less
+            variety. G was trained with 1.
+        of_class: the class of all rows. None: row i has class i mod num_classes.
     """
 
     model: ModelConfig
@@ -41,7 +42,7 @@ class Table:
     of_class: int | None = None
 
     def cut(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop): (stop - start, z_dim + num_classes) float32 on the CPU."""
+        """Return rows [start, stop): (stop - start, z_dim + num_classes) float32 on the CPU."""
         rows = z_rows(self.model, self.seed, PURPOSE, start, stop - start)
         rows[:, : self.model.z_dim] *= self.truncation
         if self.of_class is not None:
@@ -50,97 +51,96 @@ class Table:
         return rows
 
     def label(self, row: int) -> int | None:
-        """The class of a row; None for a G without classes."""
+        """Return the class of a row, None for a G without classes."""
         if not self.model.num_classes:
             return None
         return row % self.model.num_classes if self.of_class is None else self.of_class
 
     def rows(self, numbers: Sequence[int]) -> Tensor:
-        """These rows, in this order: (len(numbers), z_dim + num_classes) float32 on the CPU."""
+        """Return these rows in this order: (len(numbers), z_dim + num_classes) float32, CPU."""
         return torch.cat([self.cut(number, number + 1) for number in numbers])
 
 
 def parse_rows(text: str, field: str) -> list[int]:
-    """Row numbers from ``3,17,40-43``.
+    """Read row numbers and ranges, both ends included, like ``3,17,40-43``.
 
     Raises:
-        GenerationError: not such a list.
+        GenerationError: another format, too many rows or a number too high. It names ``field``.
     """
     numbers: list[int] = []
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d{1,13})(?:-(\d{1,13}))?\s*", part)
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        match = re.fullmatch(r"\s*(\d{1,13})(?:-(\d{1,13}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         count = len(numbers) + last + 1 - first
-        if not first <= last < MOST_ROW or count > MOST_ROWS:
+        if not first <= last < ROW_LIMIT or count > MAX_ROWS:
             raise GenerationError(
                 f"{field} ({text if len(text) < 100 else f'{text[:100]}...'}): must be row numbers "
-                f"and ranges like 3,17,40-43, at most {MOST_ROWS} in all, below {MOST_ROW}; the "
-                "command grid --numbers shows which image has which number."
+                f"and ranges like 3,17,40-43, at most {MAX_ROWS} in all, below {ROW_LIMIT}; the "
+                "command grid --numbers shows the number of each image."
             )
         numbers += range(first, last + 1)
     return numbers
 
 
 def parse_concept(text: str, field: str, table: Table) -> list[int]:
-    """Row numbers as ``parse_rows`` takes them, or those of the first rows of ``class:2``.
+    """Read the rows of a concept: row numbers, or ``class:2`` for the first rows of class 2.
 
     Raises:
-        GenerationError: not such a list, or a class that the rows do not have.
+        GenerationError: another format, or a class that the table cannot give. It names ``field``.
     """
-    found = re.fullmatch(r"\s*class:(\d{1,9})\s*", text)
-    if found is None:
+    match = re.fullmatch(r"\s*class:(\d{1,9})\s*", text)
+    if match is None:
         return parse_rows(text, field)
-    classes, number = table.model.num_classes, int(found[1])
+    classes, number = table.model.num_classes, int(match[1])
     if number >= classes or table.of_class is not None:
-        there = f"this G has classes 0 to {classes - 1}" if classes else "this G has no classes"
+        reason = f"this G has classes 0 to {classes - 1}" if classes else "this G has no classes"
         if table.of_class is not None:
-            there = f"--class {table.of_class} makes every row one of that class"
-        raise GenerationError(f"{field} ({text}): {there}; give row numbers, like 3,17,42.")
+            reason = f"--class {table.of_class} gives every row that class"
+        raise GenerationError(f"{field} ({text}): {reason}; give row numbers, like 3,17,42.")
     return [number + k * classes for k in range(EXEMPLARS)]
 
 
 def interpolation(model: ModelConfig) -> str:
-    """``slerp`` for normal z, ``linear`` for uniform z.
+    """Return the name of the interpolation: ``slerp`` for normal z, ``linear`` for uniform z.
 
-    The length of normal z is nearly constant, and the middle of a straight line between two of them
-    is shorter than any z that G was trained on; an arc is not. The cube of uniform z is convex: a
-    line stays inside, an arc would leave it.
+    Normal z have nearly the same length. The middle of a straight line between two of them is
+    shorter than any z of training, the middle of an arc is not. Uniform z fill a cube. A line stays
+    inside the cube, an arc may leave it.
     """
     return "slerp" if model.z_distribution == "normal" else "linear"
 
 
 def lerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """Points on the line from a to b, each (z_dim,), at t (n,) in [0, 1]: (n, z_dim)."""
+    """Return points on the line from a to b, both (z_dim,), at t (n,) in [0, 1]: (n, z_dim)."""
     return a + t[:, None] * (b - a)
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """Points on the arc from a to b, each (z_dim,), at t (n,) in [0, 1]: (n, z_dim).
+    """Return points on the arc from a to b, both (z_dim,), at t (n,) in [0, 1]: (n, z_dim).
 
-    Lengths go from that of a to that of b at an even pace; so do angles.
+    Angle and length change linearly in t.
     """
     lengths = lerp(a.norm()[None], b.norm()[None], t)
     u, v = a / a.norm(), b / b.norm()
     angle = torch.arccos((u @ v).clamp(-1, 1))
-    if angle.sin().abs() < 1e-4:  # (nearly) the same or opposite directions: no arc is defined
+    if angle.sin().abs() < 1e-4:  # (nearly) equal or opposite directions define no arc
         return lerp(a, b, t)
     weights = torch.stack([((1 - t) * angle).sin(), (t * angle).sin()], dim=1) / angle.sin()
     return lengths * (weights @ torch.stack([u, v]))
 
 
 def walk(model: ModelConfig, points: Tensor, steps: int, *, closed: bool = False) -> Tensor:
-    """A smooth way through points of the z space (section 6.1, figure 4).
+    """Interpolate between consecutive points of the z space (section 6.1, figure 4).
 
     Args:
-        model: decides between lines and arcs, see ``interpolation``.
+        model: decides between lines and arcs, see ``interpolation``. One-hot classes are always
+            interpolated linearly.
         points: (n, z_dim + num_classes), n at least 2.
-        steps: from one point to the next.
-        closed: go back to the first point, for a film that repeats without a jump.
-
-    Classes appended to z change on lines.
+        steps: steps from one point to the next.
+        closed: add a leg from the last point to the first, for a film that repeats without a jump.
 
     Returns:
-        (legs, steps + 1, width of points) float32: every leg holds both its ends.
+        (legs, steps + 1, z_dim + num_classes) float32. Every leg includes both its ends.
     """
     between, n = slerp if interpolation(model) == "slerp" else lerp, model.z_dim
     t = torch.linspace(0, 1, steps + 1)
@@ -152,20 +152,20 @@ def walk(model: ModelConfig, points: Tensor, steps: int, *, closed: bool = False
 
 
 def arithmetic(model: ModelConfig, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """mean(a) - mean(b) + mean(c) (section 6.3.2).
+    """Return the mean z of three concepts, and mean(a) - mean(b) + mean(c) (section 6.3.2).
 
-    A concept is the mean z of several exemplars: the paper found single ones unstable, three
-    enough. The result is not clipped to the cube of uniform z, as in the paper. Of classes after z
-    no sum is a class: the result is of that of c, what is added to.
+    A concept is the mean of several exemplars. The paper found single exemplars unstable and three
+    enough. As in the paper, the result is not clipped to the cube of uniform z. A sum of one-hot
+    classes would be no class, so the result has the class part of c.
 
     Args:
-        model: says where z ends.
-        a: exemplars of the first concept, (n, z_dim + num_classes); likewise b and c.
-        b: of what is taken away.
-        c: of what is added.
+        model: gives z_dim, where the class part begins.
+        a: (n, z_dim + num_classes), exemplars of the first concept.
+        b: the same for the concept to subtract.
+        c: the same for the concept to add.
 
     Returns:
-        the means (3, z_dim + num_classes) and the result (z_dim + num_classes,).
+        The means, (3, z_dim + num_classes), and the result, (z_dim + num_classes,).
     """
     means = torch.stack([a.mean(0), b.mean(0), c.mean(0)])
     result = means[0] - means[1] + means[2]
@@ -174,11 +174,18 @@ def arithmetic(model: ModelConfig, a: Tensor, b: Tensor, c: Tensor) -> tuple[Ten
 
 
 def neighbours(model: ModelConfig, point: Tensor, noise: float, seed: int) -> Tensor:
-    """The point in the middle of eight others around it: (9, len(point)) float32.
+    """Return a point among eight variations of it, as a row-major 3x3 grid (section 6.3.2).
 
-    Section 6.3.2: uniform noise in [-noise, noise], 0.25 in the paper, is added to the result.
+    Args:
+        model: gives z_dim. Noise is added to z, not to the class part.
+        point: (z_dim + num_classes,), row 4 of the result.
+        noise: the noise is uniform in [-noise, noise], 0.25 in the paper.
+        seed: of the noise.
+
+    Returns:
+        (9, z_dim + num_classes) float32.
     """
-    around = torch.rand(9, len(point), generator=rng(seed, "arithmetic")) * 2 - 1
-    around[4] = 0
-    around[:, model.z_dim :] = 0
-    return point + noise * around
+    offsets = torch.rand(9, len(point), generator=rng(seed, "arithmetic")) * 2 - 1
+    offsets[4] = 0
+    offsets[:, model.z_dim :] = 0
+    return point + noise * offsets

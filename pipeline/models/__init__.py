@@ -1,1 +1,1 @@
-"""Build G and D, draw noise, and turn noise into images."""
+"""G and D, their random inputs, and the images that G makes of them."""

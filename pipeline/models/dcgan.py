@@ -1,13 +1,12 @@
-"""The DCGAN generator and discriminator (Radford et al. 2016) for 32, 64, 128 and 256 pixels.
+"""G and D of the DCGAN (Radford et al. 2016) for images of 32, 64, 128 and 256 pixels.
 
-One rule makes every size: from 4x4 up (G) or down to 4x4 (D) by strided convolutions, with feature
-maps doubled at each lower resolution. At 64 pixels and ngf = 128 this is figure 1 of the paper:
-z -> 1024x4x4 -> 512x8x8 -> 256x16x16 -> 128x32x32 -> 3x64x64.
+Strided convolutions lead from a 4x4 map up to the image (G), or from the image down to a 4x4 map
+(D). The number of channels doubles where the resolution halves. At 64 pixels with ngf = 128 G is
+that of figure 1 of the paper: z -> 1024x4x4 -> 512x8x8 -> 256x16x16 -> 128x32x32 -> 3x64x64.
 
-In training BatchNorm normalises with its batch and keeps no running statistics: they would be
-hidden state that differs between ranks and histories. A generator for sampling (``standing=True``)
-has them, recomputed from the weights by ``sampling.make_sampler``. So the parameters are all there
-is.
+Networks in training have parameters and no other state, but for the vectors u of spectral norm.
+BatchNorm normalises with the batch and keeps no running statistics, which would differ between
+ranks. A G for sampling has them: ``sampling.make_sampler`` recomputes them from the weights.
 """
 
 from __future__ import annotations
@@ -27,26 +26,26 @@ from pipeline.models.spectral_norm import (
     unnormalised_weight,
 )
 
-LEAK = 0.2  # section 4: slope of the leak
-INIT_STD = 0.02  # section 4: zero-centred normal weights
+LEAK = 0.2  # section 4: slope of LeakyReLU for negative values
+INIT_STD = 0.02  # section 4: standard deviation of the initial weights
 
 
 class Generator(nn.Module):
     """G: (N, z_dim + num_classes) float -> (N, C, S, S) float in [-1, 1].
 
     Args:
-        config: image size S, channels C, z_dim, num_classes, ngf and kernel size.
-        standing: keep BatchNorm statistics for sampling; False in training.
+        config: gives the image size S, channels C, z_dim, num_classes, ngf and kernel size.
+        running_stats: BatchNorm has running statistics, for sampling. False in training.
     """
 
-    def __init__(self, config: ModelConfig, *, standing: bool = False) -> None:
+    def __init__(self, config: ModelConfig, *, running_stats: bool = False) -> None:
         super().__init__()
         widths = [config.ngf * 2**k for k in reversed(range(num_halvings(config)))]
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         layers["project"] = FromVector(config.z_dim + config.num_classes, widths[0])
         for index, width in enumerate(widths):
             size = 4 * 2**index
-            layers[f"norm_{size}"] = nn.BatchNorm2d(width, track_running_stats=standing)
+            layers[f"norm_{size}"] = nn.BatchNorm2d(width, track_running_stats=running_stats)
             layers[f"relu_{size}"] = nn.ReLU(inplace=True)  # (N, width, size, size)
             last = index + 1 == len(widths)
             layers["to_image" if last else f"up_{2 * size}"] = Up(
@@ -61,53 +60,56 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D: (N, C, S, S) float in [-1, 1] -> (N,) logits; sigmoid of a logit is D(x).
+    """D: (N, C, S, S) float in [-1, 1] -> (N,) logits. D(x) of the papers is sigmoid(logit).
 
-    With ``num_classes`` the class y is taken in by projection (Miyato & Koyama 2018, arXiv
-    1802.05637, equation 3, on the whole last feature map): D(x, y) = D(x) + <v_y, features(x)>.
+    With ``num_classes`` D is a projection discriminator (Miyato & Koyama 2018, arXiv 1802.05637,
+    equation 3): logit(x, y) = logit(x) + <v_y, features(x)>, where the features are the flattened
+    last feature map.
 
-    With ``spectral_norm`` there are biases instead of BatchNorm, which would undo the norm; the
-    logit's and the classes' weights have one norm together.
+    With ``spectral_norm`` the convolutions have biases and no BatchNorm follows them, because
+    BatchNorm would undo the norm. The weights of the logit and of the classes are normalised as
+    one matrix.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         widths = [config.ndf * 2**k for k in range(num_halvings(config))]
         layers: OrderedDict[str, nn.Module] = OrderedDict()
-        before = config.channels
+        in_channels = config.channels
         for index, width in enumerate(widths):
             size = config.image_size // 2 ** (index + 1)
             layers[f"down_{size}"] = Down(
-                before, width, config.kernel_size, bias=config.spectral_norm
+                in_channels, width, config.kernel_size, bias=config.spectral_norm
             )
             # No BatchNorm on D's input layer (section 3).
             if index > 0 and not config.spectral_norm:
                 layers[f"norm_{size}"] = nn.BatchNorm2d(width, track_running_stats=False)
             layers[f"leaky_{size}"] = nn.LeakyReLU(LEAK, inplace=True)  # (N, width, size, size)
-            before = width
-        # The last feature map, flattened, feeds one output: a 4x4 convolution without padding.
-        # With classes it has one more output, <v_y, features>, for each of them.
-        layers["to_logit"] = ToVector(before, 1 + config.num_classes)
+            in_channels = width
+        # Output 0 is the logit, output 1 + y is <v_y, features>: (N, 1 + num_classes, 1, 1).
+        layers["to_logit"] = ToVector(in_channels, 1 + config.num_classes)
         self.layers = nn.Sequential(layers)
 
-    def forward(self, images: Tensor, y: Tensor | None = None, _: object = None) -> Tensor:
-        """Logits; ``y`` (N,) int64 are the classes that the images should belong to."""
-        logits: Tensor = self.layers(images).flatten(1)
-        own = logits[:, 0]
-        return own if y is None else own + logits.gather(1, 1 + y[:, None])[:, 0]
+    def forward(
+        self, images: Tensor, y: Tensor | None = None, _generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return logits, (N,). ``y`` (N,) int64 are classes; the generator is for dropout only."""
+        outputs: Tensor = self.layers(images).flatten(1)
+        logits = outputs[:, 0]
+        return logits if y is None else logits + outputs.gather(1, 1 + y[:, None])[:, 0]
 
 
-def make_generator(config: ModelConfig, *, standing: bool = False) -> nn.Module:
-    """G of the configured architecture; ``standing`` as for ``Generator``."""
+def make_generator(config: ModelConfig, *, running_stats: bool = False) -> nn.Module:
+    """Return G of ``config.architecture``. The MLP has no BatchNorm: no ``running_stats``."""
     if config.architecture == "mlp":
         return MLPGenerator(config)
-    return Generator(config, standing=standing)
+    return Generator(config, running_stats=running_stats)
 
 
 def make_discriminator(config: ModelConfig) -> nn.Module:
-    """D of the configured architecture: ``D(images, y, draws)`` -> logits.
+    """Return D of ``config.architecture``, called as ``D(images, y, generator)`` -> (N,) logits.
 
-    ``y`` and ``draws`` are None where no classes and no random choices (dropout) are asked for.
+    ``y`` is None for a D without classes. ``generator`` draws the dropout masks; None: no dropout.
     """
     D = MLPDiscriminator(config) if config.architecture == "mlp" else Discriminator(config)
     if config.spectral_norm:
@@ -116,26 +118,27 @@ def make_discriminator(config: ModelConfig) -> nn.Module:
 
 
 def num_halvings(config: ModelConfig) -> int:
-    """Strided convolutions between the image and its 4x4 map: 3 at 32 pixels, 4 at 64."""
+    """Return the number of strided convolutions between image and 4x4 map: 3 at 32 pixels."""
     return (config.image_size // 4).bit_length() - 1
 
 
 def init_weights(network: nn.Module, generator: torch.Generator) -> None:
-    """N(0, 0.02) weights (section 4); BatchNorm gains N(1, 0.02), shifts 0, as the authors' code.
+    """Draw the initial weights of G or D, in place.
 
-    Matrices of the MLPs are uniform as their authors published. Biases are 0.
+    Convolutions are N(0, 0.02) (section 4). BatchNorm gains are N(1, 0.02) and shifts 0, as in the
+    authors' code. Matrices of the MLPs are uniform, as their authors published. Biases are 0.
 
     Args:
-        network: changed in place, on the CPU.
-        generator: CPU generator; the weights are a function of its seed alone.
+        network: on the CPU.
+        generator: of the CPU. The weights are a function of its seed alone.
     """
-    reach = G_RANGE if isinstance(network, MLPGenerator) else D_RANGE
+    limit = G_RANGE if isinstance(network, MLPGenerator) else D_RANGE
     with torch.no_grad():
         for module in network.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                 weight = unnormalised_weight(module)
                 if isinstance(module, nn.Linear):
-                    weight.uniform_(-reach, reach, generator=generator)
+                    weight.uniform_(-limit, limit, generator=generator)
                 else:
                     weight.normal_(0.0, INIT_STD, generator=generator)
                 if module.bias is not None:
@@ -147,6 +150,6 @@ def init_weights(network: nn.Module, generator: torch.Generator) -> None:
 
 
 def update_ema(averaged: nn.Module, network: nn.Module, decay: float) -> None:
-    """Averaged <- decay * averaged + (1 - decay) * network, parameter by parameter, in place."""
+    """Update G_ema in place: averaged = decay * averaged + (1 - decay) * network, by parameter."""
     with torch.no_grad():
         torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 1.0 - decay)

@@ -1,4 +1,10 @@
-"""Draw z, class inputs and weights from generators seeded by (seed, purpose, index)."""
+"""Random generators, and the z and class inputs of G that are drawn from them.
+
+Every random draw of the project is a function of (seed, purpose, index): it takes its generator
+from ``rng``, never PyTorch's global one. So a resumed run, a run on other ranks and a repeated
+evaluation draw the same numbers. Rows of z are drawn in blocks of ``BLOCK`` with one generator
+each. So a row depends neither on a batch size nor on the number of processes.
+"""
 
 from __future__ import annotations
 
@@ -11,35 +17,44 @@ from torch.nn.functional import one_hot
 from pipeline.config.schema import ModelConfig
 
 BLOCK = 64
-"""Images per forward pass and rows per noise stream when sampling."""
+"""Rows of z drawn from one generator, and images per forward pass of G when sampling."""
 
 
 def rng(seed: int, purpose: str, index: int = 0) -> torch.Generator:
-    """A CPU generator that is a function of its arguments; other arguments, other numbers."""
+    """Return a CPU generator whose numbers are a function of the three arguments."""
     digest = blake2b(f"{seed}|{purpose}|{index}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def draw_z(model: ModelConfig, count: int, generator: torch.Generator) -> Tensor:
-    """(count, z_dim) float32 noise on the CPU, by the model's distribution."""
+    """Draw z by ``model.z_distribution``: (count, z_dim) float32 on the CPU."""
     if model.z_distribution == "uniform":
         return torch.rand(count, model.z_dim, generator=generator) * 2 - 1
     return torch.randn(count, model.z_dim, generator=generator)
 
 
 def append_classes(model: ModelConfig, z: Tensor, y: Tensor) -> Tensor:
-    """G's input for classes y (N,) int64: z (N, z_dim) with their one-hot rows appended.
+    """Append one-hot classes to z: Mirza & Osindero 2014 (arXiv 1411.1784), section 3.2.
 
-    Mirza & Osindero 2014 (arXiv 1411.1784), section 3.2. Without ``num_classes`` z as it is.
+    Args:
+        model: without ``num_classes`` z is returned unchanged.
+        z: (N, z_dim) float.
+        y: (N,) int64 classes.
+
+    Returns:
+        G's input, (N, z_dim + num_classes).
     """
     return torch.cat([z, one_hot(y, model.num_classes).to(z)], 1) if model.num_classes else z
 
 
 def z_rows(model: ModelConfig, seed: int, purpose: str, start: int, count: int) -> Tensor:
-    """Rows [start, start + count) of an endless table; (count, z_dim + num_classes) float32.
+    """Return rows [start, start + count) of the endless noise table of (seed, purpose).
 
-    Any cut of the table gives the same rows: each block of ``BLOCK`` has its own stream. With
-    ``num_classes`` row i is of class i mod num_classes: every class as often as the others.
+    A row is the same in any range that holds it. With ``num_classes`` row i has class
+    i mod num_classes, so that all classes are equally frequent.
+
+    Returns:
+        G's input, (count, z_dim + num_classes) float32 on the CPU.
     """
     first, last = start // BLOCK, -(-(start + count) // BLOCK)
     blocks = [draw_z(model, BLOCK, rng(seed, purpose, k)) for k in range(first, last)]

@@ -1,8 +1,8 @@
-"""Noise and images as functions of (seed, purpose, index).
+"""G for sampling, and the uint8 images and grids that it makes of z.
 
-Every random draw of the project goes through ``rng``: no global RNG is read, so a resumed run, a
-run on other ranks and a repeated evaluation see the same numbers. Images are made in blocks of a
-fixed size, so they do not depend on a batch size or on how many processes share the work.
+Images are drawn in blocks of ``BLOCK`` rows of z, in fp32, whatever number of rows is asked for. So
+an image depends neither on a batch size nor on the number of processes. The BatchNorm statistics
+come from z of a fixed seed, so they are a function of the weights.
 """
 
 from __future__ import annotations
@@ -19,30 +19,34 @@ from pipeline.models.dcgan import make_generator
 from pipeline.models.noise import BLOCK, z_rows
 from pipeline.runtime.hardware import deterministic_fp32
 
-STANDING_BATCHES = 16
-"""Batches of ``BLOCK`` fixed z that the BatchNorm statistics of a sampler are computed from."""
+STATISTICS_BATCHES = 16
+"""Batches of ``BLOCK`` rows of z that the BatchNorm statistics are the mean of."""
 GRID_IMAGES = 64
-"""Images in a picture of samples."""
+"""Images in a grid of samples."""
+Images = Callable[[int, int], NDArray[np.uint8]]
+"""A function (start, stop) that returns these rows of a set of images: (n, H, W, C) uint8."""
 
 
 def make_sampler(
     model: ModelConfig, weights: Mapping[str, Tensor], device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """A generator in eval mode from training weights, its BatchNorm statistics recomputed.
+    """Return G in eval mode with recomputed BatchNorm statistics.
 
-    The statistics are the mean over fixed-seed batches in fp32, hence a function of the weights;
-    an average of parameters (G_ema) gets statistics of its own, not those of another network.
+    The statistics are the mean over fixed-seed batches in fp32. G_ema, an average of parameters,
+    thus gets statistics of its own.
 
     Args:
-        model: the architecture the weights belong to.
-        weights: parameters by name; running statistics among them are kept as they are.
-        device: where to compute.
+        model: the architecture of the weights.
+        weights: parameters by name. Weights of a snapshot also hold the BatchNorm statistics; they
+            are then loaded, not recomputed.
+        device: where G is put and the statistics are computed.
 
     Raises:
-        ValueError: weights of another architecture, some statistics missing, a negative variance.
+        ValueError: the weights have another architecture, only some of the statistics, or a
+            negative variance.
     """
-    with torch.random.fork_rng(devices=[]):  # the first weights that torch draws are not kept
-        G = make_generator(model, standing=True).to(device)
+    with torch.random.fork_rng(devices=[]):  # PyTorch's own first weights are overwritten below
+        G = make_generator(model, running_stats=True).to(device)
     statistics = {name for name, _ in G.named_buffers()}
     expected = {name: value.shape for name, value in G.state_dict().items()}
     given = {name: value.shape for name, value in weights.items()}
@@ -60,24 +64,26 @@ def make_sampler(
 
 
 def _recompute_statistics(G: nn.Module, model: ModelConfig, device: torch.device | str) -> None:
+    """Set the BatchNorm statistics of G to their mean over fixed-seed batches, in place."""
     norms = [module for module in G.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # a plain mean over the batches
+        norm.momentum = None  # the plain mean over the batches
     G.train()
     with (
         deterministic_fp32(),
         torch.no_grad(),
         torch.autocast(torch.device(device).type, enabled=False),
     ):
-        for k in range(STANDING_BATCHES):
+        for k in range(STATISTICS_BATCHES):
             G(z_rows(model, 0, "standing", k * BLOCK, BLOCK).to(device))
 
 
 def draw_images(G: nn.Module, z: Tensor) -> NDArray[np.uint8]:
-    """Images of rows of G's input: (N, ...) float32 -> (N, S, S, C) uint8, the same for any cut.
+    """Return the images of z: (N, z_dim + num_classes) float32 -> (N, S, S, C) uint8 on the CPU.
 
-    The last block is padded: convolution kernels may round differently for other batch sizes.
+    The last block is padded with zeros, because convolution kernels may round differently for
+    another batch size.
     """
     device = next(G.parameters()).device
     out = []
@@ -89,12 +95,12 @@ def draw_images(G: nn.Module, z: Tensor) -> NDArray[np.uint8]:
 
 
 def sample_grid(G: nn.Module, model: ModelConfig, seed: int) -> NDArray[np.uint8]:
-    """One picture, (8 S, 8 S, C), of images from z that are fixed for a run."""
+    """Return the grid of samples of a run, (8 S, 8 S, C) uint8: its z are the same at each step."""
     return image_grid(draw_images(G, z_rows(model, seed, "grid", 0, GRID_IMAGES)))
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """(N, C, H, W) float in [-1, 1] -> (N, H, W, C) uint8: rounded, not truncated, and clamped.
+    """Round and clamp images to uint8: (N, C, H, W) float in [-1, 1] -> (N, H, W, C).
 
     Truncation would darken every image by half a grey level and shift FID by more than a point.
     """
@@ -102,14 +108,13 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def image_grid(images: NDArray[np.uint8], columns: int = 8) -> NDArray[np.uint8]:
-    """(N, H, W, C) uint8 -> one (rows * H, columns * W, C) picture, black where empty."""
+    """Put images side by side: (N, H, W, C) uint8 -> (rows * H, columns * W, C).
+
+    Image k lies at row k // columns, column k % columns. Cells without an image are black.
+    """
     count, height, width, channels = images.shape
     rows = -(-count // columns)
     cells = np.zeros((rows * columns, height, width, channels), np.uint8)
     cells[:count] = images
     cells = cells.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
     return cells.reshape(rows * height, columns * width, channels)
-
-
-Images = Callable[[int, int], NDArray[np.uint8]]
-"""Rows [start, stop) of a set of images: (n, H, W, C) uint8, C = 1 or 3."""

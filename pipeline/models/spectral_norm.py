@@ -1,9 +1,9 @@
-"""Spectral normalisation of D (Miyato et al. 2018, arXiv 1802.05957): W / sigma(W) in every layer.
+"""Spectral norm of D (Miyato et al. 2018, arXiv 1802.05957): every weight W is divided by sigma(W).
 
-sigma, the largest singular value of W as a matrix (outputs, everything else), comes from a vector u
-that one power iteration follows W with (algorithm 1). Here the iteration is taken once per step of
-D, not in each forward pass: so u is a function of the steps taken, the same on all ranks and for
-any number of micro-batches, and a checkpoint holds it with the weights.
+sigma is the largest singular value of W as a matrix (outputs, all other dimensions). A vector u
+serves to estimate it: power iterations turn u towards the first singular vector (algorithm 1). One
+iteration runs per step of D, not per forward pass. So u is equal on all ranks and for any number of
+micro-batches, and checkpoints save it as a buffer.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.utils import parametrize
 
-FIRST_ITERATIONS = 20  # until u, which starts anywhere, is near the first singular vector
+FIRST_ITERATIONS = 20  # u starts as a constant vector and must come near the first singular one
 
 
 class SpectralNorm(nn.Module):
-    """The parametrization of one weight (outputs, ...): divided by sigma, in fp32."""
+    """Parametrization that divides one weight, (outputs, ...), by its sigma, in fp32.
+
+    The buffer ``u`` has shape (outputs,) and length 1.
+    """
 
     u: Tensor
 
@@ -26,7 +29,7 @@ class SpectralNorm(nn.Module):
         self.register_buffer("u", normalize(torch.ones(len(weight)), dim=0))
 
     def forward(self, weight: Tensor) -> Tensor:
-        # Under autocast the products would be rounded to 8 bits.
+        # bf16 autocast would round the products to 8 significant bits.
         with torch.autocast(weight.device.type, enabled=False):
             matrix = weight.flatten(1)
             v = normalize(matrix.detach().T @ self.u, dim=0)
@@ -34,21 +37,24 @@ class SpectralNorm(nn.Module):
 
     @torch.no_grad()
     def iterate(self, weight: Tensor) -> None:
-        """One power iteration, in place: u follows the weight."""
+        """Run one power iteration: update ``u`` in place for this weight."""
         matrix = weight.flatten(1)
         v = normalize(matrix.T @ self.u, dim=0)
         self.u.copy_(normalize(matrix @ v, dim=0))
 
 
 def apply_spectral_norm(network: nn.Module) -> None:
-    """Put every convolution and matrix of a network under ``SpectralNorm``, in place."""
+    """Register ``SpectralNorm`` on the weight of every convolution and linear layer, in place."""
     for module in list(network.modules()):
         if isinstance(module, nn.Conv2d | nn.Linear):
             parametrize.register_parametrization(module, "weight", SpectralNorm(module.weight))
 
 
 def power_iterate(network: nn.Module, iterations: int = 1) -> None:
-    """Power iterations after a change of the weights; nothing for a network without them."""
+    """Run the power iterations of spectral norm after a weight update.
+
+    No-op without spectral norm.
+    """
     for module in network.modules():
         if isinstance(module, parametrize.ParametrizationList):
             for _ in range(iterations):
@@ -56,7 +62,7 @@ def power_iterate(network: nn.Module, iterations: int = 1) -> None:
 
 
 def unnormalised_weight(module: nn.Conv2d | nn.ConvTranspose2d | nn.Linear) -> Tensor:
-    """The trained weight itself, before any norm."""
+    """Return the trained parameter of a layer, before any spectral norm."""
     if parametrize.is_parametrized(module):
         weight: Tensor = module.parametrizations.weight.original  # type: ignore[union-attr,assignment]
         return weight

@@ -399,7 +399,7 @@ def test_arithmetic_leaves_the_class_alone() -> None:
     for other, said in (
         (table, "classes 0 to 2"),
         (Table(ModelConfig(z_dim=4), 0), "no classes"),
-        (Table(model, 0, of_class=1), "--class 1 makes every row"),
+        (Table(model, 0, of_class=1), "--class 1 gives every row"),
     ):
         with pytest.raises(GenerationError, match=rf"--a \(class:3\): .*{said}"):
             latent.parse_concept("class:3", "--a", other)
@@ -420,6 +420,9 @@ def test_a_grid_shows_the_rows_in_order(
     assert large.shape == (64 + 13, 2 * 64)
     assert np.array_equal(large[:64:2, :64:2], expected[5, :, :, 0])
     assert (large[64:] < 128).any()
+    with pytest.raises(GenerationError, match="row number 123456 is wider than an image of 32"):
+        made("grid", snapshot, tmp_path / "n.png", "--rows", "7,123456", "--numbers")
+    made("grid", snapshot, tmp_path / "n.png", "--rows", "12345", "--numbers")
 
 
 def test_a_film_repeats_and_its_frames_are_the_images(
@@ -427,7 +430,7 @@ def test_a_film_repeats_and_its_frames_are_the_images(
 ) -> None:
     """Gray frames lose nothing; the grid beside it has a row for each leg."""
     out = made("walk", snapshot, tmp_path / "w.gif", "--rows", "0,4,2", "--steps", 3)
-    assert "linear interpolation, the one for uniform z" in capsys.readouterr().out
+    assert "interpolation: linear, for uniform z" in capsys.readouterr().out
     frames = []
     with Image.open(out) as film:
         assert film.info["loop"] == 0
@@ -577,7 +580,7 @@ def test_an_onnx_file_that_differs_is_refused(snapshot: Path) -> None:
     content = export.onnx_bytes(G, MODEL, {})  # type: ignore[arg-type]
     with torch.no_grad():
         G.layers.to_image.weight.mul_(1.1)
-    with pytest.raises(GenerationError, match="differ from torch's"):
+    with pytest.raises(GenerationError, match="differ from those of torch"):
         export.onnx_difference(content, G, MODEL, 0)  # type: ignore[arg-type]
 
 
@@ -605,10 +608,25 @@ def test_the_hub_folder_works_with_this_pipeline_and_without(
         made("hub", snapshot, hub)
 
 
+def test_the_commands_of_the_model_card_work(
+    snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a copy of the folder, where grid.png lies already."""
+    hub = made("hub", snapshot, tmp_path / "hub")
+    block = re.search(r"```bash\n(.*?)```", (hub / "README.md").read_text(), re.DOTALL)
+    assert block
+    monkeypatch.chdir(hub)
+    for line in block[1].splitlines():
+        assert line.startswith("python -m pipeline.generate ")
+        generate.generate(generate.parse(line.split()[3:]))
+    assert (hub / "samples.png").is_file()
+    assert (hub / "images" / "00000999.png").is_file()
+
+
 def test_only_a_hub_folder_is_ever_uploaded(snapshot: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     with pytest.raises(
-        GenerationError, match=r"is no folder made for the Hub, it lacks README\.md"
+        GenerationError, match=r"--out .*: was not made by this command, it lacks README\.md"
     ):
         made("hub", snapshot, tmp_path / "mine", "--push", "me/x")
 
@@ -617,7 +635,7 @@ def test_a_hub_folder_of_other_weights_is_not_uploaded(snapshot: Path, tmp_path:
     """A folder that was made before is uploaded for the same G alone; its card may be edited."""
     hub, other = made("hub", snapshot, tmp_path / "hub"), tmp_path / "run"
     newer = add_snapshot(other, make_config(tmp_path), 31)
-    with pytest.raises(GenerationError, match=rf"{hub} .* another G than {newer}"):
+    with pytest.raises(GenerationError, match=rf"{hub}\): exists and holds another G than {newer}"):
         made("hub", newer, hub, "--push", "me/x")
     network, config = load_snapshot(snapshot)
     (hub / "README.md").write_text("mine")
@@ -679,12 +697,21 @@ def test_weights_that_cannot_be_used_are_refused(snapshot: Path, tmp_path: Path)
     ("words", "said"),
     [
         (["images", "--run", "R", "--out", "x"], "--num"),
-        (["images", "--run", "R", "--num", "0", "--out", "x"], "--num (0): must be between 1"),
+        (
+            ["images", "--run", "R", "--num", "0", "--out", "x"],
+            "--num: 0: must be a whole number from 1",
+        ),
         (["images", "--run", "R", "--num", "9", "--out", "x", "--format", "npz"], "end in .npz"),
         (["grid", "--run", "R", "--out", "x.jpg"], "must end in .png"),
         (["grid", "--out", "x.png"], "one of the arguments --snapshot --run is required"),
-        (["grid", "--run", "R", "--out", "x.png", "--truncation", "1.5"], "--truncation (1.5)"),
-        (["grid", "--run", "R", "--out", "x.png", "--truncation", "nan"], "--truncation (nan)"),
+        (
+            ["grid", "--run", "R", "--out", "x.png", "--truncation", "1.5"],
+            "--truncation: 1.5: must",
+        ),
+        (
+            ["grid", "--run", "R", "--out", "x.png", "--truncation", "nan"],
+            "--truncation: nan: must",
+        ),
         (["grid", "--run", "S", "--out", "/proc/x/g.png"], "cannot be written"),
         (["grid", "--run", "S", "--out", "~nobody-here/g.png"], "cannot be written"),
         (["grid", "--run", "S", "--out", f"{'x' * 251}.png"], "cannot be written"),
@@ -692,7 +719,7 @@ def test_weights_that_cannot_be_used_are_refused(snapshot: Path, tmp_path: Path)
         (["grid", "--snapshot", "~nobody-here/s", "--out", "x.png"], "--snapshot (~nobody-here/s)"),
         (["grid", "--run", "x" * 300, "--out", "x.png"], "cannot be read"),
         (["hub", "--run", "S", "--out", "h", "--license", "a: b"], "must be an identifier"),
-        (["grid", "--run", "R", "--out", "x.png"], "--run (R): no snapshot there"),
+        (["grid", "--run", "R", "--out", "x.png"], "--run (R): has no snapshot"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(
@@ -711,10 +738,31 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     assert [path.name for path in tmp_path.iterdir()] == ["S"]
 
 
+def test_help_names_every_default_and_does_not_import_torch() -> None:
+    """Each command says what it does, and --help takes no seconds."""
+    code = """if True:
+        import contextlib, sys
+        from pipeline import generate
+        for name in generate.COMMANDS:
+            with contextlib.suppress(SystemExit):
+                generate.parse([name, "--help"])
+        assert "torch" not in sys.modules
+    """
+    env = os.environ | {"PYTHONPATH": str(REPO), "COLUMNS": "200"}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for name, line in generate.COMMANDS.items():
+        assert f"generate {name} [-h]" in done.stdout
+        assert f"{line[1:]}.\n" in done.stdout
+    assert done.stdout.count("seed of the noise (default: 0)") == len(generate.COMMANDS)
+    assert "variations around the result (default: 0.25)" in done.stdout
+
+
 def test_pictures_beyond_the_memory_are_refused(snapshot: Path, tmp_path: Path) -> None:
     """Before an image is made."""
     out, film = tmp_path / "g.png", tmp_path / "w.gif"
-    with pytest.raises(GenerationError, match="41,943,040,000 numbers, at most 536,870,912"):
+    with pytest.raises(GenerationError, match="41,943,040,000 pixel values, at most 536,870,912"):
         made("grid", snapshot, out, "--rows", "0-9999", "--scale", 64)
     with pytest.raises(GenerationError, match="give fewer rows or steps, or a smaller --scale"):
         made("walk", snapshot, film, "--rows", "0-2000", "--steps", 10000)

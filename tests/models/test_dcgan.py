@@ -228,14 +228,14 @@ def test_g_sees_the_class_through_its_own_weights(architecture: str) -> None:
         assert torch.equal(G(first), G(second))
 
 
-def test_a_standing_generator_has_the_same_parameters_and_statistics_beside_them() -> None:
-    """Weights move between the training and the sampling form by name."""
+def test_running_statistics_are_added_beside_the_same_parameters() -> None:
+    """Weights of training load into a G for sampling by name; only its statistics are missing."""
     config = small()
-    train, standing = Generator(config), Generator(config, standing=True)
-    assert [n for n, _ in train.named_parameters()] == [n for n, _ in standing.named_parameters()]
-    missing, unexpected = standing.load_state_dict(train.state_dict(), strict=False)
+    train, sampler = Generator(config), Generator(config, running_stats=True)
+    assert [n for n, _ in train.named_parameters()] == [n for n, _ in sampler.named_parameters()]
+    missing, unexpected = sampler.load_state_dict(train.state_dict(), strict=False)
     assert not unexpected
-    assert set(missing) == {name for name, _ in standing.named_buffers()}
+    assert set(missing) == {name for name, _ in sampler.named_buffers()}
 
 
 @both

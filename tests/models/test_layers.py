@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.layers import Down, FromVector, ToVector, Up, _Strided
+from pipeline.models.layers import Down, FromVector, ToVector, Up, _StridedConvolution
 from pipeline.models.noise import rng
 
 KERNELS = pytest.mark.parametrize("kernel", [4, 5])
@@ -25,8 +25,8 @@ def test_first_and_second_derivatives(kernel: int, up: bool) -> None:
     """Both gradients, and the gradients of those (R1 needs them), by finite differences."""
     x = numbers(2, *((4, 4, 4) if up else (3, 8, 8)), dtype=torch.double)
     weight = numbers(4, 3, kernel, kernel, dtype=torch.double)
-    assert torch.autograd.gradcheck(_Strided.apply, (x, weight, up), fast_mode=True)
-    assert torch.autograd.gradgradcheck(_Strided.apply, (x, weight, up), fast_mode=True)
+    assert torch.autograd.gradcheck(_StridedConvolution.apply, (x, weight, up), fast_mode=True)
+    assert torch.autograd.gradgradcheck(_StridedConvolution.apply, (x, weight, up), fast_mode=True)
 
 
 def ours_and_theirs(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -79,15 +79,15 @@ def test_where_the_product_is_used() -> None:
         return str(layer(x).grad_fn)
 
     with torch.autocast("cpu", torch.bfloat16):
-        assert "_Strided" in way()
-        assert "_Strided" not in way(Down(3, 256, 4))
-        assert "_Strided" not in way(Down(3, 512, 4, bias=True))
+        assert "_StridedConvolution" in way()
+        assert "_StridedConvolution" not in way(Down(3, 256, 4))
+        assert "_StridedConvolution" not in way(Down(3, 512, 4, bias=True))
         with torch.no_grad():
             assert layer(x).grad_fn is None
         layer.requires_grad_(False)
-        assert "_Strided" not in way()
+        assert "_StridedConvolution" not in way()
         layer.requires_grad_(True)
-    assert "_Strided" not in way()
+    assert "_StridedConvolution" not in way()
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -13,7 +13,7 @@ from pipeline.config.schema import ModelConfig
 from pipeline.models.dcgan import Discriminator, Generator, init_weights
 from pipeline.models.noise import BLOCK, draw_z, rng, z_rows
 from pipeline.models.sampling import (
-    STANDING_BATCHES,
+    STATISTICS_BATCHES,
     draw_images,
     image_grid,
     make_sampler,
@@ -41,10 +41,10 @@ def G(weights: dict[str, Tensor]) -> Generator:
     return make_sampler(MODEL, weights)
 
 
-# -- streams ------------------------------------------------------------------------------------
+# -- noise --------------------------------------------------------------------------------------
 
 
-def test_streams_are_frozen() -> None:
+def test_seeds_are_frozen() -> None:
     """Another number here would break every resume across versions: it needs a migration."""
     assert rng(0, "z", 0).initial_seed() == 4251995223362909821
     assert rng(7, "weights of G").initial_seed() == 7375035343110332834
@@ -83,7 +83,7 @@ def test_normal_noise_is_frozen() -> None:
 
 
 def test_seed_purpose_and_index_all_matter() -> None:
-    """No two of these streams begin alike, nor do arguments run into each other."""
+    """Each argument changes the numbers, and arguments cannot run into each other."""
     arguments = [(0, "z", 0), (1, "z", 0), (0, "grid", 0), (0, "z", 1), (0, "z|1", 0), (2**62, "z")]
     drawn = [torch.rand(4, generator=rng(*a)).tolist() for a in arguments]
     assert len({tuple(values) for values in drawn}) == len(arguments)
@@ -92,11 +92,11 @@ def test_seed_purpose_and_index_all_matter() -> None:
 
 def test_a_batch_of_noise_cut_by_ranks_is_the_batch_of_one_process() -> None:
     """As the loop does it: each rank draws the global z and takes its rows."""
-    whole = draw_z(MODEL, 24, rng(3, "z", 17))
+    complete = draw_z(MODEL, 24, rng(3, "z", 17))
     for ranks in (2, 3, 4):
         n = 24 // ranks
         cut = [draw_z(MODEL, 24, rng(3, "z", 17))[r * n : (r + 1) * n] for r in range(ranks)]
-        assert torch.equal(torch.cat(cut), whole)
+        assert torch.equal(torch.cat(cut), complete)
 
 
 @pytest.mark.parametrize("model", [UNIFORM, NORMAL], ids=["uniform", "normal"])
@@ -120,10 +120,10 @@ def test_any_cut_of_the_noise_table_gives_the_same_rows(
 ) -> None:
     """Pieces read one by one, at any offsets, are the rows read at once."""
     model = NORMAL if normal else UNIFORM
-    whole = z_rows(model, 5, "cut", 0, start + sum(counts))
-    assert whole.shape == (start + sum(counts), model.z_dim)
+    complete = z_rows(model, 5, "cut", 0, start + sum(counts))
+    assert complete.shape == (start + sum(counts), model.z_dim)
     for count in counts:
-        assert torch.equal(z_rows(model, 5, "cut", start, count), whole[start : start + count])
+        assert torch.equal(z_rows(model, 5, "cut", start, count), complete[start : start + count])
         start += count
 
 
@@ -132,14 +132,14 @@ def test_any_cut_of_the_noise_table_gives_the_same_rows(
 
 @pytest.mark.parametrize("cut", [1, 7, BLOCK, BLOCK + 1, 150])
 def test_images_do_not_depend_on_the_batch(cut: int, G: Generator) -> None:
-    """generate() of any pieces of z, put together, is generate() of all, byte for byte."""
+    """The images of pieces of z, put together, are the images of all of z, byte for byte."""
     z = z_rows(MODEL, 0, "images", 0, 150 if cut > 1 else 20)
-    whole = draw_images(G, z)
-    assert whole.shape == (len(z), 32, 32, 3)
-    assert whole.dtype == np.uint8
-    assert whole.std() > 10, "the images are too flat for this test to mean anything"
+    complete = draw_images(G, z)
+    assert complete.shape == (len(z), 32, 32, 3)
+    assert complete.dtype == np.uint8
+    assert complete.std() > 10, "the images are too flat for this test to mean anything"
     pieces = [draw_images(G, piece) for piece in z.split(cut)]
-    np.testing.assert_array_equal(np.concatenate(pieces), whole)
+    np.testing.assert_array_equal(np.concatenate(pieces), complete)
 
 
 def test_no_noise_gives_no_images(G: Generator) -> None:
@@ -176,7 +176,7 @@ def test_samples_and_statistics_are_fp32_in_full(
         assert now() == training
     finally:
         cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, products.allow_tf32 = before
-    assert len(seen) > STANDING_BATCHES
+    assert len(seen) > STATISTICS_BATCHES
     assert set(seen) == {(False, True, False, False)}
 
 
@@ -204,7 +204,7 @@ def test_grid_layout(columns: int) -> None:
         assert (grid[y : y + 2, x : x + 3] == (cell + 1 if cell < 7 else 0)).all()
 
 
-# -- standing statistics ------------------------------------------------------------------------
+# -- BatchNorm statistics -----------------------------------------------------------------------
 
 
 def statistics(G: Generator) -> dict[str, Tensor]:
@@ -227,7 +227,7 @@ def test_statistics_are_those_of_the_fixed_batches(weights: dict[str, Tensor]) -
     """The first layer's are the mean over 16 batches of 64 of batch means and variances."""
     G = make_sampler(MODEL, weights)
     assert not G.training
-    z = z_rows(MODEL, 0, "standing", 0, STANDING_BATCHES * BLOCK)
+    z = z_rows(MODEL, 0, "standing", 0, STATISTICS_BATCHES * BLOCK)
     with torch.no_grad():
         maps = [G.layers.project(batch[:, :, None, None]) for batch in z.split(BLOCK)]
     means = torch.stack([m.mean(dim=(0, 2, 3)) for m in maps]).mean(0)
@@ -237,7 +237,7 @@ def test_statistics_are_those_of_the_fixed_batches(weights: dict[str, Tensor]) -
 
 
 def test_sampled_images_are_close_to_those_of_training(weights: dict[str, Tensor]) -> None:
-    """With standing statistics each image is near what a large training batch makes of its z."""
+    """With running statistics each image is near what a large training batch makes of its z."""
     train = Generator(MODEL)
     train.load_state_dict(weights)
     z = z_rows(MODEL, 9, "near", 0, 512)

@@ -25,7 +25,7 @@ from pipeline.config.schema import (
     micro_batching,
 )
 from pipeline.models.dcgan import init_weights, make_discriminator
-from pipeline.models.mlp import dropped
+from pipeline.models.mlp import dropout
 from pipeline.models.noise import append_classes, draw_z, rng
 from pipeline.models.spectral_norm import apply_spectral_norm, power_iterate, unnormalised_weight
 from pipeline.runtime import launch
@@ -187,7 +187,7 @@ def test_colours_are_the_formula_image_by_image() -> None:
 
 
 def test_dropout_keeps_the_mean_and_leaves_out_its_share() -> None:
-    h = dropped(torch.ones(100, 100), 0.3, rng(0, "draws"))
+    h = dropout(torch.ones(100, 100), 0.3, rng(0, "draws"))
     assert h.unique().tolist() == pytest.approx([0, 1 / 0.7])
     assert (h == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
 
