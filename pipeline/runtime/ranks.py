@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import Event, Thread
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.runtime import signals
 from pipeline.runtime.errors import USER_ERROR_EXIT_CODE, UserError
@@ -133,20 +134,39 @@ def _on_any_rank(accelerator: Accelerator, facts: list[bool]) -> list[bool]:
     return [bool(flag) for flag in flags.tolist()]
 
 
-def same_on_all_ranks(accelerator: Accelerator, networks: list[nn.Module]) -> bool:
-    """Whether all ranks have bitwise the same parameters (compared by a 64-bit sum of the bits)."""
+def same_on_all_ranks(accelerator: Accelerator, *holders: Mapping[str, Any]) -> bool:
+    """Return whether all ranks hold the same state, bit for bit.
+
+    Each rank computes one SHA-256 of its state, and the digests are gathered. The cost is one copy
+    of the state to the CPU and about 0.7 s of hashing per GB: 0.3 s for configs/dcgan_64.yaml.
+
+    Args:
+        accelerator: the ranks to compare.
+        holders: objects with ``state_dict`` by name, as ``checkpoint.save`` takes them. Parameters,
+            buffers, optimizer moments and the state of a gradient scaler are all compared.
+    """
     if accelerator.num_processes == 1:
         return True
-    bits = [
-        p.detach().contiguous().view(torch.int32).to(torch.int64).sum()
-        for network in networks
-        for p in network.parameters()
-    ]
-    mine = torch.stack(bits)
-    most, least = mine.clone(), mine.clone()
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    dist.all_reduce(least, dist.ReduceOp.MIN)
-    return bool((most == least).all())
+    digest = hashlib.sha256()
+    for holder in holders:
+        _update_digest(digest, {name: one.state_dict() for name, one in holder.items()})
+    digests: list[Any] = [None] * accelerator.num_processes
+    dist.all_gather_object(digests, digest.digest())
+    return len(set(digests)) == 1
+
+
+def _update_digest(digest: hashlib._Hash, state: Any) -> None:
+    """Add nested dicts and lists of tensors and plain values to a hash, in their order."""
+    if isinstance(state, Tensor):
+        digest.update(f"{state.dtype} {tuple(state.shape)} ".encode())
+        digest.update(state.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    elif isinstance(state, Mapping | list | tuple):
+        pairs = state.items() if isinstance(state, Mapping) else enumerate(state)
+        for key, value in pairs:
+            digest.update(f"{key!r}: ".encode())
+            _update_digest(digest, value)
+    else:
+        digest.update(f"{state!r} ".encode())
 
 
 def mean_over_ranks(accelerator: Accelerator, values: Tensor) -> Tensor:

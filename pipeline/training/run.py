@@ -165,8 +165,8 @@ class Run:
         """Commit a checkpoint, then prune; a snapshot of G_ema with each regular one."""
         gan.guard.raise_if_tripped()
         gan.raise_if_weights_are_not_finite(step)
-        if not same_on_all_ranks(self.accelerator, list(gan.networks().values())):
-            raise RuntimeError(f"ranks hold different weights at step {step}; not saved")
+        if not same_on_all_ranks(self.accelerator, gan.networks(), gan.optimizers()):
+            raise RuntimeError(f"ranks hold different states at step {step}; not saved")
         if self.is_main:
             train = self.config.train
             state = {
