@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import platform
@@ -74,10 +75,13 @@ def save(
         RunFolderError: the disk is full or the folder cannot be written; earlier checkpoints stay.
     """
     final = folder_of(run_dir, CHECKPOINTS, step)
+    weights = {name: to_cpu_contiguous(net.state_dict()) for name, net in networks.items()}
+    content = io.BytesIO()
+    torch.save({name: one.state_dict() for name, one in optimizers.items()}, content)
     with _written_aside(final) as partial:
-        for name, network in networks.items():
-            save_file(to_cpu_contiguous(network.state_dict()), partial / f"{name}.safetensors")
-        torch.save({k: v.state_dict() for k, v in optimizers.items()}, partial / OPTIMIZERS)
+        for name, tensors in weights.items():
+            save_file(tensors, partial / f"{name}.safetensors")
+        (partial / OPTIMIZERS).write_bytes(content.getbuffer())
         document = dict(state) | {
             "step": step,
             "versions": _versions(),
@@ -97,8 +101,8 @@ def export_snapshot(
         RunFolderError: the disk is full or the folder cannot be written.
     """
     final = folder_of(run_dir, SNAPSHOTS, step)
+    tensors = to_cpu_contiguous(make_sampler(config.model, weights, device).state_dict())
     with _written_aside(final) as partial:
-        tensors = to_cpu_contiguous(make_sampler(config.model, weights, device).state_dict())
         save_file(tensors, partial / GENERATOR, metadata={"step": str(step)})
         (partial / "config.yaml").write_text(dump(config))
     return final
@@ -116,7 +120,7 @@ def load_snapshot(path: Path, device: Any = "cpu") -> tuple[nn.Module, Config]:
     config = load(path / "config.yaml")
     try:
         return make_sampler(config.model, load_file(file), device), config
-    except (SafetensorError, RuntimeError, ValueError) as error:
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be used: {error}.") from None
 
 
@@ -225,7 +229,7 @@ def _written_aside(final: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         _commit(partial, final)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise _unwritable(final, error) from None
 
