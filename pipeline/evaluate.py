@@ -239,15 +239,19 @@ def main() -> None:
         from pipeline.papers import probe
 
         return probe.main(sys.argv[2:])
-    options, finished = parse(sys.argv[1:]), True
+    options = parse(sys.argv[1:])
     with exit_on_user_error():
         if options.command == "fetch-weights":
             from pipeline.evaluation.pretrained import fetch_inception
 
             with signals.exit_on_interrupt("interrupted: nothing was kept"):
                 print(f"eval.extractor_weights={fetch_inception(options.to).resolve()}")
-        else:
-            finished = evaluate(options, configuration(options))
+            return
+        config = configuration(options)
+    size = config.eval.batch_size
+    advice = f"eval.batch_size ({size}) images pass through the extractor at once; set it lower."
+    with exit_on_user_error(advice):
+        finished = evaluate(options, config)
     sys.exit(signals.exit_code(finished))
 
 

@@ -282,3 +282,18 @@ def micro_batching(config: Config, world_size: int) -> tuple[int, int]:
             f"{2 * world_size} or more, or fewer processes."
         )
     return micro, batch // (world_size * micro)
+
+
+def micro_batch_advice(config: Config, world_size: int) -> str:
+    """Return what a training that ran out of memory can change: a smaller micro-batch."""
+    batch, micro = config.data.batch_size, config.train.micro_batch
+    micro = micro or batch // world_size
+    smaller = [m for m in range(2, micro) if batch % (m * world_size) == 0]
+    lower = f"model.ngf ({config.model.ngf}) and model.ndf ({config.model.ndf})"
+    if not smaller:
+        return f"train.micro_batch ({micro}) cannot be smaller; lower {lower}."
+    return (
+        f"train.micro_batch ({micro}) images pass through the networks at once; set "
+        f"train.micro_batch={smaller[-1]} or a smaller divisor of data.batch_size ({batch}): the "
+        f"same batch in more accumulation steps. If that is not enough, lower {lower}."
+    )

@@ -37,7 +37,7 @@ from pipeline.models.dcgan import make_discriminator, make_generator
 from pipeline.models.sampling import make_sampler
 from pipeline.runs.results import kept_steps
 from pipeline.runs.run_folder import CHECKPOINTS, SNAPSHOTS, committed, folder_of, step_of
-from pipeline.runtime.errors import CheckpointError, RunFolderError
+from pipeline.runtime.errors import CheckpointError, RunFolderError, is_out_of_memory
 from pipeline.runtime.files import sha256_of, sync_folder
 
 STATE, OPTIMIZERS, GENERATOR = "state.json", "optimizers.pt", "generator.safetensors"
@@ -185,6 +185,8 @@ def read(path: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: {error}") from None
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        if is_out_of_memory(error):  # no damage: an older checkpoint is as large
+            raise
         # The checksums are right, so the files were written like this: not by us.
         raise CheckpointError(f"{path}: not tensors alone: {str(error).splitlines()[0]}") from None
     return Checkpoint(path, state, weights, optimizers)

@@ -58,16 +58,25 @@ class NonFiniteLoss(UserError):
     """A loss became NaN or infinite; no optimizer step was taken with it."""
 
 
-SHARED = (ConfigError, CheckpointError, RunFolderError, EvaluationError, GenerationError)
+SEEN_BY_ALL_RANKS = (
+    ConfigError,
+    CheckpointError,
+    RunFolderError,
+    EvaluationError,
+    GenerationError,
+)
 
 
 @contextmanager
-def exit_on_user_error() -> Iterator[None]:
-    """End the process with exit code 2 and the message alone when a ``UserError`` escapes.
+def exit_on_user_error(memory_advice: str = "") -> Iterator[None]:
+    """Print the message of a ``UserError`` and exit with code 2, without a traceback.
 
-    In a distributed run every rank fails on the same input with the same message, so ranks other
-    than 0 stay silent when the fault is a configuration both can see, or known to be raised on all;
-    the first of a node speaks for it when the fault is the node's.
+    Running out of memory ends the same way. In a distributed run all ranks raise the errors in
+    ``SEEN_BY_ALL_RANKS`` and those marked ``raised_on_all``: rank 0 prints them. The first process
+    of each node prints a ``LaunchError``. Every other error is printed by the rank that raised it.
+
+    Args:
+        memory_advice: which setting to lower when memory runs out, with its value.
     """
     try:
         yield
@@ -75,8 +84,26 @@ def exit_on_user_error() -> Iterator[None]:
         speaker = "0"
         if isinstance(error, LaunchError):
             speaker = os.environ.get("LOCAL_RANK", "0")
-        elif error.raised_on_all or isinstance(error, SHARED):
+        elif error.raised_on_all or isinstance(error, SEEN_BY_ALL_RANKS):
             speaker = os.environ.get("RANK", "0")
         if speaker == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR_EXIT_CODE)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = memory_advice or "Start fewer processes, or use a machine with more memory."
+        detail = str(error).partition("\n")[0] or "no more memory for Python"
+        rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+        print(f"error: out of memory{rank}: {detail}. {advice}", file=sys.stderr, flush=True)
+    else:
+        return
+    sys.exit(USER_ERROR_EXIT_CODE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the host or a GPU is out of memory; needs no torch."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's, of a GPU
+        or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
