@@ -11,6 +11,11 @@ the command. Nothing is left behind, except shards in the node's cache when they
 
 from __future__ import annotations
 
+from pipeline import require_own_package
+
+if __name__ == "__main__":
+    require_own_package(__file__)
+
 import argparse
 import os
 import sys

@@ -18,6 +18,11 @@ after a kill run the same command again; any number of evaluators may work on on
 
 from __future__ import annotations
 
+from pipeline import require_own_package
+
+if __name__ == "__main__":
+    require_own_package(__file__)
+
 from pipeline.runtime import signals
 
 if __name__ == "__main__":

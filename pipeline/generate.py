@@ -18,6 +18,11 @@ where it was, the others begin anew. Nothing that exists is replaced unasked.
 
 from __future__ import annotations
 
+from pipeline import require_own_package
+
+if __name__ == "__main__":
+    require_own_package(__file__)
+
 from pipeline.runtime import signals
 
 if __name__ == "__main__":

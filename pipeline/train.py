@@ -11,6 +11,11 @@ of (seed, step), so a resumed run computes what the uninterrupted one would have
 
 from __future__ import annotations
 
+from pipeline import require_own_package
+
+if __name__ == "__main__":
+    require_own_package(__file__)
+
 from pipeline.runtime import signals
 
 if __name__ == "__main__":

@@ -11,6 +11,11 @@ the rows is what the adversarial training brought. Needs scikit-learn (extra ``p
 
 from __future__ import annotations
 
+from pipeline import require_own_package
+
+if __name__ == "__main__":
+    require_own_package(__file__)
+
 import argparse
 import json
 import sys
