@@ -1,8 +1,8 @@
-"""What went wrong, said once: the errors a user can cause, and how an entry point ends on one.
+"""Errors that a user can cause, and how a command ends on one.
 
-Every error here carries one message that names the field or file, the value found, what is
-required and what to do. Entry points print it without a traceback and exit with code 2; a traceback
-is kept for faults of our own.
+The message of each error names the field or file, its value, what is required and what to do. A
+command prints it without a traceback and exits with code 2. Other exceptions keep their traceback:
+they are bugs.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ USER_ERROR_EXIT_CODE = 2
 
 
 class UserError(Exception):
-    """A mistake in the input: configuration, data, files or launch."""
+    """A mistake in the configuration, the data, the files or the launch."""
 
     raised_on_all = False
-    """Whether every rank has raised this very error: rank 0 speaks for all."""
+    """Whether all ranks raised this error, so that only rank 0 prints it."""
 
 
 class LaunchError(UserError):
-    """What was launched does not fit the machine it runs on; each node may say so."""
+    """The launch does not fit a node; one process of each such node prints the message."""
 
 
 class ConfigError(UserError):
@@ -31,7 +31,7 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """Shards or their index are missing, incomplete or do not fit together."""
+    """Shards or their index are missing, incomplete or do not belong together."""
 
 
 class CorruptSample(DataError):
@@ -47,24 +47,18 @@ class RunFolderError(UserError):
 
 
 class EvaluationError(UserError):
-    """Weights, reference, images or settings from which no comparable score can be computed."""
+    """No comparable score can be computed from these weights, images or settings."""
 
 
 class GenerationError(UserError):
-    """Images, films or exports that cannot be made or written as asked."""
+    """Images, animations or exports cannot be made or written as requested."""
 
 
 class NonFiniteLoss(UserError):
-    """A loss became NaN or infinite; no optimizer step was taken with it."""
+    """A loss or weight became NaN or infinite; no checkpoint holds it."""
 
 
-SEEN_BY_ALL_RANKS = (
-    ConfigError,
-    CheckpointError,
-    RunFolderError,
-    EvaluationError,
-    GenerationError,
-)
+SEEN_BY_ALL_RANKS = (ConfigError, CheckpointError, RunFolderError, EvaluationError, GenerationError)
 
 
 @contextmanager

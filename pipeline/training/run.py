@@ -53,7 +53,7 @@ class Run:
 
     def _open_folder(self) -> str:
         self.folder = RunFolder(self.config, self.precision)
-        checkpoint.clean(self.dir)
+        checkpoint.remove_unfinished(self.dir)
         return self.folder.id
 
     # -- resume -----------------------------------------------------------------------------
@@ -100,7 +100,7 @@ class Run:
             self._export(step, gan)
 
     def _newest(self) -> Path | None:
-        found, damaged = checkpoint.newest(self.dir)
+        found, damaged = checkpoint.read_newest(self.dir)
         for line in damaged:
             log.warning("damaged checkpoint passed over: %s", line)
         return found.path if found else None
@@ -127,7 +127,7 @@ class Run:
         """Share stop requests and the checkpoint clock; once a step, on every rank."""
         minutes = self.config.train.checkpoint_minutes
         late = self.is_main and 0 < minutes * 60 < time.monotonic() - self._saved_at
-        self._stop, late = self._agreement.agree(stop=signals.received() is not None, also=late)
+        self._stop, late = self._agreement.agree(stop=signals.received() is not None, flag=late)
         # Several ranks hear of the step before: what was late then may have been saved since.
         heard_of = step - 1 if self.accelerator.num_processes > 1 else step
         self._save_by_clock = late and self._saved_step < heard_of

@@ -70,7 +70,7 @@ def test_one_flipped_bit_anywhere_is_noticed_and_the_previous_one_used(
         damaged = bytearray(content)
         damaged[position] ^= 1
         (newest / name).write_bytes(damaged)
-        found, messages = checkpoint.newest(tmp_path)
+        found, messages = checkpoint.read_newest(tmp_path)
         if name == "state.json" and json.loads(content) == try_json(damaged):
             continue  # white space
         assert found is not None
@@ -91,7 +91,7 @@ def test_all_damaged_is_an_error_that_names_each(tmp_path: Path) -> None:
     for step in (1, 2):
         (save(tmp_path, step) / "G.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"(?s)step_00000002.*step_00000001.*Move them away"):
-        checkpoint.newest(tmp_path)
+        checkpoint.read_newest(tmp_path)
 
 
 def test_unfinished_folders_are_no_checkpoints(tmp_path: Path) -> None:
@@ -99,10 +99,10 @@ def test_unfinished_folders_are_no_checkpoints(tmp_path: Path) -> None:
     save(tmp_path, 1)
     torn = tmp_path / "checkpoints" / "step_00000002.tmp"
     torn.mkdir()
-    found, _ = checkpoint.newest(tmp_path)
+    found, _ = checkpoint.read_newest(tmp_path)
     assert found is not None
     assert found.state["step"] == 1
-    checkpoint.clean(tmp_path)
+    checkpoint.remove_unfinished(tmp_path)
     assert not torn.exists()
 
 

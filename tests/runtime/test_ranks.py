@@ -73,7 +73,7 @@ def two_ranks_wait(folder: str) -> None:
     lengthy = partial(ranks.on_rank_zero, accelerator, lengthy=True)
     found.append(outcome(partial(lengthy, lambda: time.sleep(1.5 * TIME_LIMIT))))  # though stopped
     found.append(str(lengthy(lambda: 7)))
-    found.append(outcome(partial(lengthy, partial(fails, signals.never))))
+    found.append(outcome(partial(lengthy, partial(fails, signals.never_stop))))
     refuse = partial(launch.require_equal_precision, accelerator)
     for precision in ("fp32", "bf16" if rank else "fp32"):
         found.append(outcome(partial(refuse, precision)))
