@@ -68,7 +68,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(_listed(path, faults))
     config = OmegaConf.to_object(schema)
     assert isinstance(config, Config)
-    faults = rules.faults(config)
+    faults = rules.find_faults(config)
     if faults:
         raise ConfigError(_listed(path, faults))
     return config
