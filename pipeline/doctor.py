@@ -1,15 +1,20 @@
-"""Check a cluster before a run: start it exactly as the training will be started.
+"""Check a cluster before a run. Start this command exactly as you will start the training.
 
     python -m pipeline.doctor --config configs/dcgan_64.yaml
     torchrun --nnodes 2 --nproc_per_node 8 ... -m pipeline.doctor --config configs/dcgan_64.yaml
     sbatch --nodes=2 --gpus-per-node=8 slurm/preflight.sh      # the same on a Slurm allocation
 
-Prints one table: software, devices, batch, all-reduce with its bandwidth, stop requests, clocks,
-run folder, shards, disk, W&B. Exit code 0: READY; 1: NOT READY, with what failed; 2: a mistake in
-the command. Nothing is left behind, except shards in the node's cache when they are remote.
+It prints one table: software, devices, batch, all-reduce with its bandwidth, stop requests, clocks,
+run folder, shards, disk, W&B. Exit code 0: READY; 1: NOT READY, with the checks that failed; 2: a
+mistake in the command. It leaves no files behind, except remote shards in the node's cache.
 """
 
 from __future__ import annotations
+
+from pipeline import require_own_package
+
+if __name__ == "__main__":
+    require_own_package(__file__)
 
 import argparse
 import os
@@ -17,11 +22,12 @@ import sys
 
 from pipeline.config.loading import load
 from pipeline.config.schema import Config
+from pipeline.runtime.arguments import HelpFormatter
 from pipeline.runtime.errors import LaunchError, exit_on_user_error
 
 
 def diagnose(config: Config) -> bool:
-    """Print the table on rank 0; whether everything is ready, on every rank."""
+    """Run all checks and print the table on rank 0. Returns whether none failed, on every rank."""
     from pipeline.runs import preflight, run_folder
     from pipeline.runs.preflight import Finding, table
     from pipeline.runtime import hardware, launch
@@ -31,7 +37,7 @@ def diagnose(config: Config) -> bool:
     )
     try:
         accelerator = launch.make_accelerator(precision)
-    except LaunchError as error:  # the other nodes cannot be asked then
+    except LaunchError as error:  # without it the ranks cannot talk to each other
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(table([Finding("devices", "FAILED", str(error))]), flush=True)
         return False
@@ -43,16 +49,15 @@ def diagnose(config: Config) -> bool:
 
 
 def main() -> None:
-    """Run the command."""
+    """Parse the command line, run the checks and exit."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.doctor",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="values that win over the file"
-    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="YAML configuration of the run to start")
+    add("overrides", nargs="*", metavar="section.key=value", help="keys that override the file")
     options = parser.parse_args()
     with exit_on_user_error():
         ready = diagnose(load(options.config, options.overrides))

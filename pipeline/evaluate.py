@@ -18,6 +18,11 @@ after a kill run the same command again; any number of evaluators may work on on
 
 from __future__ import annotations
 
+from pipeline import require_own_package
+
+if __name__ == "__main__":
+    require_own_package(__file__)
+
 from pipeline.runtime import signals
 
 if __name__ == "__main__":
@@ -239,15 +244,19 @@ def main() -> None:
         from pipeline.papers import probe
 
         return probe.main(sys.argv[2:])
-    options, finished = parse(sys.argv[1:]), True
+    options = parse(sys.argv[1:])
     with exit_on_user_error():
         if options.command == "fetch-weights":
             from pipeline.evaluation.pretrained import fetch_inception
 
             with signals.exit_on_interrupt("interrupted: nothing was kept"):
                 print(f"eval.extractor_weights={fetch_inception(options.to).resolve()}")
-        else:
-            finished = evaluate(options, configuration(options))
+            return
+        config = configuration(options)
+    size = config.eval.batch_size
+    advice = f"eval.batch_size ({size}) images pass through the extractor at once; set it lower."
+    with exit_on_user_error(advice):
+        finished = evaluate(options, config)
     sys.exit(signals.exit_code(finished))
 
 

@@ -18,6 +18,11 @@ parts, the other commands start anew. Existing files are replaced with --overwri
 
 from __future__ import annotations
 
+from pipeline import require_own_package
+
+if __name__ == "__main__":
+    require_own_package(__file__)
+
 from pipeline.runtime import signals
 
 if __name__ == "__main__":

@@ -16,6 +16,11 @@ source and the options alone, never on the number of workers or interruptions. A
 
 from __future__ import annotations
 
+from pipeline import require_own_package
+
+if __name__ == "__main__":
+    require_own_package(__file__)
+
 import argparse
 import math
 import os

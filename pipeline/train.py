@@ -11,6 +11,11 @@ of (seed, step), so a resumed run computes what the uninterrupted one would have
 
 from __future__ import annotations
 
+from pipeline import require_own_package
+
+if __name__ == "__main__":
+    require_own_package(__file__)
+
 from pipeline.runtime import signals
 
 if __name__ == "__main__":
@@ -18,11 +23,12 @@ if __name__ == "__main__":
 
 import argparse
 import logging
+import os
 import sys
 from contextlib import closing
 
 from pipeline.config.loading import load
-from pipeline.config.schema import Config, micro_batching
+from pipeline.config.schema import Config, micro_batch_advice, micro_batching
 from pipeline.runtime.arguments import HelpFormatter
 from pipeline.runtime.errors import exit_on_user_error
 
@@ -106,7 +112,9 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with exit_on_user_error():
-        finished = train(load(arguments.config, arguments.overrides))
+        config = load(arguments.config, arguments.overrides)
+    with exit_on_user_error(micro_batch_advice(config, int(os.environ.get("WORLD_SIZE", "1")))):
+        finished = train(config)
     sys.exit(signals.exit_code(finished))
 
 

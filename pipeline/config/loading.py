@@ -1,11 +1,11 @@
-"""A configuration from YAML and command line, checked before anything runs; and back to YAML.
+"""Load a configuration from YAML and the command line, check it, and dump it as YAML again.
 
-Precedence: dataclass defaults < YAML file < command line (``optim.g_lr=1e-4``). The program sees
-plain dataclasses, never OmegaConf nodes. ``load`` reports every fault at once.
+Precedence: dataclass defaults < YAML file < command line (``optim.g_lr=1e-4``). ``load`` returns
+plain dataclasses, never OmegaConf nodes, and reports all faults at once.
 
-Relative paths in a YAML file count from the checkout that holds the file (the nearest folder above
-it with a ``pyproject.toml``; the current folder if there is none); those on the command line count
-from the current folder. ``data.shards`` may be a URL.
+Relative paths in a YAML file are relative to the checkout of the file: the nearest folder above it
+with a ``pyproject.toml``, or the working folder without any. Relative paths on the command line are
+relative to the working folder. ``data.shards`` may be a URL.
 """
 
 from __future__ import annotations
@@ -41,28 +41,28 @@ REMOVED_KEYS = {
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The checked configuration of a YAML file and ``section.key=value`` overrides.
+    """Load and check the configuration of a YAML file and ``section.key=value`` overrides.
 
     Raises:
-        ConfigError: listing every fault found, each with field, value, requirement and remedy.
+        ConfigError: a list of all faults, each with field, value, requirement and remedy.
     """
     path = Path(path)
     schema = OmegaConf.structured(Config)
-    _thaw(schema)
+    _make_writable(schema)
     faults: list[str] = []
     bases: dict[str, Path] = {}
     paths = {key: flatten(Config())[key] for key in PATH_KEYS}
     defaults = OmegaConf.from_dotlist([f"{key}={path}" for key, path in paths.items() if path])
     for source, tree, base in (
         ("defaults", defaults, Path.cwd()),
-        (str(path), _read_yaml(path), _checkout_of(path)),
+        (str(path), _read_yaml(path), _find_checkout(path)),
         ("command line", _read_overrides(overrides, faults), Path.cwd()),
     ):
-        for key, value in _leaves(tree):
+        for key, value in _flatten_tree(tree):
             if key in PATH_KEYS:
                 bases[key] = base
-                if isinstance(value, str) and "${" not in value:  # else `_resolve` does it
-                    value = _escaped(_absolute(value, base))
+                if isinstance(value, str) and "${" not in value:  # otherwise `_resolve` does it
+                    value = _escape(_make_absolute(value, base))
             if key in REMOVED_KEYS and value == REMOVED_KEYS[key][0]:
                 continue
             fault = _assign(schema, key, value)
@@ -71,41 +71,42 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not faults:
         faults = _resolve(schema, bases)
     if faults:
-        raise ConfigError(_listed(path, faults))
+        raise ConfigError(_format_faults(path, faults))
     config = OmegaConf.to_object(schema)
     assert isinstance(config, Config)
-    faults = rules.faults(config)
+    faults = rules.find_faults(config)
     if faults:
-        raise ConfigError(_listed(path, faults))
+        raise ConfigError(_format_faults(path, faults))
     return config
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML; ``load`` reads it back unchanged."""
-    return OmegaConf.to_yaml(OmegaConf.create(_escaped(dataclasses.asdict(config))))
+    """Return the configuration as YAML; ``load`` reads the same configuration from it."""
+    return OmegaConf.to_yaml(OmegaConf.create(_escape(dataclasses.asdict(config))))
 
 
-def _escaped(value: Any) -> Any:
-    """The tree with every literal ``${`` protected from being read as an interpolation."""
+def _escape(value: Any) -> Any:
+    """Escape every literal ``${`` in a tree, so that OmegaConf does not interpolate it."""
     if isinstance(value, dict):
-        return {key: _escaped(child) for key, child in value.items()}
+        return {key: _escape(child) for key, child in value.items()}
     if isinstance(value, list):
-        return [_escaped(child) for child in value]
+        return [_escape(child) for child in value]
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     return value
 
 
-def _thaw(node: DictConfig) -> None:
-    """Frozen dataclasses become read-only nodes; make them writable while values are merged."""
+def _make_writable(node: DictConfig) -> None:
+    """Make the nodes of frozen dataclasses writable, so that values can be merged into them."""
     OmegaConf.set_readonly(node, False)
     for key in node:
         child = node._get_node(key)
         if isinstance(child, DictConfig):
-            _thaw(child)
+            _make_writable(child)
 
 
 def _read_yaml(path: Path) -> DictConfig:
+    """Read a YAML file; raises ``ConfigError`` if it is none, or holds no sections."""
     try:
         tree = OmegaConf.load(path)
     except FileNotFoundError:
@@ -117,7 +118,7 @@ def _read_yaml(path: Path) -> DictConfig:
         detail = str(error).splitlines()[0]
         raise ConfigError(f"--config {path}: not a configuration: {detail}.") from None
     except OSError as error:
-        if not isinstance(error.errno, int):  # OmegaConf's word for a bare number or date
+        if not isinstance(error.errno, int):  # OmegaConf raises it for a bare number or date
             raise ConfigError(f"--config {path}: must hold sections (run:, model:, ...).") from None
         raise ConfigError(f"--config {path}: cannot be read: {error}.") from None
     except (ValueError, RecursionError) as error:
@@ -131,6 +132,7 @@ def _read_yaml(path: Path) -> DictConfig:
 
 
 def _read_overrides(overrides: Sequence[str], faults: list[str]) -> DictConfig:
+    """Parse ``section.key=value`` items; append a line to ``faults`` for each bad one."""
     good = []
     for item in overrides:
         if "=" in item and not item.startswith("-"):
@@ -144,22 +146,24 @@ def _read_overrides(overrides: Sequence[str], faults: list[str]) -> DictConfig:
         return OmegaConf.create()
 
 
-def _checkout_of(path: Path) -> Path:
+def _find_checkout(path: Path) -> Path:
+    """Return the nearest folder above ``path`` with a pyproject.toml, or the working folder."""
     parents = path.resolve().parents
     return next((p for p in parents if (p / "pyproject.toml").is_file()), Path.cwd())
 
 
-def _absolute(value: str, base: Path) -> str:
+def _make_absolute(value: str, base: Path) -> str:
+    """Return a path relative to ``base`` as an absolute one; "" and URLs stay as they are."""
     if not value or "://" in value:
         return value
     try:
         return str(base / Path(value).expanduser())
-    except RuntimeError:  # ~user without such a user: a folder of that name
+    except RuntimeError:  # no such ~user: a folder of that name, as in a shell
         return str(base / value)
 
 
-def _leaves(tree: DictConfig) -> list[tuple[str, Any]]:
-    """``(section.key, value)`` as written, whether the section is known or not."""
+def _flatten_tree(tree: DictConfig) -> list[tuple[str, Any]]:
+    """Return ``(section.key, value)`` pairs as written, also of unknown sections."""
     found: list[tuple[str, Any]] = []
     raw = OmegaConf.to_container(tree, resolve=False)
     assert isinstance(raw, dict)
@@ -167,12 +171,12 @@ def _leaves(tree: DictConfig) -> list[tuple[str, Any]]:
         if isinstance(values, dict):
             found += [(f"{section!s}.{key!s}", value) for key, value in values.items()]
         elif values is not None or not hasattr(Config(), str(section)):
-            found.append((str(section), values))  # an empty known section is all defaults
+            found.append((str(section), values))  # an empty known section keeps its defaults
     return found
 
 
 def _resolve(schema: DictConfig, bases: dict[str, Path]) -> list[str]:
-    """Make interpolated paths absolute; the faults of every interpolation without a value."""
+    """Make interpolated paths absolute. Returns a line for each interpolation that fails."""
     faults: list[str] = []
     for key in flatten(Config()):
         try:
@@ -180,14 +184,14 @@ def _resolve(schema: DictConfig, bases: dict[str, Path]) -> list[str]:
             if isinstance(value, ListConfig):
                 OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
             if key in bases:
-                OmegaConf.update(schema, key, _escaped(_absolute(value, bases[key])))
+                OmegaConf.update(schema, key, _escape(_make_absolute(value, bases[key])))
         except OmegaConfBaseException as error:
-            faults.append(f"{key}: {str(error).splitlines()[0]}; it is {_type_name(key)}")
+            faults.append(f"{key}: {str(error).splitlines()[0]}; it is {_describe_type(key)}")
     return faults
 
 
 def _assign(schema: DictConfig, key: str, value: Any) -> str | None:
-    """Set one value in the schema, or say what is wrong with it."""
+    """Set one value in the schema. Returns what is wrong with it, or None."""
     known = list(flatten(Config()))
     if key in REMOVED_KEYS:
         return f"{key} ({value}): no longer exists; {REMOVED_KEYS[key][1]}"
@@ -206,11 +210,12 @@ def _assign(schema: DictConfig, key: str, value: Any) -> str | None:
         OmegaConf.update(schema, key, value, merge=True)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
-        return f"{key} ({value!r}): {reason}; it is {_type_name(key)}"
+        return f"{key} ({value!r}): {reason}; it is {_describe_type(key)}"
     return None
 
 
-def _type_name(key: str) -> str:
+def _describe_type(key: str) -> str:
+    """Return the type and default of a key: "of type int, e.g. 64"."""
     section, _, name = key.partition(".")
     default = getattr(getattr(Config(), section), name)
     owner = type(getattr(Config(), section))
@@ -218,6 +223,6 @@ def _type_name(key: str) -> str:
     return f"of type {annotation}, e.g. {default}"
 
 
-def _listed(path: Path, faults: list[str]) -> str:
+def _format_faults(path: Path, faults: list[str]) -> str:
     count = f"{len(faults)} fault" + ("s" if len(faults) > 1 else "")
     return f"{count} in the configuration ({path}):\n  " + "\n  ".join(faults)

@@ -1,4 +1,4 @@
-"""Check the values of a configuration against each other."""
+"""Check the values of a configuration: each against its range, then keys against each other."""
 
 from __future__ import annotations
 
@@ -8,86 +8,8 @@ from typing import Any
 
 from pipeline.config.schema import EXTRACTORS, POLICIES, Config, flatten
 
-MLP_KEYS = ("model.maxout", "model.dropout")
 
-
-def faults(config: Config) -> list[str]:
-    """Every value or combination that no run could honour."""
-    values = flatten(config)
-    faults: list[str] = []
-
-    def need(requirement: str, met: Callable[[Any], bool], *keys: str) -> None:
-        faults.extend(
-            f"{key} ({values[key]}): must be {requirement}" for key in keys if not met(values[key])
-        )
-
-    for key, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            faults.append(f"{key} ({value}): must be a finite number")
-        if isinstance(value, int) and abs(value) >= 2**40 and not key.endswith(".seed"):
-            faults.append(f"{key}: must be below 2**40")
-    sizes = ("model.z_dim", "model.ngf", "model.ndf", "model.num_classes", "model.maxout")
-    need("at most 65536", lambda v: v <= 2**16, *sizes)
-    need("a folder, e.g. runs/first", lambda v: v and "://" not in v, "run.dir", "data.cache_dir")
-    need("a folder, e.g. ~/.cache/refs", lambda v: v and "://" not in v, "eval.cache_dir")
-    need("a local file", lambda v: "://" not in v, "eval.extractor_weights", "eval.reference")
-    need("inception, efficientnet-lite0 or module:Class", _names_an_extractor, "eval.extractor")
-    need("between 0 and 2**63 - 1", lambda v: 0 <= v < 2**63, "eval.seed")
-    need("at least 2", lambda v: v >= 2, "eval.num_images")
-    need("0 (all) or at least 2", lambda v: v == 0 or v >= 2, "eval.reference_images")
-    need("at least 1", lambda v: v >= 1, "eval.batch_size")
-    need("a folder or URL, e.g. data/shards", bool, "data.shards")
-    need("between 0 and 2**63 - 1", lambda v: 0 <= v < 2**63, "run.seed")
-    if config.model.architecture == "dcgan":
-        need("32, 64, 128 or 256", lambda v: v in (32, 64, 128, 256), "model.image_size")
-        need("0: it belongs to model.architecture=mlp", lambda v: not v, *MLP_KEYS)
-    need("between 8 and 256", lambda v: 8 <= v <= 256, "model.image_size")
-    need("1 (gray) or 3 (RGB)", lambda v: v in (1, 3), "model.channels")
-    need("at least 1", lambda v: v >= 1, "model.z_dim", "model.ngf", "model.ndf")
-    need("at least 1", lambda v: v >= 1, "data.batch_size", "data.prefetch", "data.block")
-    need("at least 1", lambda v: v >= 1, "data.lanes", "train.total_steps", "train.keep")
-    need("at least 1", lambda v: v >= 1, "train.log_every")
-    need("0 or more", lambda v: v >= 0, "data.workers", "data.window", "data.cache_gib")
-    need("0 or more", lambda v: v >= 0, "train.checkpoint_every", "train.checkpoint_minutes")
-    need("0 or more", lambda v: v >= 0, "train.keep_every", "train.sample_every")
-    # The other ranks wait for rank 0 at the end, ten minutes at most with NCCL.
-    need("between 0 and 500", lambda v: 0 <= v <= 500, "tracking.timeout")
-    need("above 0, e.g. 2e-4", lambda v: v > 0, "optim.g_lr", "optim.d_lr")
-    need("in [0, 1)", lambda v: 0 <= v < 1, "optim.beta1", "optim.beta2", "train.ema_decay")
-    need("in [0, 1)", lambda v: 0 <= v < 1, "model.dropout")
-    need("0 or at least 2", lambda v: v == 0 or v >= 2, "model.maxout", "model.num_classes")
-    need("at least 1", lambda v: v >= 1, "optim.d_steps", "stability.r1_every")
-    need("0 or more", lambda v: v >= 0, "stability.r1_gamma")
-    need("in [0, 0.5)", lambda v: 0 <= v < 0.5, "stability.label_smoothing")
-    need(f"any of {', '.join(POLICIES)}", _are_policies, "stability.augment")
-    if config.stability.label_smoothing and config.model.loss == "hinge":
-        faults.append("stability.label_smoothing: must be 0 with model.loss=hinge, which has none")
-    if config.stability.r1_gamma and config.train.compile:
-        faults.append(
-            "train.compile (true): must be false with stability.r1_gamma: torch.compile has no "
-            "second derivatives"
-        )
-    with_norms = config.model.architecture == "dcgan" and not config.model.spectral_norm
-    if config.stability.r1_gamma and config.train.precision == "fp16" and with_norms:
-        faults.append(
-            "train.precision (fp16): must be bf16 or fp32 with stability.r1_gamma, unless "
-            "model.spectral_norm=true: BatchNorm's second derivatives overflow in fp16"
-        )
-    if config.stability.r1_gamma and config.train.sync_batchnorm and with_norms:
-        faults.append(
-            "train.sync_batchnorm (true): must be false with stability.r1_gamma, unless "
-            "model.spectral_norm=true: PyTorch has no second derivatives of it"
-        )
-    batch, micro = config.data.batch_size, config.train.micro_batch
-    if micro is not None and (micro < 1 or batch % micro):
-        faults.append(f"train.micro_batch ({micro}): must divide data.batch_size ({batch}) evenly")
-    if (micro or batch) == 1:
-        key = "train.micro_batch" if micro else "data.batch_size"
-        faults.append(f"{key} (1): BatchNorm needs at least 2 images per micro-batch")
-    return faults
-
-
-def _names_an_extractor(name: str) -> bool:
+def _is_extractor(name: str) -> bool:
     module, colon, attribute = name.partition(":")
     custom = bool(colon) and attribute.isidentifier()
     return name in EXTRACTORS or (custom and all(p.isidentifier() for p in module.split(".")))
@@ -95,3 +17,106 @@ def _names_an_extractor(name: str) -> bool:
 
 def _are_policies(names: list[str]) -> bool:
     return len(set(names)) == len(names) and set(names) <= set(POLICIES)
+
+
+AT_LEAST_1 = """
+model.z_dim model.ngf model.ndf data.batch_size data.prefetch data.block data.lanes optim.d_steps
+train.total_steps train.keep train.log_every stability.r1_every eval.batch_size"""
+AT_LEAST_0 = """
+data.workers data.window data.cache_gib train.checkpoint_every train.checkpoint_minutes
+train.keep_every train.sample_every stability.r1_gamma"""
+RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    # The value must be ..., as this function tests, for these keys.
+    ("at least 1", lambda v: v >= 1, AT_LEAST_1),
+    ("0 or more", lambda v: v >= 0, AT_LEAST_0),
+    ("at most 65536", lambda v: v <= 2**16, "model.z_dim model.ngf model.ndf"),
+    ("at most 65536", lambda v: v <= 2**16, "model.num_classes model.maxout"),
+    ("between 0 and 2**63 - 1", lambda v: 0 <= v < 2**63, "run.seed eval.seed"),
+    ("a folder, e.g. runs/first", lambda v: v and "://" not in v, "run.dir data.cache_dir"),
+    ("a folder, e.g. ~/.cache/refs", lambda v: v and "://" not in v, "eval.cache_dir"),
+    ("a folder or URL, e.g. data/shards", bool, "data.shards"),
+    ("between 8 and 256", lambda v: 8 <= v <= 256, "model.image_size"),
+    ("1 (gray) or 3 (RGB)", lambda v: v in (1, 3), "model.channels"),
+    ("0 or at least 2", lambda v: v == 0 or v >= 2, "model.maxout model.num_classes"),
+    ("in [0, 1)", lambda v: 0 <= v < 1, "model.dropout optim.beta1 optim.beta2 train.ema_decay"),
+    ("above 0, e.g. 2e-4", lambda v: v > 0, "optim.g_lr optim.d_lr"),
+    ("in [0, 0.5)", lambda v: 0 <= v < 0.5, "stability.label_smoothing"),
+    (f"any of {', '.join(POLICIES)}, each once", _are_policies, "stability.augment"),
+    # The other ranks wait for rank 0 at the end: for ten minutes at most with NCCL.
+    ("between 0 and 500", lambda v: 0 <= v <= 500, "tracking.timeout"),
+    ("inception, efficientnet-lite0 or module:Class", _is_extractor, "eval.extractor"),
+    ("a local file", lambda v: "://" not in v, "eval.extractor_weights eval.reference"),
+    ("at least 2", lambda v: v >= 2, "eval.num_images"),
+    ("0 (all) or at least 2", lambda v: v == 0 or v >= 2, "eval.reference_images"),
+)
+
+
+def find_faults(config: Config) -> list[str]:
+    """Return a line for every value and every combination of values that no run can have."""
+    values = flatten(config)
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            lines.append(f"{key} ({value}): must be a finite number")
+        if isinstance(value, int) and abs(value) >= 2**40 and not key.endswith(".seed"):
+            lines.append(f"{key}: must be below 2**40")
+    lines += [
+        f"{key} ({values[key]}): must be {requirement}"
+        for requirement, is_met, keys in RANGES
+        for key in keys.split()
+        if not is_met(values[key])
+    ]
+    return lines + _conflicts(config)
+
+
+def _conflicts(config: Config) -> list[str]:
+    """Return a line for every rule between several keys that the configuration breaks."""
+    model, train, stability = config.model, config.train, config.stability
+    batch, micro = config.data.batch_size, train.micro_batch
+    dcgan, r1 = model.architecture == "dcgan", bool(stability.r1_gamma)
+    r1_with_batchnorm = r1 and dcgan and not model.spectral_norm
+    rules = (
+        (
+            dcgan and model.image_size not in (32, 64, 128, 256),
+            f"model.image_size ({model.image_size}): must be 32, 64, 128 or 256 with "
+            "model.architecture=dcgan",
+        ),
+        (
+            dcgan and model.maxout,
+            f"model.maxout ({model.maxout}): must be 0: it belongs to model.architecture=mlp",
+        ),
+        (
+            dcgan and model.dropout,
+            f"model.dropout ({model.dropout}): must be 0: it belongs to model.architecture=mlp",
+        ),
+        (
+            stability.label_smoothing and model.loss == "hinge",
+            f"stability.label_smoothing ({stability.label_smoothing}): must be 0 with "
+            "model.loss=hinge, which has no target to smooth",
+        ),
+        (
+            r1 and train.compile,
+            "train.compile (true): must be false with stability.r1_gamma: torch.compile has no "
+            "second derivatives",
+        ),
+        (
+            r1_with_batchnorm and train.precision == "fp16",
+            "train.precision (fp16): must be bf16 or fp32 with stability.r1_gamma, unless "
+            "model.spectral_norm=true: BatchNorm's second derivatives overflow in fp16",
+        ),
+        (
+            r1_with_batchnorm and train.sync_batchnorm,
+            "train.sync_batchnorm (true): must be false with stability.r1_gamma, unless "
+            "model.spectral_norm=true: PyTorch has no second derivatives of it",
+        ),
+        (
+            micro is not None and (micro < 1 or batch % micro),
+            f"train.micro_batch ({micro}): must divide data.batch_size ({batch}) evenly",
+        ),
+        (
+            (micro or batch) == 1,
+            f"{'train.micro_batch' if micro else 'data.batch_size'} (1): BatchNorm needs at least "
+            "2 images per micro-batch",
+        ),
+    )
+    return [line for broken, line in rules if broken]

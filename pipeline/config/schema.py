@@ -1,6 +1,7 @@
 """The configuration of a run: one frozen dataclass per YAML section.
 
-``config_files.load`` makes one from files; the program sees dataclasses, never OmegaConf nodes.
+``loading.load`` makes a ``Config`` from files, and ``rules`` checks it. The docstring of a field is
+the reference of its key.
 """
 
 from __future__ import annotations
@@ -13,210 +14,230 @@ from pipeline.runtime.errors import ConfigError
 
 T = TypeVar("T")
 EXTRACTORS = ("inception", "efficientnet-lite0")
-POLICIES = ("color", "translation", "cutout")  # of DiffAugment
+POLICIES = ("color", "translation", "cutout")  # augmentations of DiffAugment
 
 
 def _may_change(default: T) -> T:
-    """A field that a resumed run may set differently: it does not alter what is computed."""
+    """Return a field that a resume may change, because it does not change what is computed."""
     return field(default=default, metadata={"may_change": True})
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     dir: str = _may_change("runs/default")
-    """Folder for everything the run writes. The same folder again means: resume."""
+    """Folder for all files of the run. Starting a run in the folder of an earlier one resumes
+    it."""
     seed: int = 0
-    """Seed of the weights, the data order, the noise and the sample grids; 0 to 2**63 - 1."""
+    """Seed of the initial weights, the data order, z and the sample grids; 0 to 2**63 - 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     architecture: Literal["dcgan", "mlp"] = "dcgan"
-    """Networks of Radford et al. 2016, or the fully connected ones of Goodfellow et al. 2014."""
+    """``dcgan``: the convolutional networks of Radford et al. 2016. ``mlp``: the fully connected
+    networks of Goodfellow et al. 2014."""
     image_size: int = 64
-    """Height and width in pixels: 32, 64, 128 or 256; any up to 256 for mlp."""
+    """Height and width of the images in pixels. dcgan: 32, 64, 128 or 256. mlp: 8 to 256."""
     channels: int = 3
     """Image channels: 1 (gray) or 3 (RGB)."""
     z_dim: int = 100
-    """Length of the noise vector z."""
+    """Length of the noise vector z, 1 to 65536."""
     z_distribution: Literal["uniform", "normal"] = "uniform"
-    """Uniform on [-1, 1) or standard normal."""
+    """Distribution of z: uniform on [-1, 1), or standard normal."""
     ngf: int = 64
-    """G's feature maps before the output layer; doubled at each lower resolution. mlp: the units
-    of each hidden layer."""
+    """Width of G, 1 to 65536. dcgan: feature maps before the output layer; each lower resolution
+    has twice as many. mlp: units of each hidden layer."""
     ndf: int = 64
-    """D's feature maps after the first layer; doubled at each lower resolution. mlp: the units of
-    each hidden layer."""
+    """Width of D, 1 to 65536. dcgan: feature maps after the first layer; each lower resolution has
+    twice as many. mlp: units of each hidden layer."""
     kernel_size: Literal[4, 5] = 4
-    """Kernel of the strided convolutions: 5 in the paper's figure 1, 4 in most later code."""
+    """Kernel size of the strided convolutions: 5 as in figure 1 of the DCGAN paper, 4 as in most
+    later code."""
     num_classes: int = 0
-    """Classes to generate by the labels of the shards, which must be 0 to num_classes - 1, each of
-    them there; 0 = labels unused. Grids, sets of images and evaluations take every class as often
-    as the others, whatever their shares of the shards are."""
+    """Number of classes of a class-conditional model, at least 2. The labels of the shards must be
+    0 to num_classes - 1, and each must occur. Sample grids, image sets and evaluations take equally
+    many images of each class, whatever their shares in the shards. 0 = unconditional."""
     maxout: int = 0
-    """mlp: linear pieces of each of D's hidden units; 0 = ReLU units."""
+    """mlp only: linear pieces of each maxout unit in D, at least 2; 0 = ReLU."""
     dropout: float = 0.0
-    """mlp: share of D's hidden units left out at random in each pass of the training."""
+    """mlp only: dropout probability of D's hidden units during training, in [0, 1); 0 = no
+    dropout."""
     spectral_norm: bool = False
-    """D's weights divided by their largest singular value, instead of BatchNorm in D."""
+    """Normalise the weights of D by their largest singular value, and leave out BatchNorm in D."""
     loss: Literal["non_saturating", "minimax", "hinge", "least_squares"] = "non_saturating"
-    """The objectives. D maximises V(D, G) of the 2014 paper, and G maximises log D(G(z)) or
-    minimises log(1 - D(G(z))); or both take the hinge or the least-squares ones."""
+    """Objectives of D and G. non_saturating and minimax: D maximises V(D, G) of the 2014 paper, and
+    G maximises log D(G(z)) or minimises log(1 - D(G(z))). hinge and least_squares apply to both."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of what G makes and D takes."""
+        """Return the shape (H, W, C) of an image."""
         return self.image_size, self.image_size, self.channels
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     shards: str = _may_change("data/shards")
-    """Folder or URL with index.json and the tar shards it lists."""
+    """Folder or URL (http, https, s3, gs) with index.json and the tar shards that it lists."""
     batch_size: int = 128
-    """Images per optimizer step of D, over all ranks and micro-batches."""
+    """Images per optimizer step of D, over all ranks and micro-batches, at least 1."""
     workers: int = _may_change(2)
-    """Decoding processes per rank; 0 decodes in the training process."""
+    """Decoding processes per rank; 0 = decode in the training process."""
     prefetch: int = _may_change(4)
-    """Batches each worker prepares ahead."""
+    """Batches that each worker prefetches, at least 1."""
     block: int = 1
-    """Samples kept adjacent by the shuffle: 1 = a uniform permutation of the whole set. Raise it
-    (64 to 256, with window = 8192) for shards on slow disks, or to a shard's size (with window = a
-    few shards) when the set is larger than the node cache."""
+    """Number of samples that the shuffle keeps together; 1 = a uniform permutation of the data set.
+    Use 64 to 256, with window = 8192, for shards on slow disks. Use a shard's size, with window = a
+    few shards, for a data set larger than the node cache."""
     window: int = 0
-    """Rows shuffled among each other after the blocks; 0 = none (right for block = 1)."""
+    """Number of samples that are shuffled among each other after the shuffle of the blocks; 0 = no
+    second shuffle, which is right for block = 1."""
     lanes: int = 1
-    """Stripes of the order that one node can serve alone: the most nodes ever used."""
+    """Number of shuffle lanes, at least 1. A node reads whole shards if the job never uses more
+    nodes than lanes (MosaicML: num_canonical_nodes)."""
     cache_dir: str = _may_change("~/.cache/dcgan-pipeline/shards")
-    """Node-local folder for shards fetched from a URL."""
+    """Folder on the local disk of each node for shards that are downloaded from a URL."""
     cache_gib: float = _may_change(0.0)
-    """Upper limit of the cache in GiB, least recently used shards go first; 0 = no limit."""
+    """Size limit of the cache in GiB; the least recently used shards are removed. 0 = no limit."""
     verify: Literal["auto", "sha256", "size"] = _may_change("auto")
-    """Check of local shards at start: every byte, or the file sizes; auto = every byte up to
-    2 GiB, sizes above. Fetched shards are always checked byte for byte."""
+    """How local shards are checked at the start: sha256 = checksums of all bytes, size = file sizes
+    only, auto = sha256 up to 2 GiB and size above. Downloaded shards are always checked by
+    SHA-256."""
     record_ids: bool = _may_change(False)
-    """Write the sample ids of every batch to ids/rank_*.jsonl: proof of the order, for audits."""
+    """Write the sample ids of every batch to ids/rank_*.jsonl, to audit the data order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     g_lr: float = 2e-4
-    """Adam's learning rate for G."""
+    """Learning rate of Adam for G, above 0."""
     d_lr: float = 2e-4
-    """Adam's learning rate for D."""
+    """Learning rate of Adam for D, above 0."""
     beta1: float = 0.5
-    """Adam's decay of the first moment."""
+    """Adam's decay rate of the first moment, in [0, 1)."""
     beta2: float = 0.999
-    """Adam's decay of the second moment."""
+    """Adam's decay rate of the second moment, in [0, 1)."""
     d_steps: int = 1
-    """Updates of D before each one of G, every one with a batch of its own (k in algorithm 1)."""
+    """Updates of D per update of G, each with its own batch; at least 1 (k in algorithm 1 of the
+    2014 paper)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     total_steps: int = _may_change(100_000)
-    """Optimizer steps of G in the whole run."""
+    """Number of optimizer steps of G in the whole run, at least 1."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the forward and backward passes; weights stay fp32. auto = bf16 where the
-    hardware multiplies it natively, else fp32; a resumed run keeps what it started with. On GPUs
-    since Ampere PyTorch computes fp32 convolutions in TF32 while training; never for samples."""
+    """Precision of the forward and backward passes; weights and optimizer states are fp32. auto =
+    bf16 if the hardware multiplies it natively, else fp32; a resumed run keeps its first choice.
+    fp16 needs a GPU. In fp32, PyTorch trains convolutions in TF32 on GPUs since Ampere; samples
+    never use TF32."""
     micro_batch: int | None = None
-    """Images per forward pass and BatchNorm group. None = batch_size / ranks. Set it to keep the
-    computation the same on any number of ranks: the rest is accumulated."""
+    """Images per forward pass, which is also the BatchNorm group. batch_size = ranks x accumulation
+    steps x micro_batch. None = batch_size / ranks. Set it to keep the computation the same on any
+    number of ranks, or lower it to save memory."""
     ema_decay: float = 0.999
-    """G_ema <- decay * G_ema + (1 - decay) * G after each step; 0 = G_ema is G."""
+    """Decay of the weight average, in [0, 1): G_ema <- decay * G_ema + (1 - decay) * G after each
+    step; 0 = G_ema is a copy of G."""
     sync_batchnorm: bool = False
-    """BatchNorm statistics over all ranks instead of one micro-batch (CUDA only)."""
+    """Compute BatchNorm statistics over all ranks instead of one micro-batch (GPUs only)."""
     channels_last: bool = True
-    """NHWC memory layout for the convolutions."""
+    """Use the channels_last (NHWC) memory format for the convolutions."""
     compile: bool = _may_change(False)
-    """Compile both networks with torch.compile."""
+    """Compile G and D with torch.compile."""
     compile_mode: Literal["default", "reduce-overhead"] = _may_change("default")
-    """Mode of torch.compile. reduce-overhead also replays CUDA graphs, for batches so small that
-    the GPU waits for Python."""
+    """Mode of torch.compile. reduce-overhead also replays CUDA graphs, which helps when batches are
+    so small that the GPU waits for Python."""
     deterministic: bool = _may_change(False)
-    """On GPUs kernels that repeat a run bit for bit, for exact resume; slower, with a warning where
-    PyTorch has none. False = the fastest, found by trial. CPUs always repeat it."""
+    """Use deterministic kernels on GPUs, so that a resume repeats the same bits. They are slower,
+    and PyTorch warns where it has none. False = cuDNN chooses the fastest kernels by benchmark. CPU
+    kernels are always deterministic."""
     checkpoint_every: int = _may_change(1000)
-    """Steps between checkpoints; 0 = only at the end, on a signal and by the clock."""
+    """Steps between checkpoints; 0 = only at the end, on a stop signal and by
+    checkpoint_minutes."""
     checkpoint_minutes: float = _may_change(15.0)
-    """Minutes after which a checkpoint is written in any case; 0 = never."""
+    """Minutes after the last checkpoint at which another one is written; 0 = never by time."""
     keep: int = _may_change(3)
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep, at least 1."""
     keep_every: int = _may_change(0)
-    """Also keep checkpoints at multiples of this many steps; 0 = none."""
+    """Also keep the checkpoints at multiples of this many steps; 0 = none."""
     sample_every: int = _may_change(500)
-    """Steps between grids of images from fixed z; 0 = only at the end."""
+    """Steps between sample grids from fixed z; 0 = only at the end."""
     log_every: int = _may_change(50)
-    """Steps between rows of metrics.jsonl: the loop's only wait for the device."""
+    """Steps between rows of metrics.jsonl, at least 1. Only logging waits for the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StabilityConfig:
     r1_gamma: float = 0.0
-    """R1: gamma / 2 times the squared gradient of D at real images joins D's loss; 0 = off."""
+    """Weight gamma of the R1 penalty, 0 or more: gamma / 2 times the squared gradient norm of D at
+    real images is added to D's loss. 0 = off."""
     r1_every: int = 1
-    """R1 in one of this many updates of D, and that many times as strong."""
+    """Apply the R1 penalty in one of this many updates of D, at least 1, multiplied by this number
+    (lazy regularisation)."""
     label_smoothing: float = 0.0
-    """D's target for real images is 1 minus this; 0.1 is usual."""
+    """One-sided label smoothing, in [0, 0.5): D's target for real images is 1 minus this value. 0.1
+    is usual; 0 = off."""
     augment: list[str] = field(default_factory=list)
-    """DiffAugment, real and generated images alike: any of color, translation, cutout."""
+    """DiffAugment policies for real and generated images: any of color, translation, cutout. Empty
+    = off."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     wandb: Literal["auto", "online", "offline", "disabled"] = _may_change("auto")
-    """auto = online when a W&B key is configured, else offline."""
+    """W&B mode. auto = WANDB_MODE if set, else online if an API key is configured, else offline."""
     project: str = _may_change("dcgan")
     """W&B project."""
     entity: str | None = _may_change(None)
-    """W&B team or user; None = the key's default."""
+    """W&B team or user; None = the default of the API key."""
     name: str | None = _may_change(None)
-    """Name shown in W&B; None = the run folder's name."""
+    """Display name of the run in W&B; None = the name of the run folder."""
     group: str | None = _may_change(None)
-    """W&B group; None = the run's id, so that its evaluations lie beside it."""
+    """W&B group; None = the run id, which groups a run with its evaluations."""
     tags: list[str] = field(default_factory=list, metadata={"may_change": True})
     """W&B tags."""
     timeout: float = _may_change(60.0)
-    """Seconds the end of a run waits for W&B to take the last rows, 500 at most; training never
-    waits."""
+    """Seconds that the end of a run waits for W&B to receive the last rows, 0 to 500. Training
+    never waits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     extractor: str = _may_change("inception")
-    """Network whose features are compared: inception (for published numbers: FID, IS, KID),
-    efficientnet-lite0 (needs no download), or module:Class for one of your own."""
+    """Feature extractor: inception (FID, IS and KID comparable with published ones),
+    efficientnet-lite0 (needs no download), or module:Class for your own."""
     extractor_weights: str = _may_change("")
-    """File of Inception's weights; "" = torch's hub cache, filled by a download if need be."""
+    """Local file with Inception's weights; "" = torch's hub cache, downloaded if missing."""
     layer: str = _may_change("")
-    """Feature layer to compare; "" = the extractor's default (2048 or 1280 numbers)."""
+    """Feature layer to compare; "" = the extractor's default (2048 or 1280 features)."""
     num_images: int = _may_change(50_000)
-    """Images generated per checkpoint. Scores of different numbers cannot be compared."""
+    """Number of generated images per checkpoint, at least 2. Scores of different numbers are not
+    comparable."""
     reference_images: int = _may_change(0)
-    """Images of data.shards to compare with; 0 = all of them."""
+    """Number of images of data.shards to compare with, at least 2; 0 = all."""
     reference: str = _may_change("")
-    """Reference file to use, refused unless it fits; "" = one in cache_dir, made when missing."""
+    """Reference file to use; it must match the data and these settings. "" = a file in cache_dir,
+    which is computed if missing."""
     batch_size: int = _may_change(64)
-    """Images per forward pass on each rank; scores depend on it in their last digits."""
+    """Images per forward pass on each rank, at least 1. It changes the last digits of the
+    scores."""
     seed: int = _may_change(0)
-    """Seed of the noise that images are generated from; 0 to 2**63 - 1."""
+    """Seed of the z that images are generated from; 0 to 2**63 - 1."""
     weights: Literal["ema", "raw"] = _may_change("ema")
-    """Evaluate G_ema, or G itself."""
+    """Network to evaluate: ema = G_ema, raw = G."""
     precision: Literal["auto", "fp32", "bf16"] = _may_change("fp32")
-    """Arithmetic of the extractor. auto = bf16 where extractor and hardware do it natively."""
+    """Precision of the extractor. auto = bf16 if extractor and hardware support it, else fp32."""
     cache_dir: str = _may_change("~/.cache/dcgan-pipeline/references")
-    """Folder for reference files that were computed."""
+    """Folder for computed reference files."""
     parzen_shards: str = _may_change("")
-    """Folder or URL of shards that were not trained on, for --metrics parzen."""
+    """Folder or URL of held-out shards for --metrics parzen; "" = none."""
     keep_best: bool = _may_change(False)
-    """Training keeps the best evaluated checkpoint and removes none that is not yet evaluated:
-    only with an evaluation that runs beside it, else they fill the disk."""
+    """Let training keep the best evaluated checkpoint, and all not yet evaluated. Use it only with
+    an evaluation that runs beside the training: otherwise all checkpoints stay on the disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run. ``load`` is the only way to make one from files."""
+    """The configuration of a run."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -229,12 +250,12 @@ class Config:
 
     @property
     def images_per_step(self) -> int:
-        """Real images that a step of G, with its steps of D, has seen."""
+        """Return the number of real images per step of G: a batch for each update of D."""
         return self.data.batch_size * self.optim.d_steps
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """``{"section.key": value}`` in the order of the dataclasses."""
+    """Return ``{"section.key": value}`` in the order of the dataclasses."""
     return {
         f"{section.name}.{entry.name}": getattr(getattr(config, section.name), entry.name)
         for section in dataclasses.fields(config)
@@ -243,7 +264,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def fixed_differences(old: Config, new: Config) -> list[str]:
-    """Differences that forbid a resume: lines ``key: old -> new`` for keys that may not change."""
+    """Return a line ``key: old -> new`` for each changed key that a resume may not change."""
     free = {
         f"{section.name}.{entry.name}"
         for section in dataclasses.fields(old)
@@ -259,10 +280,10 @@ def fixed_differences(old: Config, new: Config) -> list[str]:
 
 
 def micro_batching(config: Config, world_size: int) -> tuple[int, int]:
-    """(micro_batch, accumulation) with batch_size = world_size * accumulation * micro_batch.
+    """Return (micro_batch, accumulation): batch_size = world_size * accumulation * micro_batch.
 
     Raises:
-        ConfigError: the batch cannot be cut evenly for this world size.
+        ConfigError: the batch cannot be divided evenly among the ranks.
     """
     batch, micro = config.data.batch_size, config.train.micro_batch
     unit = world_size * (micro or 1)
@@ -283,3 +304,18 @@ def micro_batching(config: Config, world_size: int) -> tuple[int, int]:
             f"{2 * world_size} or more, or fewer processes."
         )
     return micro, batch // (world_size * micro)
+
+
+def micro_batch_advice(config: Config, world_size: int) -> str:
+    """Return the advice for a training that is out of memory: a smaller ``train.micro_batch``."""
+    batch, micro = config.data.batch_size, config.train.micro_batch
+    micro = micro or batch // world_size
+    smaller = [m for m in range(2, micro) if batch % (m * world_size) == 0]
+    lower = f"model.ngf ({config.model.ngf}) and model.ndf ({config.model.ndf})"
+    if not smaller:
+        return f"train.micro_batch ({micro}) cannot be smaller; lower {lower}."
+    return (
+        f"train.micro_batch ({micro}) images pass through the networks at once; set "
+        f"train.micro_batch={smaller[-1]} or a smaller divisor of data.batch_size ({batch}): the "
+        f"same batch in more accumulation steps. If that is not enough, lower {lower}."
+    )

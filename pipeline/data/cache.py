@@ -16,7 +16,7 @@ from pipeline.data.shards import INDEX_NAME, Index, Shard
 from pipeline.runtime.errors import DataError
 from pipeline.runtime.files import sha256_of
 from pipeline.runtime.locks import FileLock
-from pipeline.runtime.signals import Stopped, never
+from pipeline.runtime.signals import Stopped, never_stop
 
 CHUNK = 1 << 20
 
@@ -35,7 +35,7 @@ class Cache:
         index: Index,
         folder: str,
         limit_gib: float = 0.0,
-        stop: Callable[[], bool] = never,
+        stop: Callable[[], bool] = never_stop,
     ) -> None:
         self.index, self.stop = index, stop
         self.folder = Path(folder).expanduser()
@@ -141,7 +141,7 @@ def check_size(path: Path, shard: Shard) -> None:
         )
 
 
-def check_shards(index: Index, how: str, stop: Callable[[], bool] = never) -> None:
+def check_shards(index: Index, how: str, stop: Callable[[], bool] = never_stop) -> None:
     """Check the local shards of an index before a run: ``size``, ``sha256`` or ``auto``.
 
     Raises:

@@ -204,7 +204,7 @@ class RunScores:
         """
         if self.ledger is None or wandb_mode(self.config) == "disabled":
             return
-        if self._dashboard is None and not self.ledger.claim_dashboard():
+        if self._dashboard is None and not self.ledger.acquire_sender_lock():
             return
         mine = [row for row in self.ledger.unsent() if row["protocol"] == self.protocol.id]
         for row in [row for row in mine if key_of(row) not in self._sending]:

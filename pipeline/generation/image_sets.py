@@ -34,7 +34,7 @@ from pipeline.models.sampling import Images
 from pipeline.runtime.errors import DataError, GenerationError
 from pipeline.runtime.files import sync_folder, write_atomic
 from pipeline.runtime.locks import FileLock
-from pipeline.runtime.ranks import Peers, on_rank_zero
+from pipeline.runtime.ranks import gather, on_rank_zero
 from pipeline.runtime.signals import Agreement, received
 
 FORMATS = ("png", "npz", "shards")
@@ -109,7 +109,7 @@ def write(
         advance(job.num - sum(len(parts[k]) for k in missing))
         stopped, failure = _write_parts(job, missing, images, accelerator, agreement, advance)
         agreement.close()
-        for message in filter(None, Peers(accelerator).gather(failure)):
+        for message in filter(None, gather(accelerator, failure)):
             raise GenerationError(message)
         if not stopped:
             on_rank_zero(accelerator, lambda: _finish(job), lengthy=True)
@@ -136,7 +136,7 @@ def _write_parts(
                     next(part, None)
                 except OSError as error:
                     failure = str(_unwritable(job, error))
-            stop, failed = agreement.agree(received() is not None, also=bool(failure))
+            stop, failed = agreement.agree(received() is not None, flag=bool(failure))
             if stop or failed:
                 return stop and not failed, failure
             advance(sum(len(parts[k][block * BLOCK : (block + 1) * BLOCK]) for k in numbers))

@@ -10,6 +10,11 @@ figure 5). On the left D, on the right a D that was never trained, for compariso
 
 from __future__ import annotations
 
+from pipeline import require_own_package
+
+if __name__ == "__main__":
+    require_own_package(__file__)
+
 import argparse
 import sys
 from pathlib import Path

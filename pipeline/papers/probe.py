@@ -11,6 +11,11 @@ the rows is what the adversarial training brought. Needs scikit-learn (extra ``p
 
 from __future__ import annotations
 
+from pipeline import require_own_package
+
+if __name__ == "__main__":
+    require_own_package(__file__)
+
 import argparse
 import json
 import sys
@@ -136,7 +141,7 @@ def open_pair(
     config = load(run / "config.yaml")
     if config.model.architecture != "dcgan":
         raise EvaluationError(f"--run ({run}): this run's D has no convolutional layers.")
-    found, damaged = (checkpoint.read(folder), []) if folder else checkpoint.newest(run)
+    found, damaged = (checkpoint.read(folder), []) if folder else checkpoint.read_newest(run)
     for line in damaged:
         print(f"damaged checkpoint passed over: {line}", file=sys.stderr, flush=True)
     if found is None:

@@ -8,6 +8,11 @@
 
 from __future__ import annotations
 
+from pipeline import require_own_package
+
+if __name__ == "__main__":
+    require_own_package(__file__)
+
 import argparse
 import io
 import json

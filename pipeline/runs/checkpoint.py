@@ -1,18 +1,19 @@
-"""Checkpoints (all it takes to resume) and snapshots (G_ema for users), each one rename.
+"""Write and read checkpoints (all that a resume needs) and snapshots (G_ema for users).
 
     checkpoints/step_00010000/  {G,D,G_ema}.safetensors  optimizers.pt  state.json
     snapshots/step_00010000/    generator.safetensors  config.yaml
 
-A checkpoint is written to ``step_N.tmp``, synced and renamed: a folder without ``.tmp`` is whole.
-``state.json`` holds a checksum of every file and of itself. Nothing in it depends on the number of
-ranks. A resume reproduces weights, optimizers, data order, noise and grids exactly; only running
-means of the log line begin anew.
+Each is written to ``step_N.tmp``, synced and renamed: a folder without ``.tmp`` is complete.
+``state.json`` holds a SHA-256 of every file and of itself. No file depends on the number of ranks.
+A resume reproduces weights, optimizers, data order, noise and grids exactly; only the running means
+between two log rows start anew.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import platform
@@ -36,17 +37,21 @@ from pipeline.models.dcgan import make_discriminator, make_generator
 from pipeline.models.sampling import make_sampler
 from pipeline.runs.results import kept_steps
 from pipeline.runs.run_folder import CHECKPOINTS, SNAPSHOTS, committed, folder_of, step_of
-from pipeline.runtime.errors import CheckpointError, RunFolderError
+from pipeline.runtime.errors import CheckpointError, RunFolderError, is_out_of_memory
 from pipeline.runtime.files import sha256_of, sync_folder
 
 STATE, OPTIMIZERS, GENERATOR = "state.json", "optimizers.pt", "generator.safetensors"
 HUB_WEIGHTS = "model.safetensors"
-"""The name that the Hugging Face Hub gives to what is ``GENERATOR`` here."""
+"""File name of G's weights in a folder for the Hugging Face Hub; ``GENERATOR`` in a snapshot."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint in memory: ``state`` is JSON, ``weights`` are tensors by network."""
+    """A verified checkpoint in memory, its tensors on the CPU.
+
+    ``state`` is the content of state.json. ``weights`` maps network and tensor name to a tensor.
+    ``optimizers`` maps the name of an optimizer or of the gradient scaler to its state_dict.
+    """
 
     path: Path
     state: dict[str, Any]
@@ -61,23 +66,26 @@ def save(
     optimizers: Mapping[str, Any],
     state: Mapping[str, Any],
 ) -> Path:
-    """Commit a checkpoint; called by rank 0 only. An older one of the same step is replaced.
+    """Write a checkpoint and return its folder; one of the same step is replaced. Rank 0 only.
 
     Args:
         run_dir: the run's folder.
-        step: optimizer steps done.
-        networks: by name; their full state, on any device.
-        optimizers: anything with ``state_dict`` (optimizers, a gradient scaler), by name.
-        state: JSON values to keep beside them.
+        step: number of optimizer steps done.
+        networks: networks by name, on any device; their state_dict is saved.
+        optimizers: objects with ``state_dict`` by name: optimizers, a gradient scaler.
+        state: JSON values for state.json.
 
     Raises:
         RunFolderError: the disk is full or the folder cannot be written; earlier checkpoints stay.
     """
     final = folder_of(run_dir, CHECKPOINTS, step)
-    with _written_aside(final) as partial:
-        for name, network in networks.items():
-            save_file(to_cpu_contiguous(network.state_dict()), partial / f"{name}.safetensors")
-        torch.save({k: v.state_dict() for k, v in optimizers.items()}, partial / OPTIMIZERS)
+    weights = {name: to_cpu_contiguous(net.state_dict()) for name, net in networks.items()}
+    content = io.BytesIO()
+    torch.save({name: one.state_dict() for name, one in optimizers.items()}, content)
+    with _new_folder(final) as partial:
+        for name, tensors in weights.items():
+            save_file(tensors, partial / f"{name}.safetensors")
+        (partial / OPTIMIZERS).write_bytes(content.getbuffer())
         document = dict(state) | {
             "step": step,
             "versions": _versions(),
@@ -91,21 +99,28 @@ def save(
 def export_snapshot(
     run_dir: Path, step: int, weights: Mapping[str, Tensor], config: Config, device: Any = "cpu"
 ) -> Path:
-    """Write G's weights with recomputed BatchNorm statistics and the configuration they belong to.
+    """Write G's weights, with recomputed BatchNorm statistics, and the configuration.
+
+    Args:
+        run_dir: the run's folder.
+        step: the step of the weights.
+        weights: G's parameters by name, usually of G_ema.
+        config: the whole configuration of the run.
+        device: where the BatchNorm statistics are computed.
 
     Raises:
         RunFolderError: the disk is full or the folder cannot be written.
     """
     final = folder_of(run_dir, SNAPSHOTS, step)
-    with _written_aside(final) as partial:
-        tensors = to_cpu_contiguous(make_sampler(config.model, weights, device).state_dict())
+    tensors = to_cpu_contiguous(make_sampler(config.model, weights, device).state_dict())
+    with _new_folder(final) as partial:
         save_file(tensors, partial / GENERATOR, metadata={"step": str(step)})
         (partial / "config.yaml").write_text(dump(config))
     return final
 
 
 def load_snapshot(path: Path, device: Any = "cpu") -> tuple[nn.Module, Config]:
-    """(G in eval mode, its configuration) from a snapshot folder, or one made for the Hub.
+    """Load a snapshot folder, or one made for the Hub. Returns (G in eval mode, configuration).
 
     Raises:
         CheckpointError: not a snapshot, damaged, or of another architecture than its configuration.
@@ -116,31 +131,31 @@ def load_snapshot(path: Path, device: Any = "cpu") -> tuple[nn.Module, Config]:
     config = load(path / "config.yaml")
     try:
         return make_sampler(config.model, load_file(file), device), config
-    except (SafetensorError, RuntimeError, ValueError) as error:
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be used: {error}.") from None
 
 
 def check_finite(G: nn.Module, path: Path) -> None:
-    """Refuse a network that came from ``path`` with NaN or infinity in weights or statistics.
+    """Raise if a network loaded from ``path`` has NaN or infinity in parameters or buffers.
 
     Raises:
-        CheckpointError: naming the place.
+        CheckpointError: naming ``path``.
     """
     if not all(bool(torch.isfinite(values).all()) for values in G.state_dict().values()):
         raise CheckpointError(f"{path}: its weights are NaN or infinite: training had diverged.")
 
 
 def weights_file(path: Path) -> Path:
-    """The file of G's weights in a snapshot folder, or in one made for the Hub."""
+    """Return the file of G's weights in a snapshot folder, or in one made for the Hub."""
     hub = path / HUB_WEIGHTS
     return hub if hub.is_file() else path / GENERATOR
 
 
-def newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose every byte is right, and a line for each damaged one passed over.
+def read_newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest undamaged checkpoint (None without any), and a line per damaged newer one.
 
     Raises:
-        CheckpointError: there are checkpoints, and none of them is usable.
+        CheckpointError: there are checkpoints, but all are damaged.
     """
     damaged: list[str] = []
     candidates = committed(run_dir)
@@ -159,7 +174,7 @@ def newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def read(path: Path) -> Checkpoint:
-    """A checkpoint, every byte verified before it is used; tensors on the CPU.
+    """Read a checkpoint after verifying the SHA-256 of each file.
 
     Raises:
         CheckpointError: a file is missing or its checksum differs.
@@ -181,62 +196,72 @@ def read(path: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: {error}") from None
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
-        # The checksums are right, so the files were written like this: not by us.
+        if is_out_of_memory(error):  # no damage: an older checkpoint is as large
+            raise
+        # The checksums are right, so another program wrote the files like this.
         raise CheckpointError(f"{path}: not tensors alone: {str(error).splitlines()[0]}") from None
     return Checkpoint(path, state, weights, optimizers)
 
 
 def prune(run_dir: Path, keep: int, keep_every: int, keep_best: bool = False) -> None:
-    """Remove all but the newest ``keep`` checkpoints and multiples of ``keep_every`` (0 = none).
+    """Remove old checkpoints. Call it after ``save``, so that a good checkpoint always exists.
 
-    ``keep_best`` also keeps what the ledger of evaluations finds best, and what it does not know
-    yet. Called after a commit, so that a good checkpoint exists at every moment.
+    Args:
+        run_dir: the run's folder.
+        keep: number of newest checkpoints to keep, at least 1.
+        keep_every: also keep multiples of this many steps; 0 = none.
+        keep_best: also keep the best checkpoint by each protocol, and all not yet evaluated.
     """
-    there = committed(run_dir)
-    kept = kept_steps(run_dir, [step_of(path) for path in there]) if keep_best else set()
-    for path in there[:-keep]:
+    folders = committed(run_dir)
+    kept = kept_steps(run_dir, [step_of(path) for path in folders]) if keep_best else set()
+    for path in folders[:-keep]:
         step = step_of(path)
         if step not in kept and (not keep_every or step % keep_every):
-            # Renamed first: a kill in the middle leaves no folder that looks complete.
+            # Rename first: after a kill no half-removed folder looks complete.
             doomed = path.with_name(f"{path.name}.tmp")
             with suppress(OSError):
                 path.rename(doomed)
                 shutil.rmtree(doomed)
 
 
-def clean(run_dir: Path) -> None:
-    """Remove what a killed writer left behind."""
+def remove_unfinished(run_dir: Path) -> None:
+    """Remove the ``.tmp`` folders of a process that was killed while it wrote."""
     for kind in (CHECKPOINTS, SNAPSHOTS):
         for path in (run_dir / kind).glob("step_*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def to_cpu_contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As safetensors wants them: on the CPU, contiguous; memory layout is not part of the state."""
+    """Copy tensors as safetensors needs them: to the CPU, contiguous in their logical order."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 @contextmanager
-def _written_aside(final: Path) -> Iterator[Path]:
-    """A folder to fill, committed as ``final`` when the block ends and gone when it fails."""
+def _new_folder(final: Path) -> Iterator[Path]:
+    """Yield a temporary folder; rename it to ``final`` after the block, remove it on an error.
+
+    Raises:
+        RunFolderError: a write failed.
+    """
     partial = final.with_name(f"{final.name}.tmp")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
         _commit(partial, final)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise _unwritable(final, error) from None
 
 
 def _commit(partial: Path, final: Path) -> None:
+    """Fsync the files of a folder and rename it."""
     for path in partial.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
     sync_folder(partial)
     displaced = final.with_name(f"{final.name}.old.tmp")
-    if final.exists():  # a damaged one was passed over and its step is reached again
+    if final.exists():  # it was damaged, so the run resumed before it and reached it again
         final.rename(displaced)
     os.replace(partial, final)
     sync_folder(final.parent)
@@ -244,10 +269,12 @@ def _commit(partial: Path, final: Path) -> None:
 
 
 def _digest(state: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the content of state.json without its own digest."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that compute."""
     names = ("torch", "accelerate", "numpy", "webdataset")
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
@@ -262,13 +289,13 @@ def _unwritable(path: Path, error: Exception) -> RunFolderError:
 
 
 def checkpoint_bytes(config: Config) -> tuple[int, int]:
-    """(bytes of all checkpoints and snapshots of a whole run, bytes of one checkpoint)."""
+    """Estimate bytes of tensors: (all checkpoints and snapshots of a run, one checkpoint)."""
     with torch.device("meta"):
         g, d = (
             sum(p.numel() for p in network.parameters())
             for network in (make_generator(config.model), make_discriminator(config.model))
         )
-    one = 4 * (2 * g + d) + 8 * (g + d)  # G, G_ema, D; two moments of Adam for G and D
+    one = 4 * (2 * g + d) + 8 * (g + d)  # fp32: G, G_ema, D; Adam's two moments of G and D
     train = config.train
     kept = train.keep + (train.total_steps // train.keep_every if train.keep_every else 0)
     snapshots = train.total_steps // train.checkpoint_every if train.checkpoint_every else 1
@@ -276,6 +303,6 @@ def checkpoint_bytes(config: Config) -> tuple[int, int]:
 
 
 def written_bytes(run_dir: Path) -> int:
-    """Bytes of the checkpoints and snapshots that a run holds already."""
-    found = (path for kind in (CHECKPOINTS, SNAPSHOTS) for path in run_dir.glob(f"{kind}/*/*"))
-    return sum(path.stat().st_size for path in found if path.is_file())
+    """Return the bytes of the checkpoints and snapshots that a run has written."""
+    files = (path for kind in (CHECKPOINTS, SNAPSHOTS) for path in run_dir.glob(f"{kind}/*/*"))
+    return sum(path.stat().st_size for path in files if path.is_file())

@@ -1,7 +1,6 @@
-"""What a run says about itself: metrics.jsonl and sample grids always, W&B and progress beside.
+"""Log a training run: metrics.jsonl and sample grids always, W&B and a progress bar beside them.
 
-The files in the run folder are the truth, and a row is on disk before W&B hears of it. W&B is a
-view of them, kept by ``dashboard``, that training never waits for.
+Each row is on disk before it is sent to W&B. Training never waits for W&B (``wandb_log``).
 """
 
 from __future__ import annotations
@@ -29,23 +28,23 @@ from pipeline.runtime.files import write_atomic
 
 
 class MetricsLog:
-    """Rank 0's record of a training run; every method is cheap next to a training step.
+    """The log of a training run on rank 0; every method is cheap next to a training step.
 
-    A resumed run starts with ``metrics.jsonl`` rewound to its checkpoint, so the file holds every
-    step at most once. W&B cannot take rows back: steps after the checkpoint are logged to the same
-    run again, with the same ``train/step``. The replay computes the same values, so the curves
-    over ``train/step`` lie on top of each other; only perf/* differs. (W&B's own ``_step`` is left
-    to W&B: it must grow, and offline folders are renumbered by ``wandb sync``.)
+    A resumed run truncates ``metrics.jsonl`` to its checkpoint, so the file has each step at most
+    once. Rows in W&B cannot be removed, so steps after the checkpoint are logged there twice, with
+    the same ``train/step``. Both times the values are the same, except perf/*, so the curves over
+    ``train/step`` coincide. (W&B's own ``_step`` is not set: it must grow, and ``wandb sync``
+    renumbers offline folders.)
     """
 
     def __init__(self, config: Config, run_id: str, start_step: int, total_steps: int) -> None:
         """Open the files and start W&B in the background.
 
         Args:
-            config: the run's; ``run.dir`` and ``tracking`` are used, all of it is sent to W&B.
-            run_id: from ``make_run_id``, the same for the whole life of a run.
-            start_step: steps already done, 0 for a new run; later rows are dropped.
-            total_steps: where the progress bar ends.
+            config: the run's configuration, all of which becomes the W&B config.
+            run_id: the W&B run id from ``make_run_id``; a resume passes the same one.
+            start_step: steps already done, 0 for a new run; rows of later steps are removed.
+            total_steps: the last step, for the progress bar and the time left.
 
         Raises:
             RunFolderError: the run folder is read-only or full.
@@ -53,22 +52,22 @@ class MetricsLog:
         self.run_dir = Path(config.run.dir).expanduser()
         self._start, self._total = start_step, total_steps
         self._path = self.run_dir / "metrics.jsonl"
-        with _writing(self.run_dir):
+        with _raise_run_folder_error(self.run_dir):
             self.run_dir.mkdir(parents=True, exist_ok=True)
-        with _writing(self._path):
+        with _raise_run_folder_error(self._path):
             self._last_step = _rewind(self._path, start_step)
-            # Unbuffered: a row is in the kernel, safe from any kill, when log() returns.
+            # Unbuffered: when log() returns, the kernel has the row and no kill can lose it.
             self._file = self._path.open("ab", buffering=0)
         self._began = time.monotonic()
         self._bar: Any = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
-        self._dashboard = WandbLog(config, run_id)
+        self._wandb = WandbLog(config, run_id)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record one row; ``step`` must grow from call to call.
+        """Log one row; ``step`` must grow from call to call.
 
-        A value that is not finite is ``null`` in metrics.jsonl (JSON knows no NaN).
+        NaN and infinity become ``null`` in metrics.jsonl, because JSON has neither.
 
         Raises:
             RunFolderError: the disk is full or the folder became read-only.
@@ -78,18 +77,18 @@ class MetricsLog:
         finite = {key: v if math.isfinite(v) else None for key, v in numbers.items()}
         line = json.dumps({"step": step, **finite, "time": round(time.time(), 3)}) + "\n"
         rest = memoryview(line.encode())
-        with _writing(self._path):
-            while rest:  # a disk that fills up takes a part first and refuses the rest
+        with _raise_run_folder_error(self._path):
+            while rest:  # a disk that becomes full writes a part first
                 rest = rest[self._file.write(rest) :]
         self._last_step = step
-        self._dashboard.log({STEP_KEY: step, **numbers})
-        self._show(step, numbers)
+        self._wandb.log({STEP_KEY: step, **numbers})
+        self._print_progress(step, numbers)
 
     def images(self, step: int, grid: NDArray[np.uint8]) -> Path:
-        """Write ``samples/step_0000100.png`` (whole or not at all) and show it in W&B.
+        """Write ``samples/step_0000100.png`` atomically, log it to W&B and return its path.
 
         Args:
-            step: the step whose weights drew the images.
+            step: the step of the weights that generated the images.
             grid: (H, W), (H, W, 1) or (H, W, 3) uint8.
 
         Raises:
@@ -97,22 +96,22 @@ class MetricsLog:
         """
         content = io.BytesIO()
         pixels = grid[:, :, 0] if grid.ndim == 3 and grid.shape[2] == 1 else grid
-        # Level 1 takes a fifth of the default's time for a few per cent more bytes.
+        # Level 1 takes a fifth of the default's time; the files are a few per cent larger.
         Image.fromarray(np.ascontiguousarray(pixels)).save(content, "png", compress_level=1)
         path = self.run_dir / "samples" / f"step_{step:07d}.png"
-        with _writing(path):
+        with _raise_run_folder_error(path):
             path.parent.mkdir(exist_ok=True)
             write_atomic(path, content.getvalue())
-        self._dashboard.log({STEP_KEY: step, "samples/grid": Picture(path, f"step {step}")})
+        self._wandb.log({STEP_KEY: step, "samples/grid": Picture(path, f"step {step}")})
         return path
 
     def advance(self, step: int) -> None:
-        """Move the progress bar; no file, no W&B, and nothing at all without a terminal."""
+        """Move the progress bar. No-op if stderr is not a terminal."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
     def close(self, failed: bool = False) -> None:
-        """Close the files; wait up to ``tracking.timeout`` seconds for W&B. Never raises for W&B.
+        """Close the files and wait up to ``tracking.timeout`` seconds for W&B.
 
         Args:
             failed: mark the W&B run as failed instead of finished.
@@ -120,7 +119,7 @@ class MetricsLog:
         if self._bar is not None:
             self._bar.close()
         self._file.close()
-        self._dashboard.close(failed)
+        self._wandb.close(failed)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -128,7 +127,8 @@ class MetricsLog:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(failed=kind is not None)
 
-    def _show(self, step: int, values: Mapping[str, float]) -> None:
+    def _print_progress(self, step: int, values: Mapping[str, float]) -> None:
+        """Update the progress bar; print one line if stderr is not a terminal."""
         shown = {k: f"{v:.4g}" for k, v in values.items() if k.startswith(("loss/", "scores/"))}
         if self._bar is not None:
             self.advance(step)
@@ -143,7 +143,7 @@ class MetricsLog:
 
 
 class NullMetricsLog(MetricsLog):
-    """The same methods for ranks other than 0: no file, no W&B, no output."""
+    """The log of the other ranks, which writes no files and prints nothing."""
 
     def __init__(self, config: Config) -> None:
         self.run_dir = Path(config.run.dir).expanduser()
@@ -159,9 +159,9 @@ class NullMetricsLog(MetricsLog):
 
 
 def _rewind(path: Path, start_step: int) -> int:
-    """Drop rows after ``start_step`` and torn lines; returns the last step kept, or -1.
+    """Remove rows after ``start_step`` and incomplete lines; return the last step kept, or -1.
 
-    The file is replaced as a whole: a crash in the middle leaves the old one.
+    The file is replaced atomically.
     """
     before = path.read_bytes() if path.exists() else b""
     kept, last = [], -1
@@ -178,7 +178,8 @@ def _rewind(path: Path, start_step: int) -> int:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _raise_run_folder_error(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a RunFolderError that names ``path``."""
     try:
         yield
     except OSError as error:

@@ -1,11 +1,11 @@
-"""evaluations.jsonl: one row per (step, weights, protocol), and who is computing which.
+"""The ledger of a run's scores: evaluations.jsonl, one row per (step, weights, protocol).
 
     {"step": 300, "weights": "ema", "protocol": "5f0c…", "scores": {"eval/fid": 31.2, …}, …}
 
-A row is appended under a lock and synced before anyone hears of it, so a killed evaluation loses
-nothing but its own work and a repeated one adds nothing. Locks are bytes of one file: they end with
-their process, hold over NFS, and leave no litter. Training reads the ledger to keep the best
-checkpoint; this module imports nothing of the evaluation.
+A row is appended under a lock and synced before it is sent to W&B. So a killed evaluation loses
+only the score that it was computing, and a repeated one adds no row. The locks are bytes of one
+file: they end with their process and hold over NFS. Training reads the ledger to keep the best
+checkpoint, so this module imports nothing of evaluation/.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pipeline.runtime.errors import RunFolderError
 from pipeline.runtime.locks import FileLock
 
 LEDGER_NAME = "evaluations.jsonl"
-APPEND, DASHBOARD, FIRST_KEY = 0, 1, 2  # bytes of the lock file
+APPEND, SENDER, FIRST_KEY = 0, 1, 2  # offsets of bytes in the lock file
 
 
 class Key(NamedTuple):
-    """What a row is the only one of."""
+    """Primary key of a ledger row."""
 
     step: int
     weights: str
@@ -36,9 +36,9 @@ Row = dict[str, Any]
 
 
 def read_rows(run_dir: Path) -> list[Row]:
-    """The rows of a run's ledger, oldest first; [] without a ledger.
+    """Return the rows of a run's ledger, oldest first; [] without a ledger.
 
-    A line cut short by a full disk or a power cut is no row: its evaluation is repeated.
+    A line that a full disk or a power cut left incomplete is skipped: its evaluation is repeated.
     """
     try:
         lines = (run_dir / LEDGER_NAME).read_bytes().splitlines()
@@ -59,41 +59,42 @@ def read_rows(run_dir: Path) -> list[Row]:
 
 
 def key_of(row: Row) -> Key:
-    """The key of a row."""
+    """Return the primary key of a row."""
     return Key(int(row["step"]), str(row["weights"]), str(row["protocol"]))
 
 
 def best(rows: Collection[Row]) -> Row | None:
-    """The row of the best headline score; the earliest of equals.
+    """Return the row with the best headline score, of equal ones the earliest; None without any.
 
-    Lower is better (FID, or KID where there is no FID) unless the row says otherwise.
+    Lower is better (FID, or KID without FID) unless the row sets ``higher_is_better``.
 
     Args:
-        rows: of one protocol.
+        rows: rows of one protocol.
     """
     scored = [row for row in rows if row["scores"].get(row["headline"]) is not None]
-    return min(scored, key=_rank, default=None)
+    return min(scored, key=_sort_key, default=None)
 
 
-def _rank(row: Row) -> tuple[float, int]:
+def _sort_key(row: Row) -> tuple[float, int]:
+    """Return a key that sorts rows from best to worst, then by step."""
     score = float(row["scores"][row["headline"]])
     return (-score if row.get("higher_is_better") else score), int(row["step"])
 
 
 def kept_steps(run_dir: Path, steps: Collection[int]) -> set[int]:
-    """What ``eval.keep_best`` keeps: steps not yet evaluated and the best by each protocol."""
+    """Return the steps that ``eval.keep_best`` keeps: not yet evaluated, or best by a protocol."""
     rows = read_rows(run_dir)
     kept = set(steps) - {int(row["step"]) for row in rows}
     for protocol in {row["protocol"] for row in rows}:
-        # The best among those that still exist: a better one may have been removed long ago.
-        there = [r for r in rows if r["protocol"] == protocol and r["step"] in steps]
-        if (found := best(there)) is not None:
-            kept.add(int(found["step"]))
+        # Only steps that still exist: a better checkpoint may have been removed before.
+        existing = [r for r in rows if r["protocol"] == protocol and r["step"] in steps]
+        if (row := best(existing)) is not None:
+            kept.add(int(row["step"]))
     return kept
 
 
 class Ledger:
-    """The ledger of one run, open for evaluations; one object per process and run.
+    """The ledger of one run, open for appending; at most one object per process and run.
 
     Raises:
         RunFolderError: the run folder cannot be written.
@@ -110,17 +111,17 @@ class Ledger:
             ) from None
 
     def rows(self, protocol: str | None = None) -> list[Row]:
-        """All rows, or those of one protocol, by step."""
+        """Return all rows, or those of one protocol, sorted by step."""
         rows = read_rows(self.run_dir)
-        chosen = [row for row in rows if protocol in (None, row["protocol"])]
-        return sorted(chosen, key=lambda row: int(row["step"]))
+        selected = [row for row in rows if protocol in (None, row["protocol"])]
+        return sorted(selected, key=lambda row: int(row["step"]))
 
     def has(self, key: Key) -> bool:
-        """Whether the row of a key is there."""
+        """Return whether the ledger has a row with this key."""
         return any(key_of(row) == key for row in read_rows(self.run_dir))
 
     def append(self, row: Row) -> bool:
-        """Add a row durably, unless its key is there already; returns whether it was added.
+        """Append and sync a row unless its key exists. Returns whether it was appended.
 
         Raises:
             RunFolderError: the disk is full or the folder read-only.
@@ -130,8 +131,8 @@ class Ledger:
             if self.has(key_of(row)):
                 return False
             try:
-                whole = not self.path.exists() or self.path.read_bytes()[-1:] in (b"", b"\n")
-                line = b"" if whole else b"\n"  # the torn line of a crash stays alone
+                complete = not self.path.exists() or self.path.read_bytes()[-1:] in (b"", b"\n")
+                line = b"" if complete else b"\n"  # end the incomplete line of a crash
                 line += json.dumps(row).encode() + b"\n"
                 with self.path.open("ab", buffering=0) as file:
                     rest = memoryview(line)
@@ -141,33 +142,31 @@ class Ledger:
             except OSError as error:
                 raise RunFolderError(
                     f"{self.path}: cannot be written: {error.strerror}. Free space, then run the "
-                    "same command again: what was evaluated before is kept."
+                    "same command again: earlier rows are kept."
                 ) from None
             return True
         finally:
             self._lock.release(APPEND)
 
     def claim(self, key: Key) -> bool:
-        """Reserve a key for this process until ``release`` or its end; False if another has it."""
+        """Try to lock a key until ``release``. Returns False if another process evaluates it."""
         return self._lock.acquire(_byte_of(key), wait=False)
 
     def release(self, key: Key) -> None:
-        """Give up a claim."""
+        """Unlock a key."""
         self._lock.release(_byte_of(key))
 
-    def claim_dashboard(self) -> bool:
-        """Become the only process that sends rows to W&B; False if another is."""
-        return self._lock.acquire(DASHBOARD, wait=False)
-
-    # Sent marks are a file of their own: the ledger holds nothing but evaluations.
+    def acquire_sender_lock(self) -> bool:
+        """Try to acquire the W&B sender lock. Returns False if another process holds it."""
+        return self._lock.acquire(SENDER, wait=False)
 
     def unsent(self) -> list[Row]:
-        """Rows that no process has marked as sent to W&B, in the order they were added."""
+        """Return the rows not yet marked as sent to W&B, oldest first."""
         sent = set(self.sent())
         return [row for row in read_rows(self.run_dir) if key_of(row) not in sent]
 
     def sent(self) -> list[Key]:
-        """Keys marked as sent, in order."""
+        """Return the keys of the rows marked as sent to W&B, in order."""
         try:
             lines = (self.run_dir / ".evaluations.sent").read_text().splitlines()
             return [Key(int(s), w, p) for s, w, p in (line.split() for line in lines)]
@@ -175,15 +174,16 @@ class Ledger:
             return []
 
     def mark_sent(self, keys: Collection[Key]) -> None:
-        """Remember that W&B has these rows."""
+        """Mark rows as sent to W&B, in a file of its own beside the ledger."""
         with (self.run_dir / ".evaluations.sent").open("a") as file:
             file.writelines(f"{step} {weights} {protocol}\n" for step, weights, protocol in keys)
 
     def close(self) -> None:
-        """Drop all locks."""
+        """Release all locks."""
         self._lock.close()
 
 
 def _byte_of(key: Key) -> int:
+    """Return the offset of the byte that locks a key: a hash of 40 bits."""
     digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
     return FIRST_KEY + int.from_bytes(digest[:5], "big")

@@ -1,4 +1,4 @@
-"""A run's folder: owned by one run at a time, bound to one configuration, with markers for scripts.
+"""The folder of a run: locked by one process, tied to one configuration, with marker files.
 
 runs/<name>/ config.yaml  run.json (id, precision)  metrics.jsonl  samples/  checkpoints/
              snapshots/  wandb/  progress (step of the last checkpoint)  FINISHED | PREEMPTED
@@ -23,9 +23,9 @@ IDENTITY = "run.json"
 
 
 def saved_precision(config: Config) -> str | None:
-    """The arithmetic this run was started with, when the configuration leaves it to the hardware.
+    """Return the configured precision; for ``auto`` the one the run started with, None if new.
 
-    A run that began in bf16 must not go on in fp32 because it was requeued on another machine.
+    A run that started in bf16 must not continue in fp32 because it was requeued on another machine.
     """
     if config.train.precision != "auto":
         return config.train.precision
@@ -37,20 +37,26 @@ def saved_precision(config: Config) -> str | None:
 
 
 class RunFolder:
-    """The open folder of a run; used by rank 0 only.
+    """The open folder of a run, locked until this process ends; rank 0 only.
+
+    ``id`` is the run's W&B id, ``path`` the folder.
+
+    Args:
+        config: the run's configuration; it is written to ``config.yaml``.
+        precision: the resolved precision; it is written to ``run.json``.
 
     Raises:
-        RunFolderError: it cannot be written, or another run holds it.
-        ConfigError: it belongs to a run with another configuration.
+        RunFolderError: the folder cannot be written, or another process has locked it.
+        ConfigError: the folder has checkpoints of another configuration.
     """
 
     def __init__(self, config: Config, precision: str) -> None:
         self.path = Path(config.run.dir).expanduser()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._take_lock()
-            self._bind(config)
-            self.id = self._identify(config, precision)
+            self._lock = self._acquire_lock()
+            self._write_config(config)
+            self.id = self._write_identity(config, precision)
             self.unmark("PREEMPTED")
         except OSError as error:
             raise RunFolderError(
@@ -63,10 +69,10 @@ class RunFolder:
         write_atomic(self.path / name, content.encode())
 
     def unmark(self, name: str) -> None:
-        """Remove a marker file that is no longer true."""
+        """Remove a marker file."""
         (self.path / name).unlink(missing_ok=True)
 
-    def _take_lock(self) -> FileLock:
+    def _acquire_lock(self) -> FileLock:
         lock = FileLock(self.path / ".lock")
         if not lock.acquire(wait=False):
             holder = lock.holder() or "another process"
@@ -78,7 +84,8 @@ class RunFolder:
         lock.write_holder(f"process {os.getpid()} on {socket.gethostname()}\n")
         return lock
 
-    def _identify(self, config: Config, precision: str) -> str:
+    def _write_identity(self, config: Config, precision: str) -> str:
+        """Write run.json with the id that it holds already, or with a new one; return the id."""
         path = self.path / IDENTITY
         try:
             name = str(json.loads(path.read_text())["id"])
@@ -87,9 +94,9 @@ class RunFolder:
         write_atomic(path, json.dumps({"id": name, "precision": precision}).encode())
         return name
 
-    def _bind(self, config: Config) -> None:
+    def _write_config(self, config: Config) -> None:
+        """Write config.yaml; raise if the folder's checkpoints have another configuration."""
         path = self.path / "config.yaml"
-        # Until something is trained there is nothing that another configuration could spoil.
         if path.exists() and committed(self.path):
             try:
                 changed = fixed_differences(load(path), config)
@@ -108,10 +115,10 @@ class RunFolder:
 
 
 def make_run_id(config: Config) -> str:
-    """A new W&B run id: the run folder's name and six random characters, e.g. ``first-3fa9c1``.
+    """Return a new W&B run id: the folder's name and six random characters, ``first-3fa9c1``.
 
-    ``WANDB_RUN_ID`` wins: a sweep agent sets it. Keep the id with the checkpoint: the same id
-    continues the same W&B run.
+    ``WANDB_RUN_ID``, which a sweep agent sets, takes precedence. A resume must use the same id to
+    continue the same W&B run.
     """
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(config.run.dir).name)[:64].strip("-") or "run"
     return os.environ.get("WANDB_RUN_ID") or f"{name}-{secrets.token_hex(3)}"
@@ -121,16 +128,16 @@ CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 
 
 def committed(run_dir: Path, kind: str = CHECKPOINTS) -> list[Path]:
-    """Whole folders of a run, oldest first; ``kind`` is ``CHECKPOINTS`` or ``SNAPSHOTS``."""
-    found = (run_dir / kind).glob("step_*")
-    return sorted((p for p in found if p.name.removeprefix("step_").isdecimal()), key=step_of)
+    """Return the complete folders of a run by step; ``kind`` is CHECKPOINTS or SNAPSHOTS."""
+    folders = (run_dir / kind).glob("step_*")
+    return sorted((p for p in folders if p.name.removeprefix("step_").isdecimal()), key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """The step in a folder's name."""
+    """Return the step in a folder's name."""
     return int(path.name.removeprefix("step_"))
 
 
 def folder_of(run_dir: Path, kind: str, step: int) -> Path:
-    """Where what belongs to ``step`` is, or will be."""
+    """Return the folder of a step's checkpoint or snapshot, which need not exist."""
     return run_dir / kind / f"step_{step:08d}"

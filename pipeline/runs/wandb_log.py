@@ -1,8 +1,7 @@
-"""A view of a run in W&B that may be slow, dead or absent without the run noticing.
+"""Log rows and images to W&B from a daemon thread, so that W&B cannot delay or end a run.
 
-Everything about W&B happens in one daemon thread behind a bounded queue. A server that refuses or
-never answers costs the run nothing but a line of warning: the rows then go to a
-``wandb/offline-run-*`` folder of the run folder, which ``wandb sync`` uploads.
+If the server refuses a run or does not answer, the rows go to a ``wandb/offline-run-*`` folder in
+the run folder, and one warning is printed. ``wandb sync`` uploads such a folder.
 """
 
 from __future__ import annotations
@@ -27,26 +26,26 @@ from pipeline.runtime.console import say
 
 STEP_KEY = "train/step"
 METRIC_GROUPS = ("loss", "scores", "perf", "progress", "memory", "eval", "samples")
-QUEUE_ROWS = 10_000  # a day of rows at one in ten seconds; images wait as paths, not as pixels
-FLUSH_SECONDS = 1.0  # wandb-core's default of 15 s is what a SIGTERM to it would cost
+QUEUE_ROWS = 10_000  # one row in 10 s for a day; the queue holds paths of images, not pixels
+FLUSH_SECONDS = 1.0  # a SIGTERM to wandb-core loses this much; its default is 15 s
 SAAS_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # one service under two names
-TRUTH = " metrics.jsonl and samples/ have everything."
+COMPLETE_FILES = " metrics.jsonl and samples/ have everything."
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A PNG on disk that W&B shall show."""
+    """A PNG file to log to W&B as an image."""
 
     path: Path
     caption: str
 
 
 class WandbLog:
-    """A W&B run that can be slow, dead or absent without its owner noticing.
+    """A W&B run behind a bounded queue; no method raises an error of W&B.
 
-    One daemon thread imports wandb, opens the run and sends the rows. When W&B cannot be reached,
-    or its helper process dies (a SIGTERM to the whole job ends it at once), the thread goes on
-    with an offline folder of the same run id.
+    A daemon thread imports wandb, opens the run and sends the rows. If W&B cannot be reached, or
+    its process wandb-core dies (a SIGTERM to the whole job kills it), the thread continues with an
+    offline folder of the same run id.
     """
 
     def __init__(
@@ -56,14 +55,15 @@ class WandbLog:
         job_type: str = "train",
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        """Start W&B for a training run, or beside it: any other job type is a run of its own.
+        """Start the thread, unless W&B is disabled.
 
         Args:
-            config: all of it becomes the W&B config.
-            run_id: the training run's. Another job type is the run ``<run_id>-<job_type>`` in the
-                same group: two processes that write one run id overwrite each other's rows.
+            config: the whole configuration, which becomes the W&B config.
+            run_id: id of the training run. A job type other than ``train`` logs to the run
+                ``<run_id>-<job_type>`` in the same group, because two processes that write one
+                W&B run overwrite each other's rows.
             job_type: ``train`` or, for evaluations, ``eval``.
-            extra: further entries of the W&B config.
+            extra: more entries of the W&B config.
         """
         self._config, self._timeout = config, config.tracking.timeout
         self._identity = (run_id, job_type, dict(extra or {}))
@@ -78,7 +78,7 @@ class WandbLog:
             self._thread.start()
 
     def log(self, row: dict[str, Any]) -> None:
-        """Hand over a row with ``train/step`` in it; never waits, never raises."""
+        """Queue a row, which holds ``train/step``. Drops it if the queue is full; never waits."""
         if self._thread is None:
             return
         try:
@@ -87,48 +87,50 @@ class WandbLog:
             self._dropped += 1
 
     def close(self, failed: bool = False) -> None:
-        """Wait up to ``tracking.timeout`` seconds for the last rows, then give up on them."""
+        """Wait up to ``tracking.timeout`` seconds until the queue is empty, then end the thread."""
         if self._thread is None:
             return
         self._failed = failed
         deadline = time.monotonic() + self._timeout
-        if self._thread.is_alive():  # it has ended if W&B failed altogether
+        if self._thread.is_alive():  # it has ended if online and offline failed
             with contextlib.suppress(queue.Full):
                 self._queue.put(None, timeout=self._timeout)
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             self._abandoned = True
-            _kill_core()  # else wandb's exit hook waits for it, without limit
+            _kill_core()  # otherwise wandb's exit hook waits for it without a limit
             self._thread.join(2.0)
-            what = f" What W&B has recorded: {_upload(self._folder)}" if self._folder else ""
-            say(f"W&B did not take the last rows within {self._timeout:g} s.{TRUTH}{what}")
+            hint = f" Rows recorded so far: {_upload_hint(self._folder)}" if self._folder else ""
+            say(f"W&B did not take the last rows within {self._timeout:g} s.{COMPLETE_FILES}{hint}")
         if self._dropped:
-            say(f"W&B was too slow: {self._dropped} rows were not sent to it.{TRUTH}")
+            say(f"W&B was too slow: {self._dropped} rows were not sent to it.{COMPLETE_FILES}")
         self._thread = None
 
     def _work(self) -> None:
+        """Run one session and, if it fails, a second one offline."""
         mode = self._mode
         for fallback in (True, False):
             try:
                 return self._session(mode)
-            except Exception as error:  # wandb fails in many ways; none of them may end a run
+            except Exception as error:  # wandb raises many types, and none of them may end a run
                 if self._abandoned:
                     return
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                then = "going on offline." if fallback else f"going on without it.{TRUTH}"
+                then = "going on offline." if fallback else f"going on without it.{COMPLETE_FILES}"
                 say(f"W&B ({mode}) failed, {then} [{reason}]")
             finally:
-                _shut_down()  # after a failure wandb-core would still hold the run id
+                _shut_down()  # otherwise wandb-core holds the run id after a failure
             mode = "offline"
 
     def _session(self, mode: str) -> None:
-        """Send rows until the end of the run; raises whatever wandb raises."""
+        """Open the run and send rows until ``close``; raises the errors of wandb."""
         run_id, job_type, extra = self._identity
         run = open_run(self._config, run_id, mode, job_type, extra)
         self._folder = run.settings.sync_dir
-        say(f"W&B: {run.url}" if mode == "online" else f"W&B: offline, {_upload(self._folder)}")
-        for _, row in self._recent:  # those that a killed wandb-core may not have written yet
-            run.log(_shown(row))
+        place = run.url if mode == "online" else f"offline, {_upload_hint(self._folder)}"
+        say(f"W&B: {place}")
+        for _, row in self._recent:  # a killed wandb-core may not have written these
+            run.log(_with_images(row))
         while not self._ended:
             row_or_end = self._queue.get()
             if row_or_end is None:
@@ -138,11 +140,12 @@ class WandbLog:
             while self._recent and self._recent[0][0] < now - 3 * FLUSH_SECONDS:
                 self._recent.popleft()
             self._recent.append((now, row_or_end))
-            run.log(_shown(row_or_end))
+            run.log(_with_images(row_or_end))
         run.finish(exit_code=int(self._failed))
 
 
-def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+def _with_images(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row with each ``Picture`` replaced by a ``wandb.Image``."""
     import wandb
 
     return {
@@ -152,7 +155,7 @@ def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shut_down() -> None:
-    """End wandb-core now, so that wandb's exit hook, which has no time limit, finds nothing."""
+    """End wandb-core, so that wandb's exit hook does not wait for it without a limit."""
     with contextlib.suppress(Exception):
         import wandb
 
@@ -163,20 +166,20 @@ def _shut_down() -> None:
 def open_run(
     config: Config, run_id: str, mode: str, job_type: str, extra: Mapping[str, Any]
 ) -> Any:
-    """A W&B run as ``WandbLog`` describes it, blocking for up to a third of the timeout.
+    """Open a W&B run for the arguments of ``WandbLog``; blocks for a third of the timeout at most.
 
     Raises:
-        Exception: whatever wandb raises when it is not installed, not reachable or not willing.
+        Exception: any error of wandb: not installed, not reachable, refused.
     """
-    # Error reports and telemetry of the client go to its makers; a dead network makes its exit
-    # hooks wait for them (12 s measured with 0.31).
+    # Without a network wandb's exit hooks wait for its error reports (12 s with wandb 0.31).
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
     if mode == "online" and not _has_key():
-        raise LookupError("no API key configured; log in with: wandb login")  # else wandb asks
+        # wandb.init would prompt for a key.
+        raise LookupError("no API key configured; log in with: wandb login")
     tracking, suffix = config.tracking, "" if job_type == "train" else f"-{job_type}"
-    wished: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "mode": mode,
         "silent": True,
         "console": "off",
@@ -185,8 +188,8 @@ def open_run(
         "x_transaction_log_flush_interval": FLUSH_SECONDS,
         "x_disable_stats": job_type != "train",
     }
-    known = {k: v for k, v in wished.items() if k in wandb.Settings.model_fields}
-    wandb.setup(settings=wandb.Settings(silent=True))  # the login line comes before init's settings
+    known = {k: v for k, v in settings.items() if k in wandb.Settings.model_fields}
+    wandb.setup(settings=wandb.Settings(silent=True))  # init() prints a line before its settings
     run = wandb.init(
         project=tracking.project,
         entity=tracking.entity,
@@ -197,8 +200,8 @@ def open_run(
         tags=tracking.tags,
         dir=Path(config.run.dir).expanduser(),
         config={**dataclasses.asdict(config), "train_run_id": run_id, **extra},
-        allow_val_change=True,  # a resume may change total_steps and the like
-        resume="allow",  # also offline: without it the rows of a second folder overwrite the first
+        allow_val_change=True,  # a resume may change total_steps, for example
+        resume="allow",  # offline too: otherwise `wandb sync` overwrites the first folder's rows
         reinit="create_new",
         settings=wandb.Settings(**known),
     )
@@ -207,29 +210,29 @@ def open_run(
 
 
 def define_metrics(run: Any) -> None:
-    """Plot everything over ``train/step``; each job defines all of it, or W&B forgets the rest."""
+    """Plot all metrics over ``train/step``. A job must define all groups: W&B keeps no others."""
     run.define_metric(STEP_KEY, hidden=True)
     for group in METRIC_GROUPS:
         run.define_metric(f"{group}/*", step_metric=STEP_KEY)
 
 
 def wandb_mode(config: Config) -> str:
-    """``online``, ``offline`` or ``disabled``, found without importing wandb.
+    """Return ``online``, ``offline`` or ``disabled`` without importing wandb.
 
-    For ``tracking.wandb=auto``: WANDB_MODE, else what ``wandb offline`` or ``wandb online`` wrote
-    to wandb's settings file, else online if a key is configured, else offline.
+    ``tracking.wandb=auto`` takes the first of: WANDB_MODE; the mode that ``wandb offline`` or
+    ``wandb online`` wrote to wandb's settings file; online if an API key is configured; offline.
     """
     if config.tracking.wandb != "auto":
         return config.tracking.wandb
-    asked = os.environ.get("WANDB_MODE") or _settings_files().get("mode", "")
+    mode = os.environ.get("WANDB_MODE") or _settings_files().get("mode", "")
     names = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline"}
-    if asked == "disabled":
+    if mode == "disabled":
         return "disabled"
-    return names.get(asked) or ("online" if _has_key() else "offline")
+    return names.get(mode) or ("online" if _has_key() else "offline")
 
 
 def _has_key() -> bool:
-    """Whether wandb would find credentials: environment, netrc or its settings files."""
+    """Return whether wandb would find credentials: in environment, netrc or settings files."""
     settings = _settings_files()
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
@@ -244,7 +247,7 @@ def _has_key() -> bool:
 
 
 def _settings_files() -> dict[str, str]:
-    """Wandb's settings, the working folder's over the user's."""
+    """Read wandb's settings files; the working folder's overrides the user's."""
     user = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser() / "settings"
     parser = configparser.ConfigParser(interpolation=None)
     with contextlib.suppress(configparser.Error, OSError, UnicodeDecodeError):
@@ -253,7 +256,7 @@ def _settings_files() -> dict[str, str]:
 
 
 def _kill_core() -> None:
-    """End this process's wandb-core. wandb keeps its process id private, so ask /proc."""
+    """Kill this process's wandb-core. Search /proc for it, because wandb hides its process id."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError):
             name, _, fields = stat.read_text().partition("(")[2].rpartition(")")
@@ -262,5 +265,6 @@ def _kill_core() -> None:
                 os.kill(int(stat.parent.name), signal.SIGKILL)
 
 
-def _upload(folder: str) -> str:
+def _upload_hint(folder: str) -> str:
+    """Return the command that uploads an offline folder."""
     return f"upload with: wandb sync {folder}"

@@ -1,4 +1,4 @@
-"""Argument types and help layout that the commands share."""
+"""Parse and describe command-line arguments: types with ranges, and the layout of the help."""
 
 from __future__ import annotations
 
@@ -58,4 +58,4 @@ def file_ending_in(suffix: str) -> Callable[[str], Path]:
 
 
 seed = integer(0, 2**63 - 1)
-"""The argparse type of every ``--seed``."""
+"""Argparse type of every ``--seed``."""

@@ -1,8 +1,8 @@
-"""What went wrong, said once: the errors a user can cause, and how an entry point ends on one.
+"""Errors that a user can cause, and how a command ends on one.
 
-Every error here carries one message that names the field or file, the value found, what is
-required and what to do. Entry points print it without a traceback and exit with code 2; a traceback
-is kept for faults of our own.
+The message of each error names the field or file, its value, what is required and what to do. A
+command prints it without a traceback and exits with code 2. Other exceptions keep their traceback:
+they are bugs.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ USER_ERROR_EXIT_CODE = 2
 
 
 class UserError(Exception):
-    """A mistake in the input: configuration, data, files or launch."""
+    """A mistake in the configuration, the data, the files or the launch."""
 
     raised_on_all = False
-    """Whether every rank has raised this very error: rank 0 speaks for all."""
+    """Whether all ranks raised this error, so that only rank 0 prints it."""
 
 
 class LaunchError(UserError):
-    """What was launched does not fit the machine it runs on; each node may say so."""
+    """The launch does not fit a node; one process of each such node prints the message."""
 
 
 class ConfigError(UserError):
@@ -31,7 +31,7 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """Shards or their index are missing, incomplete or do not fit together."""
+    """Shards or their index are missing, incomplete or do not belong together."""
 
 
 class CorruptSample(DataError):
@@ -47,27 +47,30 @@ class RunFolderError(UserError):
 
 
 class EvaluationError(UserError):
-    """Weights, reference, images or settings from which no comparable score can be computed."""
+    """No comparable score can be computed from these weights, images or settings."""
 
 
 class GenerationError(UserError):
-    """Images, films or exports that cannot be made or written as asked."""
+    """Images, animations or exports cannot be made or written as requested."""
 
 
 class NonFiniteLoss(UserError):
-    """A loss became NaN or infinite; no optimizer step was taken with it."""
+    """A loss or weight became NaN or infinite; no checkpoint holds it."""
 
 
-SHARED = (ConfigError, CheckpointError, RunFolderError, EvaluationError, GenerationError)
+SEEN_BY_ALL_RANKS = (ConfigError, CheckpointError, RunFolderError, EvaluationError, GenerationError)
 
 
 @contextmanager
-def exit_on_user_error() -> Iterator[None]:
-    """End the process with exit code 2 and the message alone when a ``UserError`` escapes.
+def exit_on_user_error(memory_advice: str = "") -> Iterator[None]:
+    """Print the message of a ``UserError`` and exit with code 2, without a traceback.
 
-    In a distributed run every rank fails on the same input with the same message, so ranks other
-    than 0 stay silent when the fault is a configuration both can see, or known to be raised on all;
-    the first of a node speaks for it when the fault is the node's.
+    Running out of memory ends the same way. In a distributed run all ranks raise the errors in
+    ``SEEN_BY_ALL_RANKS`` and those marked ``raised_on_all``: rank 0 prints them. The first process
+    of each node prints a ``LaunchError``. Every other error is printed by the rank that raised it.
+
+    Args:
+        memory_advice: which setting to lower when memory runs out, with its value.
     """
     try:
         yield
@@ -75,8 +78,26 @@ def exit_on_user_error() -> Iterator[None]:
         speaker = "0"
         if isinstance(error, LaunchError):
             speaker = os.environ.get("LOCAL_RANK", "0")
-        elif error.raised_on_all or isinstance(error, SHARED):
+        elif error.raised_on_all or isinstance(error, SEEN_BY_ALL_RANKS):
             speaker = os.environ.get("RANK", "0")
         if speaker == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR_EXIT_CODE)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = memory_advice or "Start fewer processes, or use a machine with more memory."
+        detail = str(error).partition("\n")[0] or "no more memory for Python"
+        rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+        print(f"error: out of memory{rank}: {detail}. {advice}", file=sys.stderr, flush=True)
+    else:
+        return
+    sys.exit(USER_ERROR_EXIT_CODE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the host or a GPU is out of memory; needs no torch."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's, of a GPU
+        or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )

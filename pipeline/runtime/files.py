@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and what their bytes are."""
+"""Write files atomically, check output paths and hash files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pipeline.runtime.errors import GenerationError
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
-    partial = _aside(path)
+    """Write a file through a temporary one and a rename: complete or absent after a power cut."""
+    partial = _temporary(path)
     try:
         _write(partial, content)
         os.replace(partial, path)
@@ -30,43 +30,48 @@ def check_output_path(
     reuse: bool = False,
     option: str = "",
 ) -> Path:
-    """The absolute path of a result; refused, before any work, where it could not be put.
+    """Return the absolute path of a result; raise before any work if it cannot be written.
 
     Args:
-        path: as the user wrote it; ``~`` is expanded, links are followed, its folder is made.
-        field: the option it came from.
-        replace: a file that is there may be replaced.
-        reuse: what is there is looked at by the caller.
-        option: which makes the command replace a file.
+        path: as the user gave it. ``~`` is expanded, links are followed, its folder is created.
+        field: the command-line option that it came from, for messages.
+        replace: allow a file that exists.
+        reuse: allow anything that exists; the caller checks it.
+        option: the command-line option that replaces a file, for messages.
 
     Raises:
-        GenerationError: something is there, or nothing can be put there.
+        GenerationError: the path exists already or cannot be written.
     """
     try:
         path = path.expanduser().resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
-        _aside(path).exists()  # a name may be too long
-        there, is_file = path.exists(), path.is_file()
-    except (OSError, RuntimeError) as error:  # the latter: no such user, or links in a circle
+        _temporary(path).exists()  # raises if the name is too long
+        found, is_file = path.exists(), path.is_file()
+    except (OSError, RuntimeError) as error:  # RuntimeError: no such user, or a loop of links
         raise GenerationError(f"{field} ({path}): cannot be written: {error}.") from None
-    if there and not (reuse or (replace and is_file)):
+    if found and not (reuse or (replace and is_file)):
         remedy = "give another name" + (f", or {option}" if option and is_file else "")
         raise GenerationError(f"{field} ({path}): exists already; {remedy}.")
-    if not (there and reuse) and not os.access(path.parent, os.W_OK):
+    if not (found and reuse) and not os.access(path.parent, os.W_OK):
         raise GenerationError(f"{field} ({path}): its folder cannot be written to; give another.")
     return path
 
 
 def write_results(files: Mapping[Path, bytes], *, replace: bool = False) -> None:
-    """Publish all of these files, or none; one that has appeared meanwhile is not replaced unasked.
+    """Write all files, or none of them.
 
-    What was replaced is not brought back when a later one fails.
+    All contents are written to temporary files first; then the files are renamed one by one. If a
+    rename fails, new files are removed again, but files that were replaced are not restored.
+
+    Args:
+        files: content by path.
+        replace: replace files that exist, also those created since ``check_output_path``.
 
     Raises:
-        GenerationError: one of them cannot be written.
+        GenerationError: a file exists (without ``replace``) or cannot be written.
     """
-    partials = {path: _aside(path) for path in files}
-    made: list[Path] = []
+    partials = {path: _temporary(path) for path in files}
+    created: list[Path] = []
     try:
         for path, partial in partials.items():
             _write(partial, files[path])
@@ -75,26 +80,27 @@ def write_results(files: Mapping[Path, bytes], *, replace: bool = False) -> None
                 os.replace(partial, path)
             else:
                 _rename_new(partial, path)
-                made.append(path)
-    except BaseException as error:  # an interruption too
-        for done in made:
+                created.append(path)
+    except BaseException as error:  # KeyboardInterrupt too
+        for new in created:
             with suppress(OSError):
-                done.unlink()
+                new.unlink()
         if not isinstance(error, OSError):
             raise
-        there = isinstance(error, FileExistsError)
-        reason = "exists now" if there else f"cannot be written: {error}"
+        exists_now = isinstance(error, FileExistsError)
+        reason = "exists now" if exists_now else f"cannot be written: {error}"
         raise GenerationError(f"--out ({path}): {reason}; give another name.") from None
     finally:
         for partial in partials.values():
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
     for folder in {path.parent for path in files}:
-        with suppress(OSError):  # the files are there
+        with suppress(OSError):  # the files are written already
             sync_folder(folder)
 
 
-def _aside(path: Path) -> Path:
+def _temporary(path: Path) -> Path:
+    """Return the path of this process's temporary file beside ``path``."""
     return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
@@ -106,15 +112,15 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _rename_new(partial: Path, path: Path) -> None:
-    """As ``os.rename``, but a file that is there stays.
+    """Rename a file, but never replace one.
 
     Raises:
-        FileExistsError: there is one.
+        FileExistsError: ``path`` exists.
     """
     try:
         os.link(partial, path)
     except FileExistsError:
-        if not path.samefile(partial):  # as NFS may say of what it has just linked itself
+        if not path.samefile(partial):  # NFS may report the link it has just made
             raise
     except OSError:  # a file system without hard links
         if path.exists():
@@ -123,7 +129,7 @@ def _rename_new(partial: Path, path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the renames in a folder durable."""
+    """Fsync a folder, so that renames in it survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -132,19 +138,19 @@ def sync_folder(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def nearest_existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
+    """Return the folder itself, or its nearest parent that exists."""
     return next(path for path in (folder, *folder.absolute().parents) if exists(path))
 
 
 def exists(path: Path) -> bool:
-    """Whether it exists, as far as one may look."""
+    """Return whether a path exists; False if the file system refuses to tell."""
     try:
         return path.exists()
-    except OSError:  # below a folder that may not be looked into
+    except OSError:  # a parent is no folder, or its permissions forbid it
         return False

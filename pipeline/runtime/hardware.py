@@ -1,4 +1,4 @@
-"""What a process computes with: precision, kernels, cores and memory."""
+"""Choose how a process uses its hardware: precision, kernels, threads and memory."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 
 
 def resolve_precision(precision: str) -> str:
-    """Replace ``auto`` by bf16 where the hardware multiplies it natively, else by fp32."""
+    """Return the precision; ``auto`` becomes bf16 where the hardware has it, else fp32."""
     if precision != "auto":
         return precision
     return "bf16" if native_bf16() else "fp32"
 
 
 def native_bf16() -> bool:
-    """Whether the device that ``launch.make_accelerator`` picks multiplies bf16 in hardware."""
+    """Return whether the device of ``launch.make_accelerator`` multiplies bf16 in hardware."""
     if torch.cuda.is_available() and not cpu_requested():
         return torch.cuda.get_device_capability() >= (8, 0)
     return bool(_cpu_flags() & {"amx_bf16", "avx512_bf16"})
 
 
 def cpu_requested() -> bool:
-    """Whether the environment says so, as Accelerate reads it."""
+    """Return whether ACCELERATE_USE_CPU asks for the CPU, as Accelerate reads it."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
@@ -39,10 +39,10 @@ def _cpu_flags() -> set[str]:
 
 
 def configure_kernels(device: torch.device, deterministic: bool) -> None:
-    """On a GPU: kernels that repeat a run bit for bit, or the fastest, which cuDNN finds by trial.
+    """Select deterministic kernels on a GPU, or let cuDNN choose the fastest by benchmark.
 
-    Two trials may choose two kernels, and some of the fastest sum in the order that threads
-    happen to arrive in. On CPUs every kernel in use repeats itself.
+    Two benchmarks may choose different kernels, and some of the fastest add in the order in which
+    threads arrive. No-op on CPUs, where every kernel in use is deterministic.
     """
     if device.type != "cuda":
         return
@@ -54,7 +54,7 @@ def configure_kernels(device: torch.device, deterministic: bool) -> None:
 
 @contextmanager
 def deterministic_fp32() -> Iterator[None]:
-    """fp32 in full and the same bits every time: on GPUs no TF32, no kernels found by trial."""
+    """Compute in deterministic fp32: on GPUs without TF32 and without cuDNN benchmarks."""
     cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, products.allow_tf32
     cudnn.benchmark, cudnn.deterministic = False, True
@@ -66,48 +66,48 @@ def deterministic_fp32() -> Iterator[None]:
 
 
 def use_all_cores() -> None:
-    """This process's share of them, where the launcher said 1 because nobody had told it otherwise.
+    """Give this process its share of the cores if the launcher set OMP_NUM_THREADS=1 by default.
 
-    accelerate launch (and torchrun with several processes) sets OMP_NUM_THREADS=1 then, which
-    leaves the other cores idle. A value that the launcher itself was given, in its environment or
-    on its command line, stands.
+    accelerate launch, and torchrun with several processes, do so unless told otherwise, and leave
+    the other cores idle. No-op if the user gave the launcher a number, in its environment or on
+    its command line.
     """
     launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     if not launched or os.environ.get("OMP_NUM_THREADS") != "1":
         return
-    given = [*of_the_launcher("environ"), *of_the_launcher("cmdline")]
-    if not given or any("OMP_NUM_THREADS=" in word or "cpu_threads" in word for word in given):
+    words = [*launcher_words("environ"), *launcher_words("cmdline")]
+    if not words or any("OMP_NUM_THREADS=" in word or "cpu_threads" in word for word in words):
         return
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
 
 
 def local_world_size() -> int:
-    """Of this launch on this machine, as far as the launcher tells."""
+    """Return the number of processes of this launch on this node, 1 without a launcher."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def of_the_launcher(what: str) -> list[str]:
-    """The parent's ``cmdline`` or first ``environ``, word by word; empty where it is not ours."""
+def launcher_words(file: str) -> list[str]:
+    """Return the words of the parent's ``cmdline`` or initial ``environ``; [] if unreadable."""
     try:
-        return Path(f"/proc/{os.getppid()}/{what}").read_text().split("\0")
+        return Path(f"/proc/{os.getppid()}/{file}").read_text().split("\0")
     except (OSError, UnicodeDecodeError):
         return []
 
 
 def keep_freed_memory() -> None:
-    """Large blocks stay in the process when they are freed, for the next step to take again.
+    """Let glibc keep freed blocks in the process, so that the next step can reuse them.
 
-    glibc hands them back to the kernel instead, and each step then waits for the same tens of
-    thousands of pages to be zeroed and mapped anew, most of all in the convolutions' scratch
-    buffers: a twentieth of the time (benchmarks/README.md). Other C libraries have no mallopt;
-    whoever tunes glibc by its environment is left alone.
+    By default glibc returns large blocks to the kernel. Each step then waits until the kernel has
+    zeroed and mapped tens of thousands of pages again, mostly for the scratch buffers of the
+    convolutions: 5 % of the time (benchmarks/README.md). No-op with another C library, or if the
+    user tunes glibc with GLIBC_TUNABLES.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or "GLIBC_TUNABLES" in os.environ:
         return
     for option, value in (
-        (-4, 0),  # M_MMAP_MAX: no block has a mapping of its own, to be unmapped with it
+        (-4, 0),  # M_MMAP_MAX: no block gets a mapping of its own, which free() would unmap
         (-1, -1),  # M_TRIM_THRESHOLD: the heap never shrinks
-        (-2, 256 << 20),  # M_TOP_PAD: and grows by large pieces
+        (-2, 256 << 20),  # M_TOP_PAD: the heap grows by 256 MiB at a time
     ):
         mallopt(option, value)

@@ -1,10 +1,9 @@
-"""Turn a launched process into an Accelerator, or refuse a launch that cannot work."""
+"""Make the Accelerator of a launched process, or refuse a launch that cannot work."""
 
 from __future__ import annotations
 
 import logging
 import os
-import socket
 from itertools import pairwise
 
 import torch
@@ -14,29 +13,31 @@ from pipeline.runtime.errors import ConfigError, LaunchError
 from pipeline.runtime.hardware import (
     cpu_requested,
     keep_freed_memory,
+    launcher_words,
     local_world_size,
-    of_the_launcher,
     use_all_cores,
 )
-from pipeline.runtime.ranks import Peers
+from pipeline.runtime.ranks import gather_by_node, node_name
 
 log = logging.getLogger("pipeline")
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def make_accelerator(precision: str) -> Accelerator:
-    """The Accelerator of this process.
+    """Return the Accelerator of this process.
 
     Args:
-        precision: ``fp32``, ``bf16`` or ``fp16``; ``resolve_precision`` makes one of ``auto``.
+        precision: ``fp32``, ``bf16`` or ``fp16``; ``resolve_precision`` replaces ``auto``.
 
     Raises:
-        LaunchError: GPUs were allocated that PyTorch does not see, or fewer than processes.
-        ConfigError: fp16 without a GPU, or processes that do not see each other.
+        LaunchError: PyTorch does not see the GPUs that were allocated, or there are fewer GPUs
+            than processes.
+        ConfigError: fp16 without a GPU, or processes that did not join one group.
     """
     _refuse_missing_gpus()
     on_cuda = torch.cuda.is_available() and not cpu_requested()
-    if on_cuda and "TORCHELASTIC_RUN_ID" in os.environ:  # others may show a process its GPU alone
+    # Launchers other than torchrun may show each process only its own GPU.
+    if on_cuda and "TORCHELASTIC_RUN_ID" in os.environ:
         _refuse_shared_gpus(local_world_size(), torch.cuda.device_count())
     if not on_cuda:
         keep_freed_memory()
@@ -46,7 +47,7 @@ def make_accelerator(precision: str) -> Accelerator:
             "train.precision (fp16): needs a CUDA device; use bf16, fp32 or auto on this machine."
         )
     accelerator = Accelerator(
-        # Without this, processes on a machine without GPUs would not join into one group.
+        # Without cpu=True, processes on a machine without GPUs would not join one group.
         cpu=not on_cuda,
         mixed_precision=MIXED_PRECISION[precision],
         kwargs_handlers=[
@@ -70,70 +71,68 @@ def make_accelerator(precision: str) -> Accelerator:
 
 
 def _refuse_missing_gpus() -> None:
-    """Or a node with an old driver would train on its CPU without a word.
+    """Raise if PyTorch sees fewer GPUs than GPUS_PER_NODE, which the launch scripts set.
 
-    GPUS_PER_NODE is what the launch scripts know from the scheduler or from nvidia-smi.
+    Without this check a node with an old driver would train on its CPU. The scripts take the
+    number from the scheduler or from nvidia-smi.
     """
-    promised = os.environ.get("GPUS_PER_NODE", "")
-    if not promised.isdecimal() or cpu_requested():
+    allocated = os.environ.get("GPUS_PER_NODE", "")
+    if not allocated.isdecimal() or cpu_requested():
         return
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if seen >= min(int(promised), local_world_size()):
+    if seen >= min(int(allocated), local_world_size()):
         return
-    why = ""
+    reason = ""
     try:
         torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:  # the latter where torch is a build for CPUs
-        why = f" ({str(error).partition('. ')[0]})"
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch is a CPU build
+        reason = f" ({str(error).partition('. ')[0]})"
     raise LaunchError(
-        f"GPUS_PER_NODE ({promised}): PyTorch {torch.__version__} sees {seen} on "
-        f"{socket.gethostname()}{why}; compare with nvidia-smi there, update the driver or install "
+        f"GPUS_PER_NODE ({allocated}): PyTorch {torch.__version__} sees {seen} on "
+        f"{node_name()}{reason}; compare with nvidia-smi there, update the driver or install "
         "a PyTorch for it, or set ACCELERATE_USE_CPU=true to compute without GPUs."
     )
 
 
 def _refuse_shared_gpus(processes: int, gpus: int) -> None:
-    """Or NCCL would end the launch with a traceback of its own at the first exchange."""
+    """Raise if processes would share a GPU: NCCL fails with a traceback at the first collective."""
     if processes > gpus:
         raise LaunchError(
-            f"{processes} processes on {socket.gethostname()}, which has {gpus} GPU(s) for them: "
-            "two processes cannot share one. Start one per GPU (--nproc_per_node, "
-            "--num_processes, NPROC_PER_NODE), or set ACCELERATE_USE_CPU=true to compute without."
+            f"{processes} processes on {node_name()}, which has {gpus} GPU(s) for them: two "
+            "processes cannot share a GPU. Start one process per GPU (--nproc_per_node, "
+            "--num_processes, NPROC_PER_NODE), or set ACCELERATE_USE_CPU=true to compute on CPUs."
         )
 
 
 def require_equal_precision(
     accelerator: Accelerator, precision: str, field: str = "train.precision"
 ) -> None:
-    """``auto`` is made concrete by each rank for itself; unequal nodes must not mix arithmetic.
+    """Raise on all ranks if ``auto`` was resolved to different precisions on different nodes.
 
     Raises:
-        ConfigError: on all ranks.
+        ConfigError: naming the precision of each node.
     """
-    peers = Peers(accelerator)
-    found = peers.where(peers.gather(precision))
-    if len(found) > 1:
-        said = "; ".join(f"{one} on {nodes}" for one, nodes in sorted(found.items()))
+    nodes = gather_by_node(accelerator, precision)
+    if len(nodes) > 1:
+        listed = "; ".join(f"{one} on {names}" for one, names in sorted(nodes.items()))
         raise ConfigError(
-            f"{field} (auto): means different things to these nodes: {said}. Set {field}=fp32 or "
-            "bf16, or take nodes of one kind."
+            f"{field} (auto): means different things to these nodes: {listed}. Set "
+            f"{field}=fp32 or bf16, or use nodes of one kind."
         )
 
 
 def warn_about_missing_processes(accelerator: Accelerator) -> None:
-    """Say so when the launcher was asked for more processes than it started.
+    """Log a warning if the launcher was asked for more processes than it started.
 
-    ``accelerate launch --cpu --num_processes 2`` starts one process and is silent about it; only
-    the launcher's own command line knows.
+    ``accelerate launch --cpu --num_processes 2`` starts one process without a message; only the
+    launcher's own command line has the number.
     """
-    words = of_the_launcher("cmdline")
-    for word, value in pairwise(words):
-        asked = (
-            int(value) if word.replace("-", "_") == "__num_processes" and value.isdecimal() else 0
-        )
-        if asked > accelerator.num_processes:
+    for option, value in pairwise(launcher_words("cmdline")):
+        if option.replace("-", "_") != "__num_processes" or not value.isdecimal():
+            continue
+        if int(value) > accelerator.num_processes:
             log.warning(
-                f"--num_processes {asked} was asked for, but this run has "
-                f"{accelerator.num_processes} process: accelerate launch starts no second one with "
-                f"--cpu. Use: accelerate launch --multi_gpu --num_processes {asked} ... on CPUs too"
+                f"--num_processes ({value}): this run has {accelerator.num_processes} process, "
+                "because accelerate launch starts one with --cpu. On CPUs too, use: accelerate "
+                f"launch --multi_gpu --num_processes {value} ..."
             )

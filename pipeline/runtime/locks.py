@@ -1,4 +1,4 @@
-"""Lock files between processes, on one node or on many that share a file system."""
+"""Lock files between processes on one node, or on nodes that share a file system."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 class FileLock:
     """An advisory POSIX lock (``fcntl.lockf``) on a file, or on single bytes of it.
 
-    It ends with its process, so a killed process leaves no stale lock, and forked workers do not
-    inherit it. It holds between nodes over NFS (version 4, or 3 with lockd) and over Lustre mounted
-    with ``flock``. It does not exclude threads of one process from each other. The kernel drops it
-    when the process closes *any* descriptor of the file: open a lock file only through one
-    ``FileLock``.
+    The kernel releases it when its process ends, so a killed process leaves no stale lock. Forked
+    workers do not inherit it. It works between nodes over NFS (version 4, or 3 with lockd) and over
+    Lustre mounted with ``flock``. It does not exclude threads of one process from each other. The
+    kernel also releases it when the process closes *any* descriptor of the file: open a lock file
+    only through one ``FileLock``.
 
     Args:
-        path: the lock file; it is created, in a folder that exists, and stays when the lock ends.
+        path: the lock file. It is created in an existing folder and never removed.
 
     Raises:
         OSError: the file cannot be opened for writing.
@@ -31,15 +31,15 @@ class FileLock:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def acquire(self, byte: int = 0, *, shared: bool = False, wait: bool = True) -> bool:
-        """Lock one byte of the file; returns False if ``wait`` is False and it is taken.
+        """Lock one byte of the file; return False if ``wait`` is False and the byte is locked.
 
         Args:
-            byte: independent locks of one file have different bytes.
+            byte: offset of the byte; each byte is a lock of its own.
             shared: allow other shared holders at the same time.
             wait: block until the holder releases it.
 
         Raises:
-            OSError: the file system has no locks; the message says how to mount it with them.
+            OSError: the file system does not support locks; the message says how to mount it.
         """
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         try:
@@ -61,12 +61,12 @@ class FileLock:
         fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, byte)
 
     def write_holder(self, text: str) -> None:
-        """Write who holds the lock into the file, for the message of whoever finds it taken."""
+        """Write the holder's name into the file, for messages of processes that do not get it."""
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, text.encode(), 0)
 
     def holder(self) -> str:
-        """Return what the last holder wrote; "" if nothing."""
+        """Return the name that the last holder wrote; "" if none."""
         return os.pread(self._descriptor, 200, 0).decode(errors="replace").strip()
 
     def close(self) -> None:

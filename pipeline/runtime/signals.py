@@ -1,8 +1,8 @@
-"""Stop requests: a handler that only sets a flag, and ranks that agree on it once a step.
+"""Handle stop signals: a handler sets a flag, and the ranks agree on it once a step.
 
-Slurm sends SIGUSR2 before the time limit and SIGTERM on preemption or scancel; NCCL may use
-SIGUSR1, so it is handled but never asked for. Imports nothing heavy: ``install`` runs as the first
-line of an entry point, because a signal during the seconds of importing torch must not be lost.
+Slurm sends SIGUSR2 before the time limit and SIGTERM on preemption or scancel. SIGUSR1 stops a run
+too, but our scripts do not send it: NCCL may use it. The module imports nothing heavy, because
+entry points call ``install`` before they import torch, which takes seconds.
 """
 
 from __future__ import annotations
@@ -21,122 +21,129 @@ if TYPE_CHECKING:
     import torch
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""What ends work that has no state to save."""
-_received: list[str] = []
+"""Signals that end a command which has no state to save."""
+_received: list[str] = []  # names of the signals, in order of arrival
 
 
 class Stopped(Exception):
-    """A stop signal came; raised on all ranks at the same place."""
+    """A rank received a stop signal; raised on all ranks at the same place."""
 
 
 def install() -> None:
-    """Turn SIGTERM, SIGUSR1, SIGUSR2 and the first Ctrl-C into a flag."""
+    """Let SIGTERM, SIGUSR1, SIGUSR2 and the first Ctrl-C set the flag that ``received`` reads."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, _note)
 
 
 def received() -> str | None:
-    """Name of the first stop signal this process got, or None."""
+    """Return the name of the first stop signal that this process received, or None."""
     return _received[0] if _received else None
 
 
-def never() -> bool:
-    """For work that nothing but a kill ends."""
+def never_stop() -> bool:
+    """Return False: the ``stop`` function of work that is not to end early."""
     return False
 
 
 @contextmanager
-def exit_on_interrupt(said: str) -> Iterator[None]:
-    """End the process at the first SIGINT or SIGTERM, for work that leaves nothing to agree on.
+def exit_on_interrupt(message: str) -> Iterator[None]:
+    """Print ``message`` and exit with code 128 + n at SIGINT or SIGTERM (number n).
 
-    Exit code 128 + n and one line. An error that the interruption caused in a library is not shown.
+    For work of one process without a checkpoint. Errors that the interruption causes in a library
+    are not shown.
 
     Args:
-        said: the line, with what is true of the files then.
+        message: one line without a full stop; it says which files exist now.
     """
-    came = [signal.Signals[name] for name in _received]  # while the command was starting
+    numbers = [signal.Signals[name] for name in _received]  # received during the imports
 
     def interrupt(number: int, _: FrameType | None) -> None:
-        came.append(signal.Signals(number))
+        numbers.append(signal.Signals(number))
         raise KeyboardInterrupt
 
     before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
     try:
-        if came:
+        if numbers:
             raise KeyboardInterrupt
         yield
     except (KeyboardInterrupt, Exception):
-        if not came:
+        if not numbers:
             raise
         for number in before:
             signal.signal(number, signal.SIG_IGN)
-        print(f"{said}.", file=sys.stderr, flush=True)
-        sys.exit(128 + came[0])
+        print(f"{message}.", file=sys.stderr, flush=True)
+        sys.exit(128 + numbers[0])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def exit_code(finished: bool) -> int:
-    """Of a job that finished, or was stopped and is to be started again.
+    """Return the exit code of a job: 0, or STOPPED_EXIT_CODE if it was stopped before its end.
 
-    Kubernetes takes 0 for completed and would not start a stopped job again: its image asks for
-    another code in STOPPED_EXIT_CODE. Behind a launcher every code but 0 becomes 1.
+    Kubernetes does not restart a job that exits with 0, so its image sets the variable. A launcher
+    (torchrun, accelerate launch) turns every code but 0 into 1.
     """
-    asked = os.environ.get("STOPPED_EXIT_CODE", "")
-    return 0 if finished or not asked.isdecimal() else int(asked)
+    code = os.environ.get("STOPPED_EXIT_CODE", "")
+    return 0 if finished or not code.isdecimal() else int(code)
 
 
 def _note(number: int, _: FrameType | None) -> None:
     _received.append(signal.Signals(number).name)
-    if number == signal.SIGINT:  # a second Ctrl-C means now
+    if number == signal.SIGINT:  # the second Ctrl-C raises KeyboardInterrupt at once
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Agreement:
-    """What any rank wants, known to all ranks at the same step.
+    """Make all ranks agree on stop requests, and on one more flag, at the same step.
 
-    The all-reduce runs over gloo on the CPU while the step computes, and its result is read one
-    step later: no wait for the device, none for the network. ``patience``: how long ranks may take
-    to find each other.
+    Each call starts an all-reduce over gloo on the CPU, which runs while the device computes, and
+    returns the result of the call before. So no rank waits for the device or for the network.
+
+    Args:
+        world_size: number of ranks; with 1 there is nothing to exchange.
+        timeout: how long ranks may wait for each other; None = PyTorch's default.
     """
 
-    def __init__(self, world_size: int, patience: timedelta | None = None) -> None:
+    def __init__(self, world_size: int, timeout: timedelta | None = None) -> None:
         self._group: Any = None
         self._work: Any = None
         self._flags: torch.Tensor | None = None
         if world_size > 1:
             import torch.distributed as dist
 
-            self._group = dist.new_group(backend="gloo", timeout=patience)
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
 
-    def agree(self, stop: bool, also: bool) -> tuple[bool, bool]:
-        """(stop, also): whether any rank asked, in this call (one process) or the one before.
+    def agree(self, stop: bool, flag: bool = False) -> tuple[bool, bool]:
+        """Return (stop, flag): True where any rank passed True.
+
+        One process gets the values of this call, several get those of the call before.
 
         Args:
-            stop: this rank wants all to stop.
-            also: whatever else the caller shares: a checkpoint that is due, a failure.
+            stop: whether this rank wants all ranks to stop.
+            flag: a second value for the caller's own use, e.g. that a checkpoint is due.
         """
         if self._group is None:
-            return stop, also
+            return stop, flag
         import torch
         import torch.distributed as dist
 
-        agreed = self._read()
-        self._flags = torch.tensor([int(stop), int(also)])
+        agreed = self._wait()
+        self._flags = torch.tensor([int(stop), int(flag)])
         self._work = dist.all_reduce(
             self._flags, dist.ReduceOp.MAX, group=self._group, async_op=True
         )
         return agreed
 
     def close(self) -> None:
-        """Finish the exchange under way; every rank calls it after the same step."""
-        self._read()
+        """Wait for the last all-reduce; every rank calls it after the same step."""
+        self._wait()
         self._work = None
 
-    def _read(self) -> tuple[bool, bool]:
+    def _wait(self) -> tuple[bool, bool]:
+        """Return the result of the last all-reduce, (False, False) before the first."""
         if self._work is None or self._flags is None:
             return False, False
         self._work.wait()
-        stop, also = self._flags.tolist()
-        return bool(stop), bool(also)
+        stop, flag = self._flags.tolist()
+        return bool(stop), bool(flag)

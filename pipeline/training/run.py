@@ -54,7 +54,7 @@ class Run:
 
     def _open_folder(self) -> str:
         self.folder = RunFolder(self.config, self.precision)
-        checkpoint.clean(self.dir)
+        checkpoint.remove_unfinished(self.dir)
         return self.folder.id
 
     # -- resume -----------------------------------------------------------------------------
@@ -107,7 +107,7 @@ class Run:
             self._export(step, gan)
 
     def _newest(self) -> Path | None:
-        found, damaged = checkpoint.newest(self.dir)
+        found, damaged = checkpoint.read_newest(self.dir)
         for line in damaged:
             log.warning("damaged checkpoint passed over: %s", line)
         return found.path if found else None
@@ -135,7 +135,7 @@ class Run:
         """Make all ranks agree on stop requests and on the checkpoint clock, once a step."""
         minutes = self.config.train.checkpoint_minutes
         late = self.is_main and 0 < minutes * 60 < time.monotonic() - self._saved_at
-        self._stop, late = self._agreement.agree(stop=signals.received() is not None, also=late)
+        self._stop, late = self._agreement.agree(stop=signals.received() is not None, flag=late)
         # Several ranks get the answer of the step before, which a save since may have settled.
         asked_at = step - 1 if self.accelerator.num_processes > 1 else step
         self._save_by_clock = late and self._saved_step < asked_at
@@ -180,8 +180,8 @@ class Run:
         with self.meter.upkeep():
             gan.guard.raise_if_tripped()
             gan.raise_if_weights_are_not_finite(step)
-            if not same_on_all_ranks(self.accelerator, list(gan.networks().values())):
-                raise RuntimeError(f"ranks hold different weights at step {step}; not saved")
+            if not same_on_all_ranks(self.accelerator, gan.networks(), gan.optimizers()):
+                raise RuntimeError(f"ranks hold different states at step {step}; not saved")
             if self.is_main:
                 self._commit(step, gan)
         self._saved_step, self._saved_at = step, time.monotonic()

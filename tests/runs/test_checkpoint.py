@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from pipeline.models.noise import rng, z_rows
 from pipeline.models.sampling import draw_images, make_sampler
 from pipeline.runs import checkpoint
 from pipeline.runs.run_folder import committed, step_of
-from pipeline.runtime.errors import CheckpointError
+from pipeline.runtime.errors import CheckpointError, RunFolderError
 
 MODEL = ModelConfig(image_size=32, channels=1, z_dim=8, ngf=4, ndf=4)
 CONFIG = Config(model=MODEL)
@@ -68,7 +70,7 @@ def test_one_flipped_bit_anywhere_is_noticed_and_the_previous_one_used(
         damaged = bytearray(content)
         damaged[position] ^= 1
         (newest / name).write_bytes(damaged)
-        found, messages = checkpoint.newest(tmp_path)
+        found, messages = checkpoint.read_newest(tmp_path)
         if name == "state.json" and json.loads(content) == try_json(damaged):
             continue  # white space
         assert found is not None
@@ -89,7 +91,7 @@ def test_all_damaged_is_an_error_that_names_each(tmp_path: Path) -> None:
     for step in (1, 2):
         (save(tmp_path, step) / "G.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"(?s)step_00000002.*step_00000001.*Move them away"):
-        checkpoint.newest(tmp_path)
+        checkpoint.read_newest(tmp_path)
 
 
 def test_unfinished_folders_are_no_checkpoints(tmp_path: Path) -> None:
@@ -97,10 +99,10 @@ def test_unfinished_folders_are_no_checkpoints(tmp_path: Path) -> None:
     save(tmp_path, 1)
     torn = tmp_path / "checkpoints" / "step_00000002.tmp"
     torn.mkdir()
-    found, _ = checkpoint.newest(tmp_path)
+    found, _ = checkpoint.read_newest(tmp_path)
     assert found is not None
     assert found.state["step"] == 1
-    checkpoint.clean(tmp_path)
+    checkpoint.remove_unfinished(tmp_path)
     assert not torn.exists()
 
 
@@ -154,6 +156,41 @@ def test_a_snapshot_alone_gives_the_same_images(tmp_path: Path) -> None:
     z = z_rows(MODEL, 0, "grid", 0, 9)
     expected = draw_images(make_sampler(MODEL, G.state_dict()), z)
     assert np.array_equal(draw_images(loaded, z), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*which is a no-op")
+def test_a_fault_of_the_computation_is_no_fault_of_the_disk(tmp_path: Path) -> None:
+    """PyTorch's own error comes out, and no half-written folder stays: a device that runs out of
+    memory or fails raises RuntimeError too. The meta device cannot compute and has nothing to copy.
+    """
+    G = small_generator()
+    with pytest.raises(RuntimeError):
+        checkpoint.export_snapshot(tmp_path, 3, G.state_dict(), CONFIG, "meta")
+    with pytest.raises(RuntimeError):
+        checkpoint.save(tmp_path, 3, {"G": G.to("meta")}, {}, {})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.faults
+def test_a_full_disk_is_named_whatever_file_it_meets(tmp_path: Path) -> None:
+    """Of a checkpoint and of a snapshot; the earlier checkpoint stays, no ``.tmp`` folder does."""
+    G = small_generator()
+    optimizer = adam(G)
+    save(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write fails instead
+    try:
+        for size in (500, sum(4 * p.numel() for p in G.parameters()) + 5000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+            with pytest.raises(RunFolderError, match="step_00000002: could not be written"):
+                checkpoint.save(tmp_path, 2, {"G": G}, {"G": optimizer}, {})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+        with pytest.raises(RunFolderError, match="snapshots/step_00000002: could not be written"):
+            checkpoint.export_snapshot(tmp_path, 2, G.state_dict(), CONFIG)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.glob("*/*")] == ["step_00000001"]
 
 
 def test_a_snapshot_of_another_architecture_is_refused(tmp_path: Path) -> None:

@@ -117,23 +117,23 @@ def test_two_nodes_that_do_not_share_what_they_should(
 
     fine, apart = found("fine"), found("apart")
     assert {f.verdict for f in fine.values()} <= {"ok", "note"}, fine
-    assert "the same on 2 nodes" in fine["software"].found
-    assert "gloo: 64 MiB in" in fine["all-reduce"].found
-    assert "gloo: agreed in" in fine["stop requests"].found
-    assert "seen by all processes" in fine["run folder"].found
+    assert "the same on 2 nodes" in fine["software"].detail
+    assert "gloo: 64 MiB in" in fine["all-reduce"].detail
+    assert "gloo: agreed in" in fine["stop requests"].detail
+    assert "seen by all processes" in fine["run folder"].detail
     assert not (tmp_path / "runs").exists()
 
     assert apart["run folder"].verdict == "FAILED"
-    assert "n0: files from n1 are not seen: not a shared folder" in apart["run folder"].found
+    assert "n0: files from n1 are not seen: not a shared folder" in apart["run folder"].detail
     assert apart["shards"].verdict == "FAILED"
-    assert "differs between nodes" in apart["shards"].found
+    assert "differs between nodes" in apart["shards"].detail
     assert apart["batch"].verdict == "FAILED"
-    assert "data.batch_size (33) must be divisible" in apart["batch"].found
+    assert "data.batch_size (33) must be divisible" in apart["batch"].detail
     assert apart["devices"].verdict == "FAILED"
-    assert "train.precision (auto) differs" in apart["devices"].found
+    assert "train.precision (auto) differs" in apart["devices"].detail
     assert apart["stop requests"].verdict == "FAILED"
-    assert "n1: " in apart["stop requests"].found
-    assert "set GLOO_SOCKET_IFNAME" in apart["stop requests"].found
+    assert "n1: " in apart["stop requests"].detail
+    assert "set GLOO_SOCKET_IFNAME" in apart["stop requests"].detail
 
 
 def test_the_room_that_checkpoints_need() -> None:
@@ -165,7 +165,7 @@ def test_a_run_that_goes_on_needs_room_for_the_rest_only(
         held.parent.mkdir(parents=True, exist_ok=True)
         with held.open("w") as file:
             file.truncate(written)  # a hole: takes no room
-        (disk,) = preflight._room(preflight.Peers(Accelerator(cpu=True)), config, None)
+        (disk,) = preflight._disk_space(Accelerator(cpu=True), config, None)
         verdicts.append(disk.verdict)
     assert verdicts == ["FAILED", "ok"]
 

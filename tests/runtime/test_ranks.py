@@ -18,9 +18,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from launching import environment, run, train
 from ranks import on_ranks
+from torch import nn
 
 from pipeline.config.schema import Config, RunConfig
 from pipeline.runs.run_folder import RunFolder
@@ -71,7 +73,7 @@ def two_ranks_wait(folder: str) -> None:
     lengthy = partial(ranks.on_rank_zero, accelerator, lengthy=True)
     found.append(outcome(partial(lengthy, lambda: time.sleep(1.5 * TIME_LIMIT))))  # though stopped
     found.append(str(lengthy(lambda: 7)))
-    found.append(outcome(partial(lengthy, partial(fails, signals.never))))
+    found.append(outcome(partial(lengthy, partial(fails, signals.never_stop))))
     refuse = partial(launch.require_equal_precision, accelerator)
     for precision in ("fp32", "bf16" if rank else "fp32"):
         found.append(outcome(partial(refuse, precision)))
@@ -103,6 +105,46 @@ def test_ranks_wait_for_work_that_takes_long_fails_or_is_stopped(tmp_path: Path)
         assert "; fp32 on " in found[10]
         assert re.fullmatch(r"DataError: \S+: damaged", found[11]), "met by one, raised by both"
     assert (works[12], waits[12]) == ("0", "1")
+
+
+def two_ranks_compare(folder: str) -> None:
+    """Both ranks make the same network and optimizer; then rank 1 changes one thing at a time."""
+    accelerator = launch.make_accelerator("fp32")
+    rank, found = accelerator.process_index, {}
+    for change in ("nothing", "permuted weight", "negated zero", "buffer", "Adam moment", "scale"):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        optimizer = torch.optim.Adam(network.parameters(), fused=True)
+        network(torch.randn(5, 3)).square().sum().backward()
+        optimizer.step()
+        scale = 2.0 if rank == 1 and change == "scale" else 1.0
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        if rank == 1:
+            with torch.no_grad():
+                weight = network[0].weight
+                moments = optimizer.state[weight]
+                if change == "permuted weight":
+                    weight.copy_(weight.flip(0))
+                elif change == "buffer":
+                    network[1].running_mean[0] += 1
+                elif change == "Adam moment":
+                    moments["exp_avg_sq"][0, 0] *= 2
+        if change == "negated zero":
+            with torch.no_grad():
+                network[0].bias[0] = -0.0 if rank else 0.0
+        state = {"D": network}, {"D": optimizer, "scaler": scaler}
+        found[change] = ranks.same_on_all_ranks(accelerator, *state)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+
+
+def test_every_difference_between_the_states_of_two_ranks_is_noticed(tmp_path: Path) -> None:
+    """Parameters (in place and sign), buffers, optimizer moments and the scaler are compared."""
+    on_ranks(2, two_ranks_compare, str(tmp_path))
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found.pop("nothing") is True
+        assert len(found) == 5
+        assert not any(found.values()), found
 
 
 def test_processes_that_would_share_a_gpu_are_refused() -> None:
