@@ -105,7 +105,7 @@ def by_kind(step: Callable[[], None], repeat: int) -> dict[str, float]:
 def layers(config: Config, dtype: torch.dtype, device: torch.device) -> list[str]:
     """D's strided convolutions alone: TFLOP/s forward, for the input's, the weights' gradient.
 
-    The last also as the matrix product that pipeline/convolution.py uses where it is faster.
+    The last also as the matrix product that pipeline/models/layers.py uses where it is faster.
     """
     model, rows = config.model, []
     sizes = [(model.channels, model.ndf, model.image_size)]
