@@ -1,15 +1,14 @@
-"""Which options make a DCGAN on Fashion-MNIST better: one at a time over demo.yaml, equal budget.
+"""Measure which options improve a DCGAN on Fashion-MNIST: each alone over demo.yaml, equal budget.
 
     python benchmarks/ablation.py --work runs/ablation         # an hour on two cores
-    python benchmarks/ablation.py --read benchmarks/ablation.json    # its table again, at once
+    python benchmarks/ablation.py --read benchmarks/ablation.json    # print its table again
 
-Every run is the real `pipeline/train.py` and `pipeline/evaluate.py` on the demo's networks (32x32,
-the same steps and images for all); the *last* snapshot is scored, not the best. Option values are
-those of the papers they come from; none was tuned. Options are compared by their distance to
-training images, which alone may choose among them; demo.yaml as it is and the sets given by --also
-are scored against the 10,000 test images too, and that is what is reported. Finished runs are not
-repeated; the same command goes on after an interruption. Prints Markdown; --plot writes a picture,
---json the numbers.
+Every run is `pipeline/train.py` and `pipeline/evaluate.py` on the demo's networks (32x32, with the
+same steps and images for all). The *last* snapshot is scored, not the best. Option values are those
+of the papers they come from; none was tuned. Options are chosen by their scores against training
+images. The unchanged demo.yaml and the variants of --also are also scored against the 10,000 test
+images, to report the choice. Finished runs are not repeated, so the same command resumes after an
+interruption. Prints Markdown; --plot writes a picture, --json the numbers.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ SEEDS = 6
 
 
 class Score(NamedTuple):
-    """FD and KID of one run, in the features of the demo's `eval.extractor`."""
+    """FD and KID of one run, by features of the demo's `eval.extractor`."""
 
     fd: float
     kid: float
@@ -60,7 +59,7 @@ Table = dict[str, dict[str, list[Score]]]
 
 
 def shards(work: Path, split: str) -> Path:
-    """Prepared Fashion-MNIST at 32x32, made once."""
+    """Return the folder of Fashion-MNIST shards at 32x32; pack them if they are missing."""
     folder = work / split
     if not (folder / "index.json").is_file():
         words = ["fashion-mnist", "--split", split, "--out", folder, "--size", 32, "--channels", 1]
@@ -82,7 +81,7 @@ def run(*words: object, log: Path | None = None) -> None:
 def experiment(
     work: Path, name: str, options: list[str], seed: int, steps: int, reported: set[str]
 ) -> Path:
-    """The folder of a finished and scored run."""
+    """Train and score one run, unless it is finished; return its folder."""
     slug = "".join(c if c.isalnum() else "-" for c in name)
     folder = work / f"{slug}-{steps}-{seed}"
     same = [f"run.dir={folder}", f"run.seed={seed}", "tracking.wandb=disabled"]
@@ -93,7 +92,7 @@ def experiment(
     for split in SPLITS if name in reported else SPLITS[:1]:
         where = [f"data.shards={work / split}", f"eval.cache_dir={work / 'references'}"]
         run("-m", "pipeline.evaluate", "--run", folder, *where, *EVALUATION)
-        if name == BASE:  # of the same training: what G is worth without the average
+        if name == BASE:  # score G itself of the same training: the variant without an average
             raw = ["--checkpoint", committed(folder)[-1], "eval.weights=raw"]
             run("-m", "pipeline.evaluate", *raw, *where, *EVALUATION)
     return folder
@@ -108,7 +107,7 @@ def experiments(
     steps: int,
     jobs: int,
 ) -> dict[tuple[str, int], Path]:
-    """The folders of all variants and seeds, so many at a time."""
+    """Train and score all variants and seeds, some at a time; return their folders."""
     wanted = [(name, seed) for seed in range(seeds) for name in variants]
     with ThreadPoolExecutor(jobs) as pool:
         done = pool.map(
@@ -118,7 +117,7 @@ def experiments(
 
 
 def score(folder: Path, weights: str, reference: str) -> Score:
-    """Of the last step, against the images with this fingerprint."""
+    """Read the scores of the last step against the shards with this fingerprint."""
     rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
     (scores,) = [
         row["scores"]
@@ -141,12 +140,14 @@ def main() -> None:
     )
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--work", type=Path, metavar="DIR", help="for data and runs; kept")
-    source.add_argument("--read", type=Path, metavar="FILE.json", help="no run: its table, --plot")
-    add("--steps", type=int, default=1200, help="of every run (1200)")
+    source.add_argument("--work", type=Path, metavar="DIR", help="folder of data and runs; kept")
+    source.add_argument(
+        "--read", type=Path, metavar="FILE.json", help="print its table; train nothing"
+    )
+    add("--steps", type=int, default=1200, help="steps of a run (1200)")
     add("--seeds", type=int, default=SEEDS, help="runs of each variant (6)")
     add("--jobs", type=int, default=2, help="runs at a time (2)")
-    add("--only", nargs="*", metavar="NAME", help="these variants")
+    add("--only", nargs="*", metavar="NAME", help="train only these variants")
     add("--also", action="append", default=[], metavar="NAME:OPTION;...", help="one more variant")
     add("--plot", type=Path, metavar="FILE.png")
     add("--json", type=Path, metavar="FILE.json")
@@ -167,7 +168,7 @@ def main() -> None:
 
 
 def measured(options: argparse.Namespace) -> Table:
-    """Trains and scores what is missing, and prints the table."""
+    """Train and score the missing runs and print the table."""
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     references = {split: read_index(str(shards(work, split))).fingerprint for split in SPLITS}
@@ -199,7 +200,7 @@ def measured(options: argparse.Namespace) -> Table:
 
 
 def markdown(table: Table) -> str:
-    """A row for each variant: FD and KID, and their differences from BASE, seed by seed."""
+    """Format a row for each variant: FD, KID and their differences from BASE, paired by seed."""
     titles = ["FD, training images", "FD − base, same seed", "KID", "KID − base, same seed"]
     titles += ["FD, test images", "KID"]
     lines = [f"| variant | {' | '.join(titles)} |", f"|{'---|' * (len(titles) + 1)}"]
@@ -217,7 +218,7 @@ def markdown(table: Table) -> str:
 
 
 def plot(table: Table, path: Path) -> None:
-    """Every run a point, every variant's mean a bar; that of BASE as a line through all."""
+    """Draw a point for each run, a bar for each mean, and a line at the mean of BASE."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 0.38 * len(table) + 1), layout="constrained")

@@ -1,10 +1,10 @@
-"""The evaluation against torch-fidelity itself, by itself again, and against the clock.
+"""Compare the evaluation with torch-fidelity, with a repetition, and measure its time.
 
     python benchmarks/evaluation.py                      # about two minutes
     python benchmarks/evaluation.py --run runs/demo --num-images 5000
 
-Without --run, that of twenty steps of configs/demo.yaml: its images look like nothing, but cost as
-much as others and must get the same scores.
+Without --run it trains configs/demo.yaml for twenty steps. The samples are noise, but they take as
+long as others and must get the same scores.
 
 1. Parity: every score of a snapshot by the evaluation with 1 and with 2 processes, and by
    ``torch_fidelity.calculate_metrics`` on the same images. The differences must be 0.
@@ -53,7 +53,7 @@ NAMES = {
 
 
 class Rows(Dataset[Tensor]):
-    """(N, H, W, C) uint8 as torch-fidelity wants it."""
+    """Images (N, H, W, C) uint8 as a data set of torch-fidelity."""
 
     def __init__(self, images: np.ndarray) -> None:
         self.images = images
@@ -66,7 +66,7 @@ class Rows(Dataset[Tensor]):
 
 
 def short_run(folder: Path, images: int) -> Path:
-    """A run of the demo's network on so many images, ended after a few steps."""
+    """Train the demo's network for a few steps on ``num_images`` images; return the run folder."""
     source, run = fashion_mnist(images, folder / "idx"), folder / "run"
     shards = prepare(source, folder / "shards", 32, "npy", channels=1).location
     settings = [f"data.shards={shards}", f"run.dir={run}", f"train.total_steps={STEPS}"]
@@ -77,7 +77,7 @@ def short_run(folder: Path, images: int) -> Path:
 
 
 def evaluate(run: Path, processes: int, words: list[str], threads: int) -> dict[str, Any]:
-    """What a process of this file, or several, of so many threads each, found: see ``worker``."""
+    """Run ``worker`` in processes with so many threads each; return the result of rank 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -96,7 +96,7 @@ def evaluate(run: Path, processes: int, words: list[str], threads: int) -> dict[
 
 
 def worker(out: Path, run: Path, words: list[str]) -> None:
-    """Score the newest snapshot with the evaluation's own objects; rank 0 writes what it found."""
+    """Score the newest snapshot with the evaluation's own objects; rank 0 writes the result."""
     from pipeline.config.loading import load
     from pipeline.evaluation import candidates
     from pipeline.evaluation.extractors import Extractor
@@ -132,7 +132,7 @@ def worker(out: Path, run: Path, words: list[str]) -> None:
 
 
 def by_torch_fidelity(run: Path, words: list[str]) -> tuple[dict[str, float], float]:
-    """``calculate_metrics`` on images of the newest snapshot and the reference's; its seconds."""
+    """Time ``calculate_metrics`` on images of the newest snapshot and the real ones."""
     from torch_fidelity import calculate_metrics
 
     from pipeline.config.loading import load
@@ -179,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", type=Path, help="a run folder instead of a short run of its own")
+    parser.add_argument("--run", type=Path, help="run folder; default: train a short run")
     parser.add_argument("--num-images", type=int, default=1000)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -197,12 +197,12 @@ def main() -> None:
 def report(run: Path, count: int, overrides: list[str]) -> str:
     words = [f"eval.num_images={count}", f"eval.reference_images={count}", *overrides]
     cores = torch.get_num_threads()
-    one = evaluate(run, 1, words, cores)  # makes the reference, before its clock starts
+    one = evaluate(run, 1, words, cores)  # computes the reference before its clock starts
     runs = {
         "1": evaluate(run, 1, words, cores),
         "2": evaluate(run, 2, words, max(1, cores // 2)),
     }
-    # numpy's linear algebra rounds by its number of threads: equal numbers need equally many.
+    # numpy's linear algebra rounds by its number of threads: compare equal numbers of threads.
     two = evaluate(run, 2, words, cores)
     theirs, seconds_of_theirs = by_torch_fidelity(run, words)
     shown = [

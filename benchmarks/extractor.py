@@ -1,10 +1,10 @@
-"""Does an extractor see what is wrong with images? Real ones, damaged in known ways.
+"""Measure how sensitive an extractor is to damage: real images, damaged in known ways.
 
     python benchmarks/extractor.py --shards data/fashion-mnist-32        # about four minutes
     python benchmarks/extractor.py --shards data/fashion-mnist-32 --num-images 2600   # FD of 1280
 
-Disjoint real images give the floor. Noise, blur, dropped classes and repeated images must raise the
-Frechet distance and KID step by step. Prints Markdown for benchmarks/evaluation.md.
+Disjoint real images give the lowest scores. More noise, blur, dropped classes or repeated images
+must raise the Frechet distance and KID. Prints Markdown for benchmarks/evaluation.md.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def blurred(images: Pixels, radius: float) -> Pixels:
 
 
 def damaged(kind: str, amount: float, index: Index, ids: np.ndarray, count: int) -> Pixels:
-    """``count`` images made from those of ``ids``."""
+    """Return ``count`` damaged images made from the samples ``ids``."""
     if kind == "classes dropped":
         images, labels = read(index, ids)
         return images[labels >= amount][:count]
@@ -97,7 +97,7 @@ def main() -> None:
         assert found is not None
         return found
 
-    # One permutation: the reference, then images that are not in it, with room to drop classes.
+    # One permutation gives the reference, then disjoint images, enough to drop classes.
     ids = chosen_ids(index.num_samples, min(index.num_samples, 7 * count))
     real = features(read(index, ids[:count])[0])
     others = ids[count:]
@@ -136,14 +136,14 @@ def main() -> None:
 
 
 def widest_of(extractors: list[Extractor]) -> Extractor:
-    """One extractor that gives the layers of all: each image passes through the network once."""
+    """Extract several layers in one pass through the network."""
     first = extractors[0]
     first.network.features_list = [extractor.layer for extractor in extractors]
     return first
 
 
 def verdict(values: dict[tuple[str, str], float]) -> str:
-    """Whether every series rises from the floor on."""
+    """Say whether every series rises from the score of undamaged images on."""
     floor = values["disjoint real images", ""]
     rising: Callable[[list[float]], bool] = lambda v: all(a < b for a, b in itertools.pairwise(v))  # noqa: E731
     wrong = [

@@ -1,12 +1,11 @@
-"""What the device does with images from memory and from shards, by batch size: the GPU's table.
+"""Measure training from memory and from shards by batch size: the table for a GPU.
 
-    python benchmarks/feed.py                              # on a GPU; on a CPU name smaller batches
-    python benchmarks/feed.py --batches 16 32 --steps 5
+    python benchmarks/feed.py                              # on a GPU
+    python benchmarks/feed.py --batches 16 32 --steps 5     # on a CPU
 
-The updates of training, in this process, on the network of `benchmarks/training.py`: once with
-images and z that lie on the device already, once fed as `pipeline/train.py` feeds them. Rates
-alternate and are medians; the ceiling is a large matrix product in the same precision. Prints
-Markdown.
+It runs the two updates in this process on the network of `benchmarks/training.py`: once with images
+and z that are on the device already, once with the inputs of `pipeline/train.py`. Both alternate;
+rates are medians. The ceiling is a large matrix product in the same precision. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ Inputs = tuple[Tensor, Tensor]
 
 
 def from_memory(config: Config, device: torch.device) -> Iterator[Inputs]:
-    """The same images and z again and again."""
+    """Yield the same images and z forever."""
     batch = config.data.batch_size
     x = torch.rand(batch, 3, 64, 64, device=device) * 2 - 1
     z = draw_z(config.model, batch, rng(0, "z", 0)).to(device)
@@ -50,7 +49,7 @@ def from_memory(config: Config, device: torch.device) -> Iterator[Inputs]:
 def from_shards(
     config: Config, index: Index, device: torch.device
 ) -> Generator[Inputs, None, None]:
-    """As in `pipeline/train.py`."""
+    """Yield images and z as `pipeline/train.py` reads them."""
     to_device = ToDevice(device)
     with closing(Loader(config, index, make_order(config, index)).batches()) as batches:
         for number, batch in enumerate(batches):
@@ -60,7 +59,7 @@ def from_shards(
 
 
 def per_step(gan: GAN, feed: Iterator[Inputs], steps: int) -> float:
-    """Seconds."""
+    """Return the seconds of one step."""
     wait()
     began = perf_counter()
     for _ in range(steps):
@@ -70,18 +69,18 @@ def per_step(gan: GAN, feed: Iterator[Inputs], steps: int) -> float:
 
 
 def row(config: Config, index: Index, accelerator: Accelerator, steps: int, best: float) -> str:
-    """Rates, share of the ceiling and memory of one configuration."""
+    """Measure rates, share of the ceiling and memory of one configuration."""
     batch, device = config.data.batch_size, accelerator.device
     on_cuda = device.type == "cuda"
     gan = GAN(config, accelerator, 1)
 
     memory = from_memory(config, device)
-    flops = operations(lambda: update(gan, *next(memory)))  # the first call is not captured yet
+    flops = operations(lambda: update(gan, *next(memory)))  # the first call is not yet a CUDA graph
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     with closing(from_shards(config, index, device)) as shards:
         for feed in (memory, shards):
-            per_step(gan, feed, 20 if on_cuda else 2)  # compiled, captured, queues filled
+            per_step(gan, feed, 20 if on_cuda else 2)  # compile, capture graphs, fill the queues
         spent = [[per_step(gan, feed, steps) for feed in (memory, shards)] for _ in range(ROUNDS)]
     in_memory, on_disk = (median(times) for times in zip(*spent, strict=True))
     share = median(a / b for a, b in spent)
@@ -97,7 +96,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--batches", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
-    parser.add_argument("--steps", type=int, default=50, help="of each of three rounds")
+    parser.add_argument("--steps", type=int, default=50, help="steps of each of three rounds")
     parser.add_argument("--width", type=int, default=64, help="ngf and ndf")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")

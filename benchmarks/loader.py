@@ -1,11 +1,11 @@
-"""How fast images come out: our loader, torchvision's ImageFolder and stock webdataset.
+"""Compare the speed of our loader, torchvision's ImageFolder and stock webdataset.
 
     python benchmarks/loader.py                        # Fashion-MNIST, four CPU minutes
     python benchmarks/loader.py --data FOLDER_OF_SHARDS --size 64
 
-Every loader delivers the same images, shuffled, as float32 (128, 3, S, S) in [-1, 1] from as many
-worker processes; the rounds of all loaders alternate, so that a busy machine slows them alike. The
-baselines are written as their own documentation says. Prints Markdown for benchmarks/README.md.
+Every loader delivers the same images, shuffled, as float32 (128, 3, S, S) in [-1, 1] from the same
+number of workers. The rounds of all loaders alternate, so that a busy machine slows all alike. The
+baselines follow their own documentation. Prints Markdown for benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ from pipeline.data.sources import find
 
 BATCH = 128
 FORMATS = ("npy", "jpg", "png")
-WARM_UP = 10  # batches, more than any loader has queued when its first one is taken
+WARM_UP = 10  # batches; more than any loader has queued when its first one is taken
 SECONDS = 2.0  # at most, per loader and round
 STARTS = (0.0, 0.01, 0.5, 0.99)
 RAW = "ours, uint8 for a GPU"
 CPU = torch.device("cpu")
 
 
-# -- the same images in every form ---------------------------------------------------------------
+# -- the same images in every format -------------------------------------------------------------
 
 
 def prepare(source: list[str], out: Path, size: int, kind: str, channels: int = 3) -> Index:
@@ -68,7 +68,7 @@ def prepare(source: list[str], out: Path, size: int, kind: str, channels: int = 
 
 
 def fashion_mnist(images: int, folder: Path) -> list[str]:
-    """The first images as IDX files; what ``pipeline.prepare`` is to be told."""
+    """Write the first images as IDX files; return the arguments of ``pipeline.prepare``."""
     source = find("fashion-mnist", split="train", idx=None, download=True)
     assert source.pixels is not None
     pixels, labels = source.pixels[:images], source.labels[:images].astype(np.uint8)
@@ -81,7 +81,7 @@ def fashion_mnist(images: int, folder: Path) -> list[str]:
 
 
 def payloads(index: Index) -> Iterator[tuple[int, bytes]]:
-    """(label, stored bytes) of every sample in the order of the index."""
+    """Yield (label, stored bytes) of every sample in the order of the index."""
     starts = np.cumsum([0, *index.sizes])
     for number, shard in enumerate(index.shards):
         content = (Path(index.location) / shard.url).read_bytes()
@@ -91,7 +91,7 @@ def payloads(index: Index) -> Iterator[tuple[int, bytes]]:
 
 
 def as_files(index: Index, root: Path) -> Path:
-    """The stored bytes as one file per image in a folder per class, as ImageFolder wants them."""
+    """Write the stored bytes as a file per image in a folder per class, for ImageFolder."""
     for k, (label, payload) in enumerate(payloads(index)):
         folder = root / f"{max(label, 0):03d}"
         if k < 1000:
@@ -101,7 +101,7 @@ def as_files(index: Index, root: Path) -> Path:
 
 
 def check_same_pixels(index: Index) -> None:
-    """Our decoder gives the pixels that PIL, the baselines' decoder, gives."""
+    """Check that our decoder gives the same pixels as Pillow, the baselines' decoder."""
     out = np.empty((32, *index.shape), np.uint8)
     Reader(index, Cache(index, "")).read(np.arange(32), out)
     for ours, (_, payload) in zip(out, payloads(index), strict=False):
@@ -116,7 +116,7 @@ TO_FLOAT = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5]
 def our_batches(
     index: Index, workers: int, start: int = 0, *, floats: bool = True
 ) -> Iterator[torch.Tensor]:
-    """``floats`` False: uint8 as it comes out of the ring; a GPU makes the floats."""
+    """Yield batches of our loader: float32, or uint8 without ``floats``, as for a GPU."""
     config = Config(
         data=DataConfig(shards=index.location, batch_size=BATCH, workers=workers, prefetch=4)
     )
@@ -155,10 +155,10 @@ def cpu_seconds(processes: list[psutil.Process]) -> float:
 
 
 def measure(batches: Iterator[Any]) -> tuple[float, float]:
-    """(images per second, CPU us per image) after the warm-up, to the end of the epoch or time."""
+    """Return (images per second, CPU us per image) after the warm-up."""
     for _ in range(WARM_UP):
         next(batches)
-    # Looked up once: to find one's children means to read all of /proc.
+    # Looked up once: finding the children reads all of /proc.
     busy = [psutil.Process(), *psutil.Process().children(recursive=True)]
     images, spent, began, cpu = 0, 0.0, time.perf_counter(), cpu_seconds(busy)
     while spent < SECONDS and (batch := next(batches, None)) is not None:
@@ -176,7 +176,7 @@ def measure(batches: Iterator[Any]) -> tuple[float, float]:
 
 
 def decode_for(seconds: float, kind: str, stored: list[bytes], out: np.ndarray, sums: Any) -> None:
-    """Decode bytes that lie in memory, one after the other, and nothing else."""
+    """Only decode bytes in memory, one after the other."""
     flat = out.reshape(-1)
     decode: dict[str, Callable[[bytes], Any]] = {
         "npy": lambda b: np.copyto(flat, np.frombuffer(b, np.uint8, offset=len(b) - len(flat))),
@@ -192,7 +192,7 @@ def decode_for(seconds: float, kind: str, stored: list[bytes], out: np.ndarray, 
 
 
 def decode_limit(index: Index, processes: int, seconds: float = 1.0) -> tuple[float, float]:
-    """(images per second, CPU us per image) of ``processes`` bare decoding loops at once."""
+    """Return (images per second, CPU us per image) of ``processes`` bare decoding loops at once."""
     stored = [payload for _, (_, payload) in zip(range(500), payloads(index), strict=False)]
     context = multiprocessing.get_context("fork")
     sums = context.SimpleQueue()
@@ -213,7 +213,7 @@ def decode_limit(index: Index, processes: int, seconds: float = 1.0) -> tuple[fl
 
 
 def first_batch(location: str, fraction: float, workers: int) -> float:
-    """Seconds from opening the index to the first batch, in this process."""
+    """Measure the seconds from opening the index to the first batch, in this process."""
     began = time.perf_counter()
     index = read_index(location)
     batches = our_batches(index, workers, int(fraction * index.num_samples) // BATCH)
@@ -243,7 +243,7 @@ class Contender:
 
 
 def machine() -> str:
-    """CPU, cores, versions and commit."""
+    """Describe CPU, cores, versions and commit."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
@@ -329,7 +329,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=12_800, help="of Fashion-MNIST")
+    parser.add_argument(
+        "--images", type=int, default=12_800, help="number of images of Fashion-MNIST"
+    )
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)

@@ -1,8 +1,8 @@
-"""What the data order costs as a set grows: start, resume, batch, change of epoch and memory.
+"""Measure the data order by size of the set: start, resume, batch, change of epoch, memory.
 
     python benchmarks/order.py          # 10 thousand, 1 million and 30 million samples
 
-The order needs the sizes of the shards only, so no image is made. Each line is a fresh process.
+The order needs only the sizes of the shards, so there are no images. Each line is a fresh process.
 Prints Markdown for benchmarks/README.md.
 """
 
@@ -42,7 +42,7 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 def measure(samples: int, kind: str, fraction: float) -> dict[str, float]:
-    """Costs in a process that begins at a fraction of an epoch."""
+    """Measure time and memory in a process that starts at a fraction of an epoch."""
     Order([PER_SHARD], 1).batch(0, BATCH)  # numpy imports its generators on first use
     sizes = np.full(-(-samples // PER_SHARD), PER_SHARD)
     at = int(fraction * samples) // BATCH

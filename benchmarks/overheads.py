@@ -1,9 +1,10 @@
-"""What a run spends on anything but the two updates, and how long it takes to say hello.
+"""Measure the time of a run outside the two updates, and how fast commands answer.
 
     python benchmarks/overheads.py             # two CPU minutes
 
-Checkpoints, snapshots, grids and averages are timed one by one and set against the training between
-two of them; waiting for data is what a real run reports; W&B on and off are real runs, alternating.
+Checkpoints, snapshots, grids and averages are timed one by one, and divided by the training time
+between two of them. Waiting for data is the figure of a real run. Real runs with and without W&B
+alternate.
 Prints Markdown.
 """
 
@@ -38,7 +39,7 @@ SMALLER = ["model.ngf=64", "model.ndf=64", "model.kernel_size=4"]
 
 
 def trained(shards: Path, *settings: str) -> list[dict[str, float]]:
-    """The rows of metrics of a real run of 16 steps."""
+    """Train 16 steps with the real command; return the rows of metrics."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         words = [
@@ -55,14 +56,14 @@ def trained(shards: Path, *settings: str) -> list[dict[str, float]]:
 
 
 def to_first_step(shards: Path) -> float:
-    """Seconds from the training command to the end of its first step."""
+    """Measure the seconds from the training command to the end of its first step."""
     one = ["train.total_steps=1", "train.log_every=1", "tracking.wandb=disabled"]
     began = time.time()
     return trained(shards, *one)[0]["time"] - began
 
 
 def answers(rounds: int) -> list[str]:
-    """Seconds from a command to the end of what it says, and whether it loaded torch for that."""
+    """Measure the seconds that a command takes to answer, and whether it imported torch."""
     shown = ["| command | seconds | torch imported |", "|---|---|---|"]
     commands = {
         "train.py --help": ["pipeline/train.py", "--help"],
@@ -84,7 +85,7 @@ def answers(rounds: int) -> list[str]:
 
 
 def occasional(config: Config, step: float, gan: GAN, folder: Path) -> list[str]:
-    """Cost of what is done now and then, and its share of the time between two of them."""
+    """Time occasional work, and its share of the time between two occurrences."""
     model, every = config.model, config.train
     device = gan.accelerator.device
     state = {"run_id": "x", "stream": {}, "micro_batch": 1, "precision": "fp32"}
@@ -99,7 +100,7 @@ def occasional(config: Config, step: float, gan: GAN, folder: Path) -> list[str]
         z = draw_z(model, 64, rng(0, "grid"))
         draw_images(make_sampler(model, gan.G_ema.state_dict(), device), z)
 
-    shown = ["| what | seconds | once in | share of that time |", "|---|---|---|---|"]
+    shown = ["| what | seconds | every | share of that time |", "|---|---|---|---|"]
     for name, work, steps in (
         ("moving average", gan.update_average, 1),
         ("checkpoint, synced and hashed", save, every.checkpoint_every),
@@ -119,7 +120,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
     config = load(str(REPO / "configs" / "dcgan_64.yaml"), SMALLER)
-    print(machine(), "\n\nngf = ndf = 64, kernel 4, batch 128, as configs/dcgan_64.yaml else.\n")
+    print(machine(), "\n\nngf = ndf = 64, kernel 4, batch 128, else configs/dcgan_64.yaml.\n")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         shards = Path(
@@ -128,13 +129,13 @@ def main() -> None:
         runs: dict[str, list[list[dict[str, float]]]] = {"disabled": [], "offline": []}
         for _ in range(rounds):
             for mode, rows in runs.items():
-                # A row every step: twenty to a hundred times as many as anyone writes.
+                # A row every step: twenty to a hundred times as many as usual.
                 every = ["train.log_every=8"] if mode == "disabled" else ["train.log_every=1"]
                 found = trained(shards, f"tracking.wandb={mode}", *every)
                 rows.append([row for row in found if row["step"] > 8])
         first = [to_first_step(shards) for _ in range(rounds)]
         waits = [rows[-1]["perf/data_wait"] for rows in runs["disabled"]]
-        print(f"Waiting for data: {spread(waits, '.2%')} of the time.\n")
+        print(f"Waiting for data takes {spread(waits, '.2%')} of the time.\n")
         plain, logged = (
             [harmonic_mean(row["perf/images_per_sec"] for row in rows) for rows in runs[mode]]
             for mode in ("disabled", "offline")

@@ -1,4 +1,4 @@
-"""Whether bf16 costs quality: the demo's losses and scores in both precisions, seed by seed.
+"""Compare losses and scores of the demo in bf16 and fp32, seed by seed.
 
     python benchmarks/precision.py --work runs/precision --plot docs/precision.png   # 15 minutes
 
@@ -21,7 +21,7 @@ from pipeline.data.shards import read_index
 
 PRECISIONS = ("fp32", "bf16")
 CURVES = {"loss/D": "loss of D", "loss/G": "loss of G", "scores/real": "D(x)"}
-LAST = 0.25  # of a run, whose rows are averaged for the table
+LAST = 0.25  # share of a run at its end; its rows are averaged for the table
 COLOURS = {"fp32": "#24508f", "bf16": "#e08a1e"}
 Job = tuple[str, int]
 Rows = list[dict[str, Any]]
@@ -47,7 +47,7 @@ def markdown(rows: dict[Job, Rows], folders: dict[Job, Path], reference: str) ->
 
 
 def plot(rows: dict[Job, Rows], path: Path) -> None:
-    """Each loss in a panel of its own, both precisions in it, a line for each seed."""
+    """Draw a panel for each loss, with a line for each precision and seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3), layout="constrained")
@@ -67,7 +67,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--work", type=Path, required=True, metavar="DIR", help="for data and runs; kept")
+    add("--work", type=Path, required=True, metavar="DIR", help="folder of data and runs; kept")
     add("--steps", type=int, default=1200)
     add("--seeds", type=int, default=3)
     add("--jobs", type=int, default=2, help="runs at a time, of one thread each (2)")

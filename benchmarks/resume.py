@@ -1,9 +1,9 @@
-"""Time from the start of the command to the first resumed step, at 1 % and at 99 % of an epoch.
+"""Measure the time from the command to the first resumed step, at 1 % and 99 % of an epoch.
 
     python benchmarks/resume.py --shards data/fashion-mnist-32
 
-Two runs of a tiny model are trained to 1 % and to 99 % of an epoch; then the real training command
-resumes each in turn, in a fresh process, and the first line of the id log stops the clock.
+It trains two runs of a tiny model to 1 % and to 99 % of an epoch. Then the real training command
+resumes each in turn in a fresh process, and the first line of the id log stops the clock.
 """
 
 from __future__ import annotations

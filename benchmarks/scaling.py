@@ -1,13 +1,13 @@
-"""What more processes cost: weak scaling on this machine, bytes on the wire, and what they allow.
+"""Measure the cost of more processes: weak scaling, bytes on the wire, and an estimate for GPUs.
 
     python benchmarks/scaling.py               # two CPU minutes
 
 1. The training command on 1 and on 2 processes with one thread each and the same batch per process,
-   beside two separate trainings at once, which share the memory but nothing else.
-2. The bytes that a step sends, from the kernel's counters of the loopback interface, beside the
-   least that data parallelism can do: G's gradients and D's gradients once.
-3. On paper: the time of that all-reduce on 8 to 1024 GPUs for real links, and how many images per
-   GPU and step keep it below a tenth of the step.
+   and two separate trainings at once, which share only the memory.
+2. The bytes that a step sends, by the kernel's counters of the loopback interface, and the minimum
+   of data parallelism: one all-reduce of G's and of D's gradients.
+3. An estimate: the time of that all-reduce on 8 to 1024 GPUs for real links, and how many images
+   per GPU and step keep it below a tenth of the step.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ LINKS = {
     "InfiniBand NDR, 400 Gb/s": 50e9,
     "Ethernet, 25 Gb/s": 3.125e9,
 }
-LATENCY = 10e-6  # of one hop of a ring or level of a tree, launch included
+LATENCY = 10e-6  # seconds of one hop of a ring or level of a tree, launch included
 
 
 def start(shards: Path, run: Path, processes: int, batch: int, steps: int) -> subprocess.Popen[str]:
-    """The training command, one thread a process; its first row of metrics is at half its steps."""
+    """Start the training command, one thread a process; the first row of metrics is halfway."""
     settings = [f"data.shards={shards}", f"data.batch_size={batch}", f"run.dir={run}", *MODEL]
     settings += ["tracking.wandb=disabled", "train.checkpoint_every=0", "train.sample_every=0"]
     settings += [f"train.log_every={steps // 2}", f"train.total_steps={steps}", "data.workers=1"]
@@ -66,7 +66,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def weak_scaling(shards: Path, batch: int, steps: int, rounds: int) -> list[str]:
-    rates: dict[str, list[float]] = {"1 process": [], "2 processes": [], "2 apart": []}
+    rates: dict[str, list[float]] = {"1 process": [], "2 processes": [], "2 separate runs": []}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             runs = {name: Path(folder) / name[0] for name in ("1 process", "2 processes")}
@@ -76,19 +76,21 @@ def weak_scaling(shards: Path, batch: int, steps: int, rounds: int) -> list[str]
             pair = [Path(folder) / letter for letter in "ab"]
             for process in [start(shards, run, 1, batch, steps) for run in pair]:
                 end(process)
-            rates["2 apart"].append(sum(map(rate, pair)))
-    shown = ["| processes, one thread each | images/s | of twice one process | of two apart |"]
+            rates["2 separate runs"].append(sum(map(rate, pair)))
+    shown = [
+        "| processes, one thread each | images/s | of twice one process | of two separate runs |"
+    ]
     shown += ["|---|---|---|---|"]
     for name, values in rates.items():
         twice = [v / one / 2 for v, one in zip(values, rates["1 process"], strict=True)]
-        apart = [v / two for v, two in zip(values, rates["2 apart"], strict=True)]
+        apart = [v / two for v, two in zip(values, rates["2 separate runs"], strict=True)]
         parts = (spread(twice, ".0%"), spread(apart, ".0%")) if name != "1 process" else ("", "")
         shown.append(f"| {name} | {spread(values, '.1f')} | {parts[0]} | {parts[1]} |")
     return shown
 
 
 def sent() -> int:
-    """Bytes that left through the loopback interface since the machine started."""
+    """Read the bytes sent through the loopback interface since the machine started."""
     for line in Path("/proc/net/dev").read_text().splitlines():
         name, _, counters = line.partition(":")
         if name.strip() == "lo":
@@ -97,7 +99,7 @@ def sent() -> int:
 
 
 def bytes_per_step(shards: Path, steps: int) -> float:
-    """Sent per step by two ranks: a long run less a short one, which leaves out start and end."""
+    """Measure the bytes a step of two ranks sends: a long run minus a short one."""
     totals = []
     for count in (steps, 3 * steps):
         with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +115,7 @@ def gradient_bytes(config: Config) -> int:
 
 
 def flops_per_image(model: ModelConfig) -> float:
-    """Of a step: D on real and fake (forward, backward), D for G, G (forward, backward)."""
+    """Count the operations of a step: D on real and fake, D for G, G, each forward and backward."""
     G, D = Generator(model), Discriminator(model)
     with FlopCounterMode(display=False) as counter:
         fake = G(torch.zeros(2, model.z_dim))
@@ -125,7 +127,7 @@ def flops_per_image(model: ModelConfig) -> float:
 
 
 def on_paper(config: Config, tflops: float) -> list[str]:
-    """The all-reduce of a step alone, and the images per GPU that make it a tenth of the step."""
+    """Estimate the all-reduce of a step, and the images per GPU for which it is a tenth."""
     size, work = gradient_bytes(config), flops_per_image(config.model)
     model = config.model
     shown = [
@@ -153,10 +155,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch", type=int, default=32, help="per process")
+    parser.add_argument("--batch", type=int, default=32, help="images per process")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--tflops", type=float, default=200, help="of a GPU, for the paper model")
+    parser.add_argument(
+        "--tflops", type=float, default=200, help="TFLOP/s of a GPU, for the estimate"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     config = load(str(REPO / "configs" / "dcgan_64.yaml"), [])
@@ -166,13 +170,13 @@ def main() -> None:
         shards = Path(prepare(source, Path(folder) / "npy", 64, "npy").location)
         rows = weak_scaling(shards, options.batch, options.steps, options.rounds)
         travelled = bytes_per_step(shards, 5)
-    # A ring of two: each rank sends every gradient once, half to be summed and half as the sum.
+    # In a ring of two each rank sends every gradient once: half of them to reduce, half reduced.
     least = 2 * gradient_bytes(small)
     print("\n".join([machine(), f"Batch {options.batch} a process, ngf = ndf = 64.", "", *rows]))
     print("\n| bytes sent per step by two ranks | |\n|---|---|")
     print(f"| counted on the interface | {travelled:,.0f} |")
     print(f"| G's and D's gradients once | {least:,} |")
-    print(f"| more than that | {travelled / least - 1:.2%} |\n")
+    print(f"| difference | {travelled / least - 1:.2%} |\n")
     print("\n".join(on_paper(config, options.tflops)))
 
 

@@ -1,10 +1,10 @@
-"""Where the time of a training step goes, and how near it is to what the processor can do.
+"""Profile a training step and compare it with the ceiling of the processor.
 
     python benchmarks/step.py                  # one CPU minute: ngf = ndf = 64, 64x64x3, batch 128
     python benchmarks/step.py --width 128 --kernel 5 --precision fp32
 
-Counts the floating-point operations of the step, times it, times a large matrix product as the
-ceiling, and the step's operators and convolutions one by one. Prints Markdown.
+It counts the floating-point operations of a step and times it. It also times a large matrix product
+as the ceiling, and the step's operators and convolutions one by one. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ KINDS = (  # first match wins
 
 
 def seconds(work: Callable[[], object], repeat: int = 5) -> float:
-    """Median time of a call after one that is not counted."""
+    """Return the median time of a call, after one call to warm up."""
     work()
     spent = []
     for _ in range(repeat):
@@ -59,35 +59,35 @@ def wait() -> None:
 
 
 def update(gan: GAN, x: Tensor, z: Tensor) -> None:
-    """Both updates and the average, on one batch."""
+    """Run both updates and the average on one batch."""
     gan.update_D([x], [z], 1)
     gan.update_G([z], 1)
     gan.update_average()
 
 
 def operations(work: Callable[[], object]) -> float:
-    """TFLOP of a call."""
+    """Count the TFLOP of a call."""
     with FlopCounterMode(display=False) as counter:
         work()
     return float(counter.get_total_flops()) / 1e12
 
 
 def ceiling(dtype: torch.dtype, device: torch.device) -> float:
-    """TFLOP/s of a square matrix product: what no convolution is likely to pass."""
+    """Measure the TFLOP/s of a square matrix product: the ceiling of a convolution."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / seconds(lambda: a @ b) / 1e12
 
 
 def copy_speed(device: torch.device) -> float:
-    """GB/s read and written by a copy that no cache holds."""
+    """Measure the GB/s read and written by a copy larger than the caches."""
     a = torch.zeros(2**28 if device.type == "cuda" else 2**26, device=device)
     b = torch.empty_like(a)
     return 2 * a.numel() * 4 / seconds(lambda: b.copy_(a)) / 1e9
 
 
 def by_kind(step: Callable[[], None], repeat: int) -> dict[str, float]:
-    """Share of the step's time by kind of operator, from torch's profiler."""
+    """Return the share of the step's time by kind of operator, from torch's profiler."""
     on_cuda = torch.cuda.is_available()
     with torch.profiler.profile() as profile:
         for _ in range(repeat):
@@ -103,9 +103,9 @@ def by_kind(step: Callable[[], None], repeat: int) -> dict[str, float]:
 
 
 def layers(config: Config, dtype: torch.dtype, device: torch.device) -> list[str]:
-    """D's strided convolutions alone: TFLOP/s forward, for the input's, the weights' gradient.
+    """Measure the TFLOP/s of D's strided convolutions: forward, input gradient, weights' gradient.
 
-    The last also as the matrix product that pipeline/convolution.py uses where it is faster.
+    The last also as the matrix product that pipeline/models/layers.py uses for wide layers.
     """
     model, rows = config.model, []
     sizes = [(model.channels, model.ndf, model.image_size)]

@@ -1,15 +1,15 @@
-"""How fast this network trains: our command against the loops that people start from.
+"""Compare the training speed of our command with loops that users start from.
 
     python benchmarks/training.py                    # on the CPU about six minutes
     python benchmarks/training.py --batch 64 --rounds 5
 
-Everyone trains the same DCGAN (64x64x3, ngf = ndf = 64) on the same Fashion-MNIST images from disk
-with the same batch size and as many workers; each measurement is a process of its own, rounds
-alternate, ratios are those of one round each. Prints Markdown for benchmarks/README.md.
+All train the same DCGAN (64x64x3, ngf = ndf = 64) on the same Fashion-MNIST images from disk with
+the same batch size and number of workers. Each measurement is a separate process, rounds alternate,
+and each ratio is of one round. Prints Markdown for benchmarks/README.md.
 
-* ours: `pipeline/train.py --config configs/dcgan_64.yaml` with npy shards, as users start it:
-  decoding, metrics, data order, guard and all.
-* reference loop: the published recipe: ImageFolder, ToTensor, Normalize; float32; BCELoss on
+* ours: `pipeline/train.py --config configs/dcgan_64.yaml` with npy shards, the complete command
+  with decoding, metrics, data order and guard.
+* reference loop: the published recipe, with ImageFolder, ToTensor, Normalize; float32; BCELoss on
   a sigmoid; D's weight gradients computed in G's step too; three `.item()` a step.
 * webdataset: the same loop behind `shuffle(1000).decode("pil")` and a WebLoader.
 * Accelerate: the same loop and images as the reference, `prepare` and `backward`, no option set.
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from pipeline.data.shards import read_index
 
 Z, WIDTH = 100, 64
-WARM_UP = 3  # steps: kernels are chosen, buffers allocated, queues filled
+WARM_UP = 3  # steps in which kernels are chosen, buffers allocated and queues filled
 REPO = Path(__file__).resolve().parents[1]
 
 
@@ -45,7 +45,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 def reference_networks() -> tuple[nn.Module, nn.Module]:
-    """The usual nn.Sequential pair for 64 pixels; D ends in a sigmoid."""
+    """Build the usual nn.Sequential pair for 64 pixels; D ends in a sigmoid."""
     widths = [WIDTH * k for k in (8, 4, 2, 1)]
     up: list[nn.Module] = []
     for before, width in zip([Z, *widths], widths, strict=False):
@@ -74,7 +74,7 @@ def reference_networks() -> tuple[nn.Module, nn.Module]:
 
 
 def reference_steps(images: Iterable[Tensor], accelerator: Accelerator | None) -> Iterator[None]:
-    """Yield after every step of the recipe; with an Accelerator: prepared and scaled by it."""
+    """Train by the recipe and yield after each step; an Accelerator prepares and scales."""
     device = accelerator.device if accelerator else pick_device()
     G, D = (network.to(device) for network in reference_networks())
     opt_G, opt_D = (
@@ -116,7 +116,7 @@ def endless(make: Callable[[], Iterable[Any]]) -> Iterator[Tensor]:
 
 
 def measure_reference(name: str, folder: Path, batch: int, steps: int, workers: int) -> float:
-    """Images per second of a baseline, in this process."""
+    """Measure the images per second of a baseline, in this process."""
     if name == "webdataset":
         index = read_index(str(folder / "jpg"))
         images = endless(lambda: stock_webdataset(index, workers, batch))
@@ -137,7 +137,7 @@ def measure_reference(name: str, folder: Path, batch: int, steps: int, workers: 
 
 
 def measure_ours(folder: Path, batch: int, steps: int, workers: int, *overrides: str) -> float:
-    """Images per second of the training command: between its first and its second row."""
+    """Measure the images per second of the training command between its first two rows."""
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
         settings = [f"data.shards={folder / 'npy'}", f"data.batch_size={batch}", f"run.dir={run}"]
@@ -174,7 +174,7 @@ def compare(options: argparse.Namespace, folder: Path) -> str:
             words = [sys.executable, __file__, "--baseline", name, str(folder)]
             words += ["--batch", str(options.batch), "--steps", str(options.steps)]
             words += ["--workers", str(options.workers)]
-            # The launcher's habit of one thread is not the recipe's.
+            # The recipe does not use the launcher's default of one thread.
             env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
             done = subprocess.run(words, check=True, capture_output=True, text=True, env=env)
             rates[name].append(float(done.stdout.splitlines()[-1]))
@@ -201,9 +201,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=6_400, help="of Fashion-MNIST")
+    parser.add_argument(
+        "--images", type=int, default=6_400, help="number of images of Fashion-MNIST"
+    )
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=8, help="measured, after the warm-up")
+    parser.add_argument("--steps", type=int, default=8, help="measured steps, after the warm-up")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--baseline", nargs=2, help=argparse.SUPPRESS)

@@ -1,14 +1,14 @@
 #!/bin/sh
-# The first word says what runs; everything after it are its own arguments.
+# The first argument is a command; the others are passed to it.
 #
 #   train --config configs/dcgan_64.yaml ...    one process per GPU, on NNODES nodes
 #   evaluate --run /runs/a --pending            the same
-#   doctor --config configs/dcgan_64.yaml       the same: is this cluster fit for it?
-#   prepare SOURCE --out /data/shards ...       one command, all cores
-#   anything else                               is started as it is: python, accelerate, sh, ...
+#   doctor --config configs/dcgan_64.yaml       the same: check this cluster for such a run
+#   prepare SOURCE --out /data/shards ...       all cores of this machine
+#   anything else                               runs unchanged: python, accelerate, sh, ...
 #
-# NNODES (1); NODE_RANK and MASTER_ADDR, needed with more than one; MASTER_PORT (29500)
-# GPUS_PER_NODE (those that nvidia-smi lists; 0 means CPU), NPROC_PER_NODE (one per GPU, else 1)
+# Variables: NNODES (1); NODE_RANK and MASTER_ADDR, required if NNODES > 1; MASTER_PORT (29500);
+# GPUS_PER_NODE (number that nvidia-smi lists; 0 = CPU); NPROC_PER_NODE (one per GPU, else 1)
 set -eu
 
 case "${1:-}" in
@@ -18,7 +18,7 @@ case "${1:-}" in
   *) exec "$@" ;;
 esac
 
-# PyTorch must see what nvidia-smi sees; pipeline.runtime.launch compares.
+# PyTorch must see as many GPUs as nvidia-smi; pipeline.runtime.launch compares.
 gpus=${GPUS_PER_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)}
 export GPUS_PER_NODE="$gpus"
 processes=${NPROC_PER_NODE:-$gpus}
@@ -27,12 +27,12 @@ processes=${NPROC_PER_NODE:-$gpus}
 nodes=${NNODES:-1}
 world=$((nodes * processes))
 if [ "$nodes" -gt 1 ] && { [ -z "${NODE_RANK:-}" ] || [ -z "${MASTER_ADDR:-}" ]; }; then
-  echo "error: NNODES ($nodes): needs on each node NODE_RANK (0 to $((nodes - 1)); is" \
-    "${NODE_RANK:-missing}) and MASTER_ADDR (where node 0 is reached; is ${MASTER_ADDR:-missing})." >&2
+  echo "error: NNODES ($nodes): NODE_RANK (${NODE_RANK:-missing}) must be 0 to $((nodes - 1)) and" \
+    "MASTER_ADDR (${MASTER_ADDR:-missing}) the address of node 0: set both on each node." >&2
   exit 2
 fi
 
-# Signals go to the first process alone. One Python takes them itself; a launcher hands them on.
+# An engine signals the first process only: a single Python, or a launcher, which forwards signals.
 [ "$world" -gt 1 ] || exec python -m "$module" "$@"
 exec python -m accelerate.commands.launch --multi_gpu --quiet --num_machines "$nodes" \
   --num_processes "$world" --machine_rank "${NODE_RANK:-0}" \

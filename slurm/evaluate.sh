@@ -1,13 +1,13 @@
 #!/bin/bash
-# Score every checkpoint of a run that has no score yet; what is there is not computed again, so the
-# same job may run any number of times, beside the training too. From the checkout:
+# Score every checkpoint of a run that has no score yet. Scores that exist are not computed again, so
+# the same job may run any number of times, also beside the training. From the checkout:
 #
 #   sbatch slurm/evaluate.sh                                     # runs/dcgan_64
 #   sbatch --gpus-per-node=4 slurm/evaluate.sh --run /shared/runs/a
 #   sbatch slurm/evaluate.sh --run /shared/runs/a --watch        # until the training has finished
 #
-# At its time limit and when preempted it requeues itself. Knobs: slurm/README.md. All arguments of
-# `python -m pipeline.evaluate` are allowed.
+# It takes all arguments of `python -m pipeline.evaluate`. At its time limit and when preempted it
+# requeues itself. Settings: slurm/README.md.
 #SBATCH --job-name=dcgan-fid
 #SBATCH --nodes=1
 #SBATCH --requeue
@@ -35,14 +35,14 @@ case ${1:-} in
 esac
 
 export STOPPED_EXIT_CODE=75
-said=$(mktemp)
-trap 'rm -f "$said"' EXIT
+output=$(mktemp)
+trap 'rm -f "$output"' EXIT
 say "restart $restarts of job $job: $WORLD process(es) on $SLURM_JOB_NODELIST, evaluate $*"
-launch 0 pipeline.evaluate "$@" 2>&1 | tee "$said"
+launch 0 pipeline.evaluate "$@" 2>&1 | tee "$output"
 status=$? now=$(state)
 say "srun ended with $status, job $now"
-# A launcher makes 1 of every exit code; what rank 0 said about the stop is there for any number.
-if [ "$status" -eq 75 ] || grep -q 'run the same command again to go on' "$said"; then
+# A launcher turns every exit code into 1. The message of rank 0 tells a stop on any number of ranks.
+if [ "$status" -eq 75 ] || grep -q 'run the same command again to go on' "$output"; then
   [ "$now" = RUNNING ] && requeue 50 "the stop"
 fi
 exit "$status"

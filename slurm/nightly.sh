@@ -1,12 +1,12 @@
 #!/bin/bash
-# Score new checkpoints every night: each night's job first submits the next, then works, so that a
-# night that fails never ends the series. From the checkout, once:
+# Score new checkpoints every night. Each night's job first submits the next one, so that a night that
+# fails does not end the series. From the checkout, once:
 #
 #   sbatch slurm/nightly.sh --run /shared/runs/a
 #
-# The next nights ask for what this one was given: GPUs, CPUs, memory, time, partition, account, QOS.
-# Stop: scancel -n dcgan-fid-nightly (once more, if a night had just begun: it may submit the next)
-# NIGHTLY_AT (02:30): when; NIGHTLY_CHAIN=0: this night only, where cron or scrontab repeats it.
+# The next nights request what this one was given: GPUs, CPUs, memory, time, partition, account, QOS.
+# To stop: scancel -n dcgan-fid-nightly (again, if a night had just begun: it may submit the next)
+# NIGHTLY_AT (02:30): time of the next night. NIGHTLY_CHAIN=0: this night only, for cron or scrontab.
 #SBATCH --job-name=dcgan-fid-nightly
 #SBATCH --dependency=singleton
 #SBATCH --nodes=1
@@ -15,11 +15,11 @@
 #SBATCH --output=slurm/logs/%x-%j.out
 #SBATCH --signal=USR2@120
 
-chained() {  # a requeued night finds its successor there already
+chained() {  # test whether the next night waits already, submitted before a requeue of this one
   [ -n "$(squeue -h -u "$(id -u)" -n "$SLURM_JOB_NAME" -t PENDING -o %A)" ]
 }
 
-chain() {
+chain() {  # submit the next night with the options of this one
   local option value words=()
   while read -r option value; do
     case $value in ''|N/A|'(null)') ;; *) words+=("--$option=$value") ;; esac
@@ -38,9 +38,9 @@ mem-per-cpu ${SLURM_MEM_PER_CPU:-}
 mem-per-gpu ${SLURM_MEM_PER_GPU:-}
 END
   (
-    # What Slurm has set for this job would be passed on, and is not true of the next.
+    # Slurm's variables describe this job, and sbatch would pass them on to the next.
     for option in "${!SLURM_@}"; do [ "$option" = SLURM_CONF ] || unset "$option"; done
-    unset SBATCH_GPUS_PER_NODE  # --gres has them
+    unset SBATCH_GPUS_PER_NODE  # --gres names the GPUs
     sbatch --job-name="$1" --begin="${NIGHTLY_AT:-02:30}" "${words[@]}" slurm/nightly.sh "${@:2}"
   )
 }

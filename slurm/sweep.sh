@@ -1,15 +1,15 @@
 #!/bin/bash
-# A grid of runs as a job array: each task trains one combination of the values that are given as
-# lists, the way train.sh trains. From the checkout:
+# Train a grid of runs as a job array: each task trains one combination of the values given as lists,
+# as train.sh does. From the checkout:
 #
 #   sbatch --array=0-5 slurm/sweep.sh --config configs/demo.yaml optim.g_lr=1e-4,2e-4 run.seed=0,1,2
 #
-# The runs lie in SWEEP_DIR (runs/sweep), each named by its values, and are one group in W&B. A task
-# with an index beyond the grid ends with the right --array in its message. The same line again goes
-# on with what is not finished; --array=0-5%2 trains two at a time.
+# The runs are folders of SWEEP_DIR (runs/sweep), named by their values, and one group in W&B. A task
+# with an index beyond the grid prints the right --array and ends. The same line again resumes the
+# unfinished runs. --array=0-5%2 trains two at a time.
 #
-# Or a sweep of W&B (configs/sweep.yaml): each task is an agent that trains SWEEP_COUNT (1) of its
-# runs, each on the task's one node:
+# With SWEEP_ID it runs a sweep of W&B (configs/sweep.yaml): each task is an agent that trains
+# SWEEP_COUNT (1) of its runs on its one node:
 #
 #   SWEEP_ID=me/dcgan/4f7c2a1b sbatch --array=0-19%4 --gpus-per-node=1 slurm/sweep.sh
 #SBATCH --job-name=dcgan-sweep
@@ -37,13 +37,13 @@ fi
 left=${SLURM_ARRAY_TASK_ID:-0} size=1 name='' words=()
 for word in "$@"; do
   value=${word#*=}
-  # A list in brackets is one value.
+  # A list in brackets is a single value.
   if [[ $word != *=*,* || $value == \[* ]]; then
     words+=("$word")
     continue
   fi
   IFS=, read -ra values <<<"$value"
-  # Task 0 has the first value of each list, task 1 the second of the first list, and so on.
+  # Task 0 takes the first value of each list, task 1 the second value of the first list, and so on.
   chosen=${values[left % ${#values[@]}]}
   left=$((left / ${#values[@]})) size=$((size * ${#values[@]}))
   key=${word%%=*}

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Train on 1..N nodes, GPU or CPU, until the run is finished: over time limits, preemption, dead
+# Train on 1 to N nodes, GPU or CPU, until the run is finished, over time limits, preemption, dead
 # ranks and dead nodes. From the checkout:
 #
 #   sbatch slurm/train.sh                                            # configs/dcgan_64.yaml
@@ -13,12 +13,12 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.out
 #SBATCH --signal=USR2@120
-# USR2 goes to all processes of the step, up to 60 s early; not to this shell.
+# Slurm sends USR2 to all processes of the step, up to 60 s early, but not to this shell.
 
-set -uo pipefail  # not -e: the exit status of srun is looked at
-trap : TERM USR1 USR2  # this shell must live to decide what happens next
+set -uo pipefail  # not -e: the script handles the exit status of srun
+trap : TERM USR1 USR2  # this shell must survive to decide about the requeue
 
-# Slurm runs a copy of this file from its spool; the checkout is the folder sbatch was called in.
+# Slurm runs a copy of this file from its spool. The checkout is the folder that sbatch was called in.
 # shellcheck source=slurm/launch.sh
 . slurm/launch.sh || { echo "$PWD: not the checkout; call sbatch there, or give --chdir"; exit 2; }
 
@@ -26,21 +26,21 @@ with_config "$@"
 set -- "${arguments[@]}"
 
 failures=0
-# again STATUS WHERE: after a step that ended without progress. Returns if another try in this
-# allocation is worth it.
+# again STATUS WHERE: handle a step that ended without progress. Return to try again in this
+# allocation; else requeue or exit.
 again() {
-  # `scontrol requeue` would bring a cancelled job back: only a RUNNING one may.
-  [ "$(state)" = RUNNING ] || { say "ended from outside; Slurm decides"; exit 1; }
+  # `scontrol requeue` would bring a cancelled job back: requeue only a RUNNING one.
+  [ "$(state)" = RUNNING ] || { say "the job is no longer RUNNING: not requeued by this script"; exit 1; }
   [ "$1" -ne 143 ] || requeue 50 "$2: ended by SIGTERM"
   nodes_answer || requeue 50 "$2: not all nodes answer"
   failures=$((failures + 1))
-  [ "$failures" -lt 2 ] || { say "two failures without progress at $2: giving up"; exit 1; }
+  [ "$failures" -lt 2 ] || { say "two failures without progress at $2: giving up; see the errors above"; exit 1; }
 }
 
-# A mistake in the configuration ends the job here, in seconds and with one message.
+# A mistake in the configuration ends the job here, within seconds, with one message.
 until configured=$(run_folder "$@"); do
   status=$?
-  [ "$status" -ne 2 ] || { say "the configuration could not be read"; exit 2; }
+  [ "$status" -ne 2 ] || { say "the configuration could not be read; correct the keys named above"; exit 2; }
   again "$status" "the set-up"
 done
 run_dir=$configured
@@ -59,12 +59,12 @@ progress() { cat "$run_dir/progress" 2>/dev/null || echo 0; }  # step of the las
 seconds_left() {
   local end
   end=$(scontrol -o show job "$job" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
-  # Neither an answer nor a date, if there is no limit: enough.
+  # Without an answer or a time limit there is no end time: report plenty.
   { [ -n "$end" ] && end=$(date -d "$end" +%s 2>/dev/null); } || { echo 1000000; return; }
   echo $((end - $(date +%s)))
 }
 
-# Counted over requeues of this job; submitted again, it starts anew.
+# Count failures over requeues of this job. A new submission starts at 0.
 count=$run_dir/failures failures=0
 [ "$restarts" -gt 0 ] || rm -f "$count"
 [ ! -e "$count" ] || read -r failures <"$count"
@@ -73,15 +73,15 @@ say "restart $restarts of job $job: $WORLD process(es) on $SLURM_JOB_NODELIST," 
   "rendezvous $MASTER_ADDR, run $run_dir at step $(progress)"
 attempt=0
 while :; do
-  # What an earlier attempt left must not decide about this one.
+  # Markers of an earlier attempt must not decide about this one.
   rm -f "$run_dir/FINISHED" "$run_dir/PREEMPTED"
   before=$(progress)
   launch "$attempt" pipeline.train "$@"
   status=$? now=$(state) after=$(progress)
   say "srun ended with $status, job $now, step $before -> $after"
-  # Exit codes say little behind a launcher; the markers are written by rank 0 after the checkpoint.
+  # A launcher makes 0 or 1 of every exit code. Rank 0 writes the markers after the checkpoint.
   [ ! -e "$run_dir/FINISHED" ] || { say "finished"; exit 0; }
-  [ "$now" = RUNNING ] || { say "ended from outside; Slurm decides"; exit 1; }
+  [ "$now" = RUNNING ] || { say "the job is no longer RUNNING: not requeued by this script"; exit 1; }
   [ "$after" -le "$before" ] || { failures=0; rm -f "$count"; }
   [ ! -e "$run_dir/PREEMPTED" ] || requeue 50 "step $after"
   if [ "$after" -le "$before" ]; then
@@ -89,7 +89,7 @@ while :; do
     mkdir -p "$run_dir" && echo "$failures" >"$count"
   fi
   attempt=$((attempt + 1))
-  # So late USR2 may come before a fresh step takes it: it would run into the time limit unwarned.
+  # Near the time limit USR2 may come before a fresh step can handle it.
   [ "$(seconds_left)" -gt "${MIN_SECONDS:-360}" ] || requeue 50 "step $after"
   say "fresh step in the same allocation"
 done

@@ -1,4 +1,4 @@
-"""The image's entry point, run as it is by a shell; what it would start is written down instead."""
+"""The image's entry point, run by a shell with programs in place of python and nvidia-smi."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ echo "GPU 1: NVIDIA A"
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Path:
-    """A folder for PATH: `python` says its arguments, `nvidia-smi` lists two GPUs."""
+    """A folder for PATH: `python` prints its arguments, `nvidia-smi` lists two GPUs."""
     for name, content in (("python", SAY), ("nvidia-smi", GPUS)):
         (tmp_path / name).write_text(content)
         (tmp_path / name).chmod(0o755)
@@ -35,8 +35,8 @@ def enter(programs: Path, *words: str, **env: str) -> subprocess.CompletedProces
     return subprocess.run([entry, *words], env=path | env, capture_output=True, text=True)
 
 
-def test_one_process_per_gpu_and_what_was_counted_is_passed_on(programs: Path) -> None:
-    """All GPUs, also where the user's configuration of accelerate names some."""
+def test_one_process_per_gpu_and_the_number_of_gpus_is_passed_on(programs: Path) -> None:
+    """--gpu_ids all overrides GPUs named in the user's configuration of accelerate."""
     words, facts = enter(programs, "train", "--config", "x").stdout.splitlines()
     assert words.startswith("-m accelerate.commands.launch --multi_gpu")
     assert "--num_machines 1 --num_processes 2 --machine_rank 0" in words
@@ -53,10 +53,10 @@ def test_without_gpus_one_python_computes_on_the_cpu(programs: Path, env: dict[s
     assert said == ["-m pipeline.evaluate --run x", "0 true"]
 
 
-def test_of_several_nodes_each_must_know_its_number_and_the_first_one(programs: Path) -> None:
-    """Or all of them would call themselves the first, and wait for each other forever."""
+def test_of_several_nodes_each_needs_its_number_and_the_address_of_node_0(programs: Path) -> None:
+    """Without both, each node would take itself for node 0 and wait for the others forever."""
     number, address = {"NODE_RANK": "1"}, {"MASTER_ADDR": "10.0.0.1"}
-    for env, missing in ((number, "reached; is missing"), (address, "to 1; is missing")):
+    for env, missing in ((number, "MASTER_ADDR (missing)"), (address, "NODE_RANK (missing)")):
         done = enter(programs, "train", NNODES="2", **env)
         assert done.returncode == 2
         assert not done.stdout

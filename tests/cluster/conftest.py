@@ -1,4 +1,4 @@
-"""Fixtures: a Slurm for the whole test run, trainings submitted to it, one to compare with."""
+"""Fixtures: one Slurm for all tests, trainings submitted to it, and one training without it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def slurm() -> Iterator[MiniSlurm]:
 
 @pytest.fixture(autouse=True)
 def _interruptible() -> Iterator[None]:
-    """SIGTERM to pytest still stops the daemons."""
+    """SIGTERM to pytest stops the daemons too."""
 
     def leave(*_: object) -> None:
         raise KeyboardInterrupt
@@ -89,7 +89,7 @@ Program = Callable[[str, str], None]
 
 @pytest.fixture
 def program(tmp_path: Path) -> Program:
-    """A function name, script -> a program in front of the real ones: PATH=tmp_path/bin:..."""
+    """Return a function ``(name, script)``: write a program to the first folder of ``path``."""
 
     def write(name: str, script: str) -> None:
         path = tmp_path / "bin" / name

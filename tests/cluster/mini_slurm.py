@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine: own munge key, sockets and ports; ended by pid."""
+"""A real Slurm of two nodes on this machine, with its own munge key, sockets and ports."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class MiniSlurm:
 
     @contextmanager
     def patient(self) -> Iterator[None]:
-        """SlurmdTimeout as on real clusters: minutes until a lost node is noticed."""
+        """Raise SlurmdTimeout to minutes, as on real clusters."""
         try:
             self._configure(300)
             self.ask("scontrol", "reconfigure")
@@ -124,7 +124,7 @@ class MiniSlurm:
             self.ask("scontrol", "reconfigure")
 
     def lose_node(self, node: str, job: str) -> None:
-        """As if its power were cut: slurmd, its job steps and all their processes are gone."""
+        """Kill slurmd, its job steps and all their processes, as a power cut does."""
         slurmd = self._slurmd_to_lose(node)
         daemons, work = {slurmd}, set()
         for process in psutil.process_iter():
@@ -142,7 +142,7 @@ class MiniSlurm:
                 process.kill()
 
     def lose_slurmd(self, node: str) -> None:
-        """Its daemon alone is gone: what runs goes on, and nothing new can start there."""
+        """Kill only slurmd: job steps keep running, and no new ones can start on the node."""
         self._slurmd_to_lose(node).kill()
 
     def _slurmd_to_lose(self, node: str) -> psutil.Process:
@@ -171,9 +171,9 @@ class MiniSlurm:
     # -- jobs -------------------------------------------------------------------------------
 
     def ask(self, *words: str, **env: str) -> str:
-        """The output of a Slurm command, empty when it fails.
+        """Return the output of a Slurm command, empty if it fails.
 
-        What only asks is asked again where a busy controller did not answer: nothing is no answer.
+        Queries are repeated if the output is empty, because a busy controller may not answer.
         """
         for _ in range(3 if words[0] in ("squeue", "sinfo") or "show" in words else 1):
             done = subprocess.run(
@@ -189,22 +189,22 @@ class MiniSlurm:
         return done.stdout if done.returncode == 0 else ""
 
     def submit(self, output: Path, *words: str, **env: str) -> str:
-        """Submit from the checkout; returns the job's id."""
+        """Submit a job from the checkout; return its id."""
         answer = self.ask("sbatch", "--parsable", f"--output={output}", *words, **env)
         assert answer, (words, self.logs())
         return answer.strip()
 
     def show(self, job: str) -> dict[str, str]:
-        """The job's fields as scontrol prints them."""
+        """Return the job's fields as scontrol prints them."""
         fields = self.ask("scontrol", "-o", "show", "job", job)
         return dict(re.findall(r"(\w[\w/:]*)=(\S*)", fields))
 
     def restarts(self, job: str) -> int:
-        """How often it was requeued; PENDING would be seen for a few seconds only."""
+        """Return how often the job was requeued; PENDING lasts only a few seconds."""
         return int(self.show(job).get("Restarts", 0))
 
     def wait(self, job: str, state: str, seconds: float = TIMEOUT) -> dict[str, str]:
-        """Wait until the job is in ``state`` for good."""
+        """Wait until the job has ended in ``state``."""
         final = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 
         def there() -> bool:
@@ -218,7 +218,7 @@ class MiniSlurm:
     def wait_until(
         self, there: Callable[[], bool], what: str, seconds: float = TIMEOUT, every: float = 0.2
     ) -> float:
-        """Seconds it took until ``there``."""
+        """Wait until ``there()`` is true; return the seconds it took."""
         began = time.monotonic()
         while not there():
             waited = time.monotonic() - began
@@ -227,7 +227,7 @@ class MiniSlurm:
         return time.monotonic() - began
 
     def rank(self, job: str, rank: int) -> psutil.Process:
-        """The training process of one rank; its data workers have the same environment."""
+        """Return the training process of one rank (its data workers have the same environment)."""
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 env, parent = process.environ(), process.parent()

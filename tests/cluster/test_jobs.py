@@ -1,4 +1,4 @@
-"""The other jobs as shipped: preflight, a grid of runs, a source packed by an array."""
+"""The other Slurm jobs, unchanged: preflight, a grid of runs, a source packed by an array."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def contents(folder: Path) -> dict[str, str]:
 def test_preflight_finds_two_nodes_ready(
     slurm: MiniSlurm, tiny_config: Path, training_shards: Path, program: Program, tmp_path: Path
 ) -> None:
-    """Under salloc; what NCCL or a wrapper prints behind the table does not matter."""
+    """Under salloc, also when NCCL or a wrapper prints more lines after the table."""
     program("chatty", f'{sys.executable} "$@"; status=$?; echo "INFO destroyed"; exit $status')
     settings = [f"data.shards={training_shards}", f"run.dir={tmp_path / 'runs' / 'a'}"]
     words = ["salloc", "--nodes=2", "bash", "slurm/preflight.sh", "--config", str(tiny_config)]
@@ -73,7 +73,7 @@ def test_a_grid_of_runs(
     grid += ["run.seed=0,1", "optim.g_lr=1e-3"]
     output = tmp_path / "%a.out"
     env = {"SWEEP_DIR": str(tmp_path / "sweep")}
-    # The third task is beyond the grid and says so.
+    # The index of the third task is beyond the grid.
     job = slurm.submit(output, "--array=0-2", "slurm/sweep.sh", *grid, **env)
     slurm.wait_until(lambda: not slurm.ask("squeue", "-h", "-j", job), "end of the array")
     said = {path.stem: path.read_text() for path in tmp_path.glob("*.out")}
@@ -86,7 +86,7 @@ def test_a_grid_of_runs(
 
 
 def test_a_sweep_of_wandb(slurm: MiniSlurm, training_shards: Path, tmp_path: Path) -> None:
-    """A task is an agent; the package in wandb's place starts one run as wandb's agent would."""
+    """Each task is an agent. A package in place of wandb starts one run as wandb's agent does."""
     package = tmp_path / "packages" / "wandb"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -121,7 +121,7 @@ sys.exit(subprocess.call(words, env=env))
 
 
 def test_an_array_packs_one_set_though_tasks_are_stopped(slurm: MiniSlurm, tmp_path: Path) -> None:
-    """One is killed, the last (whose job id is the array's) meets its time limit."""
+    """One task is killed; the last, whose job id is the array's, gets SIGTERM as at its limit."""
     source, out, whole = tmp_path / "images", tmp_path / "shards", tmp_path / "whole"
     write_images(source, 3000)
     words = [str(source), "--size", "64", "--format", "png", "--shard-mib", "0.4"]
@@ -156,7 +156,7 @@ def test_an_array_packs_one_set_though_tasks_are_stopped(slurm: MiniSlurm, tmp_p
 def test_an_evaluation_that_follows_a_run_survives_its_time_limit(
     slurm: MiniSlurm, tmp_path: Path
 ) -> None:
-    """Two processes; RUN_DIR names the run. Then a command with arguments of its own."""
+    """On two processes with RUN_DIR. The command ``reference`` takes its own arguments."""
     run, output = make_run(tmp_path), tmp_path / "out"
     env = {"RUN_DIR": str(run), "NPROC_PER_NODE": "2", "PYTHONPATH": str(REPO / "tests")}
     job = slurm.submit(output, "slurm/evaluate.sh", "--watch", "--every", "1", **env)
@@ -176,7 +176,7 @@ def test_an_evaluation_that_follows_a_run_survives_its_time_limit(
     assert (tmp_path / "reference.npz").exists()
 
 
-def test_a_machine_for_ci_may_not_do_without_slurm(tmp_path: Path) -> None:
+def test_ci_fails_without_slurm(tmp_path: Path) -> None:
     words = ["-m", "pytest", "-q", "-m", "cluster", "-k", "mistake_in", "-p", "no:cacheprovider"]
     env = environment() | {"PATH": str(tmp_path)}
     codes = {}

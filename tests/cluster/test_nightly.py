@@ -1,4 +1,4 @@
-"""slurm/nightly.sh: the chain outlives nights that fail, and scores each checkpoint once."""
+"""slurm/nightly.sh: failed nights do not end the chain; each checkpoint is scored once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_chain_of_nights_some_of_which_fail(slurm: MiniSlurm, tmp_path: Path) 
     def scored() -> list[int]:
         return [row["step"] for row in read_rows(run)]
 
-    def ended() -> bool:  # a night that has just begun may submit the next behind scancel's back
+    def ended() -> bool:  # a night that has just begun may submit the next after scancel
         slurm.ask("scancel", "-n", NAME)
         return not slurm.ask("squeue", "-h", "-n", NAME)
 
@@ -51,7 +51,7 @@ def test_a_chain_of_nights_some_of_which_fail(slurm: MiniSlurm, tmp_path: Path) 
         after(len(nights()) + 1)
         assert scored() == [10, 20, 30]
         successor = newest(slurm)
-        # Every night has the options of the first, and nothing else of it.
+        # Every night has the options of the first, but not its SLURM_* variables.
         found = slurm.show(successor)
         assert found["TimeLimit"] == "00:07:00"
         assert found["TresPerNode"] == "gres:gpu:1"
@@ -68,7 +68,7 @@ def test_a_chain_of_nights_some_of_which_fail(slurm: MiniSlurm, tmp_path: Path) 
 
 
 def newest(slurm: MiniSlurm) -> str:
-    """The series' last night, which waits for its hour or has just begun."""
+    """Return the job of the last night, which is pending or has just begun."""
     jobs = slurm.ask("squeue", "-h", "-n", NAME, "-o", "%A %T").splitlines()
     assert jobs, "the series has ended"
     assert sum("PENDING" in job for job in jobs) <= 1, jobs
@@ -76,13 +76,13 @@ def newest(slurm: MiniSlurm) -> str:
 
 
 def environment_of(slurm: MiniSlurm, job: str) -> str:
-    """What sbatch has kept of its own environment for this job, as the controller stores it."""
+    """Return the environment that the controller stores for a job."""
     folders = slurm.dir.glob(f"state/hash.*/job.{job}/environment")
     return "".join(path.read_bytes().decode() for path in folders)
 
 
 def test_a_series_that_ends_says_so(program: Program, path: str) -> None:
-    """sbatch fails each of five times: the night's work is done, and the log has the news."""
+    """If sbatch fails five times, the night still evaluates and the log says NO NEXT NIGHT."""
     for name, script in {"squeue": "", "sleep": "", "sbatch": "exit 1"}.items():
         program(name, script)
     env = {"PATH": path, "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": NAME, "SLURM_JOB_PARTITION": "a"}

@@ -1,4 +1,4 @@
-"""slurm/train.sh as shipped, on two real Slurm nodes."""
+"""slurm/train.sh, unchanged, on two nodes of a real Slurm."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from .mini_slurm import KILL_WAIT, MiniSlurm
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
-def test_two_nodes_train_what_one_machine_does(submit: Submit, uninterrupted: Path) -> None:
+def test_two_nodes_train_the_same_weights_as_one_machine(
+    submit: Submit, uninterrupted: Path
+) -> None:
     job = submit()
     job.wait("COMPLETED")
     assert "2 process(es) on n[1-2]" in job.log()
@@ -34,9 +36,9 @@ def test_two_nodes_train_what_one_machine_does(submit: Submit, uninterrupted: Pa
 def test_the_time_limit_requeues_and_the_run_ends_bitwise_equal(
     submit: Submit, uninterrupted: Path
 ) -> None:
-    """USR2 from Slurm -> save -> requeue -> resume -> finish; no periodic checkpoint helps.
+    """USR2 from Slurm, save, requeue, resume, finish, without periodic checkpoints.
 
-    The ranks are frozen until the signal is there, so that no machine is too fast for the test.
+    The ranks are suspended until they have the signal, so that no machine is too fast for the test.
     """
     job = submit("train.checkpoint_every=0", flags=("--time=2", "--signal=USR2@30"))
     job.reach(5)
@@ -78,7 +80,7 @@ def frozen(ranks: list[psutil.Process]) -> Iterator[list[psutil.Process]]:
 
 
 def has_been_signalled(process: psutil.Process) -> bool:
-    """A frozen process that a stop signal waits for, or that Slurm woke up for it."""
+    """Say whether a suspended process has a pending signal, or Slurm has woken it up."""
     try:
         status = Path(f"/proc/{process.pid}/status").read_text()
     except OSError:
@@ -90,7 +92,7 @@ def has_been_signalled(process: psutil.Process) -> bool:
 def test_a_killed_rank_is_replaced_in_the_same_allocation(
     submit: Submit, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """Also where bash is older than 5 and has no EPOCHSECONDS."""
+    """Also with a bash before 5, which has no EPOCHSECONDS."""
     old_bash = tmp_path / "old_bash"
     old_bash.write_text("unset EPOCHSECONDS\n")
     job = submit("train.checkpoint_every=20", flags=("--time=30",), BASH_ENV=str(old_bash))
@@ -139,7 +141,7 @@ def test_a_higher_partition_preempts_and_gives_back(submit: Submit, uninterrupte
 def test_a_job_that_fails_twice_without_progress_ends(
     submit: Submit, limit: str, requeues: str
 ) -> None:
-    """Counted over requeues: with less than MIN_SECONDS left each failure is one."""
+    """Also over requeues: with less than MIN_SECONDS left each failure requeues the job."""
     job = submit("data.shards=nowhere", flags=("--nodes=1", limit))
     found = job.wait("FAILED")
     assert found["Restarts"] == requeues
@@ -161,7 +163,7 @@ def test_gpus_that_differ_from_node_to_node_are_refused(submit: Submit) -> None:
     assert "--gpus=3 on 2 nodes: not the same number on each" in job.log()
 
 
-def test_outside_slurm_a_job_says_what_to_do() -> None:
+def test_outside_slurm_the_message_names_sbatch() -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     done = subprocess.run(
         ["bash", "slurm/train.sh"], cwd=REPO, env=env, capture_output=True, text=True
@@ -174,8 +176,8 @@ def test_outside_slurm_a_job_says_what_to_do() -> None:
 def test_what_users_export_and_ask_for_does_no_harm(
     submit: Submit, program: Program, path: str, tmp_path: Path
 ) -> None:
-    """Two tasks a node by habit, GPUs of the whole job, --export, other tools' settings."""
-    # The node takes its own name for 127.0.1.1, as Debian has it; the others would not reach that.
+    """Several tasks a node, --gpus, --export, RUN_DIR and a default_config.yaml of accelerate."""
+    # The node resolves its own name to 127.0.1.1, as on Debian; other nodes do not reach that.
     program("getent", f'[ "$1" != hosts ] || {{ echo "127.0.1.1 $2"; exit; }}\n{real("getent")}')
     other = tmp_path / "other"
     other.mkdir()
@@ -203,14 +205,14 @@ def test_what_users_export_and_ask_for_does_no_harm(
 
 
 def real(name: str) -> str:
-    """The end of a program in front of the real one."""
+    """Return the last line of a wrapper: call the real program."""
     return f'exec {shutil.which(name)} "$@"'
 
 
 def test_sigterm_and_a_controller_that_does_not_answer_in_the_set_up(
     submit: Submit, program: Program, path: str, tmp_path: Path
 ) -> None:
-    """Preempted before the trainer runs, and the first requeue is refused: it is done all over."""
+    """Preempted before the trainer runs; the first requeue is refused and tried again."""
     mark, go = tmp_path / "refused", tmp_path / "go"
     program("held", f'[ -e {go} ] || exec sleep 300\nexec {sys.executable} "$@"')
     refuse = f'[ "$1" != requeue ] || [ -e {mark} ] || {{ touch {mark}; exit 1; }}'
@@ -239,7 +241,7 @@ def test_sigterm_and_a_controller_that_does_not_answer_in_the_set_up(
 def test_a_step_starts_in_the_container(
     submit: Submit, program: Program, path: str, tmp_path: Path, container: str
 ) -> None:
-    """Neither is installed: programs in their place note their words and start the rest."""
+    """Neither is installed: wrappers record the arguments and start the command."""
     note, image = tmp_path / "words", "/images/dc gan.sqsh"
     record = f'printf "%s\n" "$@" >>{note}'
     program("apptainer", f'{record}\n[ "$1" = exec ] && shift 7\nexec "$@"')
@@ -259,7 +261,7 @@ def test_a_step_starts_in_the_container(
     else:
         expected = ["exec", "--nv", "--bind", "/a:/b", "--pwd", str(REPO), image]
     starts = [k for k in range(len(words)) if words[k : k + len(expected)] == expected]
-    # Once the configuration is read, once the training runs (both programs note apptainer's).
+    # Once to read the configuration, once to train; both wrappers record apptainer's arguments.
     assert len(starts) == (2 if container == "pyxis" else 4), words
     assert f"run {seen_outside} at step 0" in job.log()
 
@@ -274,17 +276,17 @@ def test_no_more_requeues_than_allowed(submit: Submit) -> None:
 
 @pytest.fixture
 def node_back(slurm: MiniSlurm) -> Iterator[Callable[[str], None]]:
-    """A function that brings a lost node back; what is lost at the end comes back too."""
+    """Return a function that brings a lost node back. At the end all nodes come back."""
     yield slurm.start_node
     for node in list(slurm.lost):
         slurm.start_node(node)
     slurm.wait_until(lambda: slurm.idle_nodes() == {"n1", "n2"}, "two idle nodes", 60)
 
 
-def test_a_lost_batch_host_is_made_up_for(
+def test_a_job_that_loses_its_batch_host_is_requeued_and_resumes(
     submit: Submit, uninterrupted: Path, node_back: Callable[[str], None]
 ) -> None:
-    """n1 runs the batch script and rank 0. Slurm requeues the job; it waits for two nodes."""
+    """n1 runs the batch script and rank 0. Slurm requeues the job, which waits for two nodes."""
     job = submit("train.checkpoint_every=20")
     job.reach(30)
     job.slurm.lose_node("n1", job.id)
@@ -299,12 +301,12 @@ def test_a_lost_batch_host_is_made_up_for(
     assert ids_by_step(job.run_dir) == ids_by_step(uninterrupted)
 
 
-def test_a_lost_node_is_done_without(
+def test_a_job_that_loses_a_node_resumes_on_the_other(
     slurm: MiniSlurm, submit: Submit, uninterrupted: Path, node_back: Callable[[str], None]
 ) -> None:
-    """Asked for one to two nodes, the job goes on with the one that is left.
+    """Submitted with --nodes=1-2, the job resumes on the node that is left.
 
-    n2 starts no fresh step when a rank has died, and Slurm has not noticed yet: the script does.
+    After a rank died, n2 starts no fresh step. The script notices it before Slurm does.
     """
     with slurm.patient():
         job = submit("train.checkpoint_every=20", flags=("--nodes=1-2",))
@@ -315,21 +317,21 @@ def test_a_lost_node_is_done_without(
         rank.kill()
         job.slurm.wait_until(lambda: "not all nodes answer" in job.log(), "probe")
         slurm.wait_until(lambda: slurm.show(job.id)["JobState"] == "COMPLETING", "requeue")
-        # What Slurm does by itself after SlurmdTimeout, when the script has long been ended. (In
-        # the same second, 22.05 starts the job with a credential that it has just revoked.)
+        # Slurm does this by itself after SlurmdTimeout, long after the end of the script. (In the
+        # same second, 22.05 starts the job with a credential that it has just revoked.)
         time.sleep(5)
         slurm.ask("scontrol", "update", "nodename=n2", "state=down", "reason=lost")
         slurm.wait_until(lambda: "restart 1" in job.log(), "second life")
         job.wait("COMPLETED")
     assert re.search(r"1 process\(es\) on n1, .* at step [1-9]", job.log())
     assert ids_by_step(job.run_dir) == ids_by_step(uninterrupted)
-    # After 160 more steps a GAN has grown another order of summation into other weights; how close
-    # they are after a few steps is tested without Slurm.
+    # One process sums in another order than two, so after 160 more steps the weights differ. A
+    # test without Slurm compares them after a few steps.
     assert state_of(job.run_dir, STEPS)
 
 
 def test_one_process_per_gpu(submit: Submit) -> None:
-    """Slurm hands out two GPUs (of the test's making), so two processes start on the node."""
+    """Slurm allocates two fake GPUs, so two processes start on the node."""
     job = submit(flags=("--nodes=1", "--gpus-per-node=2"), steps=8, ACCELERATE_USE_CPU="true")
     job.wait("COMPLETED")
     assert "2 process(es) on n1" in job.log()

@@ -17,15 +17,16 @@ PROGRAMS = ("buildah", "mmdebstrap")
 IMAGE, STANDIN = "localhost/dcgan-pipeline-test", "localhost/dcgan-standin-base"
 CHROOT = ["--isolation", "chroot"]
 UID = 1000
-# How the host reaches its package index: settings of pip and uv, and certificates of a proxy.
+# Settings of the host for its package index: pip, uv, and certificates of a proxy.
 REACH = ("/etc/pip.conf", "/etc/uv/uv.toml", "/etc/ssl/certs")
 REACH_AT_HOME = (".config/pip/pip.conf", ".pip/pip.conf", ".config/uv/uv.toml")
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 
 
 def buildah(*words: object, timeout: float = 1500) -> str:
-    """Standard output of one command of buildah, with what a build logs, in order; what it said is
-    the failure's message.
+    """Run a command of buildah and return its output, of a build with the log.
+
+    The end of the output is the message of a failure.
     """
     done = subprocess.run(
         ["buildah", *map(str, words)],
@@ -43,7 +44,7 @@ def buildah(*words: object, timeout: float = 1500) -> str:
 
 @dataclass(frozen=True)
 class Container:
-    """One working container of the image. ``work`` is its /runs, ``data`` its /data."""
+    """A working container of the image, with ``work`` mounted as /runs and ``data`` as /data."""
 
     name: str
     work: Path
@@ -57,7 +58,7 @@ class Container:
         return ["buildah", "run", *CHROOT, *mounts, *settings, self.name, "--", *map(str, words)]
 
     def run(self, *words: object, **env: object) -> subprocess.CompletedProcess[str]:
-        """A command in the image, as its own user."""
+        """Run a command in the container, as the user of the image."""
         return subprocess.run(
             self.words(*words, **env),
             stdout=subprocess.PIPE,
@@ -68,12 +69,12 @@ class Container:
         )
 
     def pipeline(self, *words: object, **env: object) -> subprocess.CompletedProcess[str]:
-        """What `docker run IMAGE words` does: buildah run knows no entry point."""
+        """Run the entry point, as `docker run IMAGE words` does; buildah run ignores it."""
         return self.run("/workspace/docker/entrypoint.sh", *words, **env)
 
 
 def first_process(runner: subprocess.Popen[str]) -> psutil.Process:
-    """The oldest process of the image's user: the one that `docker stop` would signal."""
+    """Return the oldest process of the image's user, which `docker stop` would signal."""
     inside = [
         process
         for process in psutil.Process(runner.pid).children(recursive=True)
@@ -84,7 +85,7 @@ def first_process(runner: subprocess.Popen[str]) -> psutil.Process:
 
 @pytest.fixture(scope="session")
 def image(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The Dockerfile's image on a Debian 12 with Python and pip in place of the hub's base."""
+    """Build the Dockerfile on a Debian 12 with Python and pip in place of its base image."""
     missing = [name for name in PROGRAMS if not shutil.which(name)]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}; see make test-container")

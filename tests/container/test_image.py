@@ -1,4 +1,4 @@
-"""The image does as user 1000 what docker/README.md says of it."""
+"""The image works as user 1000, as docker/README.md describes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def steps(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_it_is_small_in_what_it_may_and_holds(container: Container) -> None:
+def test_the_image_holds_only_what_runs_need_and_its_code_is_read_only(
+    container: Container,
+) -> None:
     assert container.run("id", "-u").stdout.strip() == "1000"
     assert container.run("sh", "-c", "touch /workspace/x || touch /opt/venv/x").returncode != 0
     held = container.run("ls", "-A", "/workspace").stdout.split()
@@ -40,7 +42,7 @@ def test_it_is_small_in_what_it_may_and_holds(container: Container) -> None:
     expected |= {"pyproject.toml", "requirements.txt"}
     assert {name for name in held if not name.endswith(".egg-info")} == expected
     print("image:", buildah("images", "--format", "{{.Size}}", IMAGE))
-    # Shards may come from anywhere: who runs an image cannot install what it lacks.
+    # Users of an image cannot install libraries for shards from http, s3 or gs.
     assert container.run("python", "-c", "import aiohttp, gcsfs, s3fs").returncode == 0
     usage = container.pipeline()
     assert usage.returncode == 0
@@ -84,7 +86,7 @@ def test_sigterm_to_the_first_process_saves_and_the_same_command_goes_on(
     assert (run / "FINISHED").stat().st_uid == 1000
 
 
-def test_a_checkpoint_is_evaluated_in_it(container: Container, data: Path) -> None:
+def test_a_checkpoint_is_evaluated_in_the_image(container: Container, data: Path) -> None:
     done = container.pipeline("train", *DEMO, *QUIET, "run.dir=/runs/e", "train.total_steps=10")
     assert done.returncode == 0, done.stdout
     done = container.pipeline("evaluate", "--run", "/runs/e", "tracking.wandb=disabled")
