@@ -3,7 +3,6 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-MAX_LINES := 350
 
 # uv from the PATH if it is new enough, else a pinned one in a folder of its own. `pip install --target`
 # needs neither a virtual environment nor ensurepip, and leaves an externally managed Python alone.
@@ -54,10 +53,11 @@ test-cluster: $(DEV_READY) slurm-programs  ## The Slurm scripts on a two-node Sl
 test-container: $(DEV_READY) container-programs  ## The image, built with buildah and run (root, 15 GB of disk)
 	$(BIN)/python -m pytest -m container --durations=0 -rP
 
-check: $(DEV_READY)  ## Format, lint, types, shell scripts, container files, length of the modules
+check: $(DEV_READY)  ## Format, lint, types, imports, shell scripts, container files
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/shellcheck .ci/run $$(git ls-files --cached --others --exclude-standard -- '*.sh')
 	$(BIN)/hadolint docker/Dockerfile
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose.yaml
@@ -65,8 +65,6 @@ check: $(DEV_READY)  ## Format, lint, types, shell scripts, container files, len
 	sed 's/!reset null/{}/' docker/compose.cpu.yaml | \
 		$(BIN)/check-jsonschema --quiet --default-filetype yaml --builtin-schema vendor.compose-spec -
 	$(BIN)/kubernetes-validate --quiet --strict docker/kubernetes/*.yaml
-	@wc -l $$(git ls-files --cached --others --exclude-standard -- 'pipeline/*.py') | awk '$$2 != "total" && $$1 > $(MAX_LINES) { \
-		print $$2 ": " $$1 " lines, at most $(MAX_LINES): split it"; bad = 1 } END { exit bad }'
 
 bench: $(DEV_READY)  ## Tables of benchmarks/: training, step, loader, order, scale, overheads, evaluation
 	$(BIN)/python benchmarks/training.py --rounds 1
