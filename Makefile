@@ -25,7 +25,7 @@ export UV_COMPILE_BYTECODE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-faults check bench lock clean fashion-mnist test-cluster test-container \
+.PHONY: help setup demo test test-faults check wings bench lock clean fashion-mnist test-cluster test-container \
 	slurm-programs container-programs
 
 help:  ## This list
@@ -65,6 +65,9 @@ check: $(DEV_READY)  ## Format, lint, types, imports, shell scripts, container f
 	sed 's/!reset null/{}/' docker/compose.cpu.yaml | \
 		$(BIN)/check-jsonschema --quiet --default-filetype yaml --builtin-schema vendor.compose-spec -
 	$(BIN)/kubernetes-validate --quiet --strict docker/kubernetes/*.yaml
+
+wings: $(DEV_READY)  ## The table of pipeline/'s wings and their imports, in CONTRIBUTING.md
+	$(BIN)/python tests/wings.py
 
 bench: $(DEV_READY)  ## Tables of benchmarks/: training, step, loader, order, scale, overheads, evaluation
 	$(BIN)/python benchmarks/training.py --rounds 1

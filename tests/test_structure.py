@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib.metadata import packages_distributions
 
+import wings
 from launching import REPO
 
 PACKAGE = REPO / "pipeline"
@@ -39,3 +40,8 @@ def test_no_name_in_pipeline_shadows_another_module() -> None:
     assert {"torch", "yaml"} <= installed
     shadowed = names & (sys.stdlib_module_names | installed)
     assert not shadowed
+
+
+def test_the_table_of_wings_is_up_to_date() -> None:
+    """CONTRIBUTING.md shows the imports of today; if this fails, run `make wings`."""
+    assert wings.updated(wings.PAGE.read_text()) == wings.PAGE.read_text()
