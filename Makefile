@@ -53,11 +53,14 @@ test-cluster: $(DEV_READY) slurm-programs  ## The Slurm scripts on a two-node Sl
 test-container: $(DEV_READY) container-programs  ## The image, built with buildah and run (root, 15 GB of disk)
 	$(BIN)/python -m pytest -m container --durations=0 -rP
 
-check: $(DEV_READY)  ## Format, lint, types, imports, shell scripts, container files
+check: $(DEV_READY)  ## Format, lint, types, imports, dependencies, dead code, spelling, scripts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/deptry pipeline
+	$(BIN)/vulture
+	$(BIN)/codespell benchmarks configs docker docs pipeline slurm tests *.md Makefile .ci
 	$(BIN)/shellcheck .ci/run $$(git ls-files --cached --others --exclude-standard -- '*.sh')
 	$(BIN)/hadolint docker/Dockerfile
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose.yaml
