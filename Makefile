@@ -60,13 +60,16 @@ check: $(DEV_READY)  ## Format, lint, types, imports, dependencies, dead code, s
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/deptry pipeline
 	$(BIN)/vulture
-	$(BIN)/codespell benchmarks configs docker docs pipeline slurm tests *.md Makefile .ci
+	$(BIN)/codespell benchmarks configs docker docs pipeline slurm tests *.md Makefile .ci .github CITATION.cff
 	$(BIN)/shellcheck .ci/run $$(git ls-files --cached --others --exclude-standard -- '*.sh')
 	$(BIN)/hadolint docker/Dockerfile
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose.yaml
 	@# The schema's reader knows no !reset, the schema no null in its place.
 	sed 's/!reset null/{}/' docker/compose.cpu.yaml | \
 		$(BIN)/check-jsonschema --quiet --default-filetype yaml --builtin-schema vendor.compose-spec -
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --quiet --default-filetype yaml \
+		--builtin-schema vendor.citation-file-format CITATION.cff
 	$(BIN)/kubernetes-validate --quiet --strict docker/kubernetes/*.yaml
 
 wings: $(DEV_READY)  ## The table of pipeline/'s wings and their imports, in CONTRIBUTING.md

@@ -1,11 +1,13 @@
-"""What import-linter cannot check of the layout of pipeline/: lengths and names of modules."""
+"""The layout of the project, where no linter checks it: lengths, names, pages that repeat code."""
 
 from __future__ import annotations
 
 import sys
+import tomllib
 from importlib.metadata import packages_distributions
 
 import wings
+import yaml
 from launching import REPO
 
 PACKAGE = REPO / "pipeline"
@@ -45,3 +47,10 @@ def test_no_name_in_pipeline_shadows_another_module() -> None:
 def test_the_table_of_wings_is_up_to_date() -> None:
     """CONTRIBUTING.md shows the imports of today; if this fails, run `make wings`."""
     assert wings.updated(wings.PAGE.read_text()) == wings.PAGE.read_text()
+
+
+def test_the_citation_names_the_version_of_the_package() -> None:
+    """CITATION.cff and pyproject.toml give one version."""
+    citation = yaml.safe_load((REPO / "CITATION.cff").read_text())
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    assert citation["version"] == project["version"]
