@@ -3,7 +3,6 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-MAX_LINES := 350
 
 # uv from the PATH if it is new enough, else a pinned one in a folder of its own. `pip install --target`
 # needs neither a virtual environment nor ensurepip, and leaves an externally managed Python alone.
@@ -26,7 +25,7 @@ export UV_COMPILE_BYTECODE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-faults check bench lock clean fashion-mnist test-cluster test-container \
+.PHONY: help setup demo test test-faults check wings bench lock clean fashion-mnist test-cluster test-container \
 	slurm-programs container-programs
 
 help:  ## This list
@@ -54,19 +53,27 @@ test-cluster: $(DEV_READY) slurm-programs  ## The Slurm scripts on a two-node Sl
 test-container: $(DEV_READY) container-programs  ## The image, built with buildah and run (root, 15 GB of disk)
 	$(BIN)/python -m pytest -m container --durations=0 -rP
 
-check: $(DEV_READY)  ## Format, lint, types, shell scripts, container files, length of the modules
+check: $(DEV_READY)  ## Format, lint, types, imports, dependencies, dead code, spelling, scripts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/deptry pipeline
+	$(BIN)/vulture
+	$(BIN)/codespell benchmarks configs docker docs pipeline slurm tests *.md Makefile .ci .github CITATION.cff
 	$(BIN)/shellcheck .ci/run $$(git ls-files --cached --others --exclude-standard -- '*.sh')
 	$(BIN)/hadolint docker/Dockerfile
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose.yaml
 	@# The schema's reader knows no !reset, the schema no null in its place.
 	sed 's/!reset null/{}/' docker/compose.cpu.yaml | \
 		$(BIN)/check-jsonschema --quiet --default-filetype yaml --builtin-schema vendor.compose-spec -
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --quiet --default-filetype yaml \
+		--builtin-schema vendor.citation-file-format CITATION.cff
 	$(BIN)/kubernetes-validate --quiet --strict docker/kubernetes/*.yaml
-	@wc -l $$(git ls-files --cached --others --exclude-standard -- 'pipeline/*.py') | awk '$$2 != "total" && $$1 > $(MAX_LINES) { \
-		print $$2 ": " $$1 " lines, at most $(MAX_LINES): split it"; bad = 1 } END { exit bad }'
+
+wings: $(DEV_READY)  ## The table of pipeline/'s wings and their imports, in CONTRIBUTING.md
+	$(BIN)/python tests/wings.py
 
 bench: $(DEV_READY)  ## Tables of benchmarks/: training, step, loader, order, scale, overheads, evaluation
 	$(BIN)/python benchmarks/training.py --rounds 1

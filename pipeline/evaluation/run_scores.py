@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.config.schema import ModelConfig
+from pipeline.data.codecs import encode
 from pipeline.evaluation import candidates
 from pipeline.evaluation.candidates import Candidate
 from pipeline.evaluation.scorer import Scorer
-from pipeline.generation.figures import png
 from pipeline.models.sampling import sample_grid
 from pipeline.runs.results import Key, Ledger, Row, best, key_of
 from pipeline.runs.wandb_log import STEP_KEY, Picture, WandbLog, wandb_mode
@@ -164,7 +164,7 @@ class RunScores:
         path = self.grid_path(candidate.step)
         try:
             path.parent.mkdir(exist_ok=True)
-            write_atomic(path, png(grid))
+            write_atomic(path, encode(grid, "png"))
         except OSError as error:
             raise RunFolderError(
                 f"{path}: cannot be written: {error.strerror or error}. Free space, then run the "
