@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from pipeline.config.schema import ModelConfig
 from pipeline.models.dcgan import make_generator
@@ -65,18 +66,9 @@ def make_sampler(
 
 def _recompute_statistics(G: nn.Module, model: ModelConfig, device: torch.device | str) -> None:
     """Set the BatchNorm statistics of G to their mean over fixed-seed batches, in place."""
-    norms = [module for module in G.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain mean over the batches
-    G.train()
-    with (
-        deterministic_fp32(),
-        torch.no_grad(),
-        torch.autocast(torch.device(device).type, enabled=False),
-    ):
-        for k in range(STATISTICS_BATCHES):
-            G(z_rows(model, 0, "standing", k * BLOCK, BLOCK).to(device))
+    z = (z_rows(model, 0, "standing", k * BLOCK, BLOCK) for k in range(STATISTICS_BATCHES))
+    with deterministic_fp32(), torch.autocast(torch.device(device).type, enabled=False):
+        update_bn(z, G, torch.device(device))
 
 
 def draw_images(G: nn.Module, z: Tensor) -> NDArray[np.uint8]:

@@ -126,7 +126,7 @@ def picture(options: argparse.Namespace) -> bytes:
 
     from pipeline.generation.figures import check_size, enlarge, png
     from pipeline.models.sampling import image_grid
-    from pipeline.papers.linear_probe import chosen, standing
+    from pipeline.papers.linear_probe import chosen, set_batchnorm_statistics
     from pipeline.papers.probe import open_pair, open_shards
 
     config, found, trained, random = open_pair(options.run, options.checkpoint, options.seed)
@@ -144,7 +144,7 @@ def picture(options: argparse.Namespace) -> bytes:
     check_size(4 * options.count * features * side**2 * config.model.channels, remedy)
     columns = []
     for D in (trained, random):
-        standing(D, images)
+        set_batchnorm_statistics(D, images)
         below = excited(D, images, features, options.count)
         filters = enlarge(first_filters(D), 3)
         across = max(1, below.shape[1] // (filters.shape[2] + 2))

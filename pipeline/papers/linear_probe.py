@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import update_bn
 
 from pipeline.config.schema import DataConfig
 from pipeline.data.cache import Cache
@@ -28,7 +29,7 @@ from pipeline.runtime.errors import EvaluationError
 
 BLOCK = 64
 TRAIN_BYTES = 28  # of a training feature: float32, and a double with its column inside liblinear
-STANDING_IMAGES = 2048
+STATISTICS_IMAGES = 2048
 POOLED = 4
 
 Features = NDArray[np.float32]
@@ -95,22 +96,24 @@ def check_memory(train: int, test: int, dim: int, there: int = 0) -> None:
         )
 
 
-def standing(D: nn.Module, images: NDArray[np.uint8]) -> nn.Module:
-    """D in eval mode, its BatchNorm statistics the mean over batches of these images; in place.
+def set_batchnorm_statistics(D: nn.Module, images: NDArray[np.uint8]) -> None:
+    """Set the BatchNorm statistics of D to the mean over batches of images; put D in eval mode.
 
-    In training D normalises with its batch; an image's features must not depend on its neighbours.
+    In training D normalises each batch with its own statistics and keeps none. The features of an
+    image must not depend on the other images of its batch.
+
+    Args:
+        D: a DCGAN discriminator on the CPU, changed in place.
+        images: (N, H, W, C) uint8; the first ``STATISTICS_IMAGES`` are used.
     """
-    norms = [module for module in D.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.track_running_stats, norm.momentum = True, None  # None: a plain mean over the batches
-        norm.running_mean = torch.zeros(norm.num_features)
-        norm.running_var = torch.ones(norm.num_features)
-        norm.num_batches_tracked = torch.tensor(0)
-    D.train()
-    with torch.no_grad():
-        for batch in _batches(images[:STANDING_IMAGES]):
-            D(batch)
-    return D.eval()
+    for module in D.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats = True
+            module.running_mean = torch.empty(module.num_features)  # ``update_bn`` resets these
+            module.running_var = torch.empty(module.num_features)
+            module.num_batches_tracked = torch.tensor(0)
+    update_bn(_batches(images[:STATISTICS_IMAGES]), D)
+    D.eval()
 
 
 def conv_features(D: nn.Module, images: NDArray[np.uint8]) -> Features:

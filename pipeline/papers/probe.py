@@ -49,7 +49,7 @@ def probe(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         conv_features,
         labelled,
         pixels,
-        standing,
+        set_batchnorm_statistics,
     )
     from pipeline.papers.linear_probe import probe as measure
     from pipeline.runtime.files import check_output_path
@@ -73,7 +73,7 @@ def probe(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         for (field, index), count in zip(sources.items(), counts, strict=True)
     )
     for network in (trained, random):
-        standing(network, train)
+        set_batchnorm_statistics(network, train)
     check_memory(len(train), len(test), conv_features(trained, train[:1]).shape[1])
     outcomes: list[Outcome] = []
     for name, D in (("D", trained), ("random D", random), ("pixels", None)):

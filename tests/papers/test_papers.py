@@ -41,7 +41,7 @@ from pipeline.models.noise import rng, z_rows
 from pipeline.models.sampling import draw_images
 from pipeline.papers import gan_1d, guided_backprop, linear_probe, probe
 from pipeline.papers.guided_backprop import guided_gradients
-from pipeline.papers.linear_probe import check_memory, standing
+from pipeline.papers.linear_probe import check_memory, set_batchnorm_statistics
 from pipeline.papers.probe import open_pair
 from pipeline.runs import checkpoint
 from pipeline.runs.checkpoint import load_snapshot
@@ -366,10 +366,25 @@ def test_the_last_fifth_of_the_training_images_chooses_the_svm() -> None:
     assert found.accuracy == pytest.approx(again.score(scaled[:100], labels[:100]), abs=0.011)
 
 
+def test_batchnorm_statistics_of_d_are_the_mean_over_its_batches(labelled_run: Path) -> None:
+    """Mean and unbiased variance of each batch of 64 inputs, averaged; D is in eval mode."""
+    _, _, D, _ = open_pair(labelled_run, None, 0)
+    images = np.stack([pixels_of(k, (32, 32, 1)) for k in range(128)])
+    set_batchnorm_statistics(D, images)
+    assert not any(module.training for module in D.modules())
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    before_norm = torch.nn.Sequential(*list(D.layers)[:3])  # type: ignore[arg-type]
+    with torch.no_grad():
+        parts = [before_norm(part).transpose(0, 1).flatten(1) for part in x.split(64)]
+    (norm, *_) = [m for m in D.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    torch.testing.assert_close(norm.running_mean, sum(part.mean(1) for part in parts) / 2)
+    torch.testing.assert_close(norm.running_var, sum(part.var(1) for part in parts) / 2)
+
+
 def test_features_are_every_activation_max_pooled_to_four_by_four(labelled_run: Path) -> None:
     _, _, D, _ = open_pair(labelled_run, None, 0)
     images = np.stack([pixels_of(k, (32, 32, 1)) for k in range(70)])
-    standing(D, images)
+    set_batchnorm_statistics(D, images)
     expected, h = [], torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         for layer in D.layers:  # type: ignore[union-attr]
@@ -412,7 +427,7 @@ def test_guided_gradients_of_one_layer_are_its_filter_where_it_responds(labelled
     """Nothing before the only layer can shut; shapes and finite numbers through a whole D."""
     _, _, D, random = open_pair(labelled_run, None, 0)
     x = torch.rand(3, 1, 32, 32, generator=rng(0, "x")) * 2 - 1
-    standing(D, np.zeros((64, 32, 32, 1), np.uint8))
+    set_batchnorm_statistics(D, np.zeros((64, 32, 32, 1), np.uint8))
     responses, gradients = guided_gradients(D, x, 2)
     assert responses.shape == (3,)
     assert gradients.shape == x.shape
@@ -436,7 +451,7 @@ def test_the_most_exciting_images_stand_left_of_what_excites(labelled_run: Path)
     """A row for each feature, the largest response first, by the definition of a response."""
     _, _, D, _ = open_pair(labelled_run, None, 0)
     images = np.stack([pixels_of(k, (32, 32, 1)) for k in range(70)])
-    standing(D, images)
+    set_batchnorm_statistics(D, images)
     found = guided_backprop.excited(D, images, features=3, count=2)
     assert found.shape == (3 * 32, 4 * 32, 1)
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
