@@ -65,18 +65,21 @@ SHARED = (ConfigError, CheckpointError, RunFolderError, EvaluationError, Generat
 def exit_on_user_error() -> Iterator[None]:
     """End the process with exit code 2 and the message alone when a ``UserError`` escapes.
 
-    In a distributed run every rank fails on the same input with the same message, so ranks other
-    than 0 stay silent when the fault is a configuration both can see, or known to be raised on all;
-    the first of a node speaks for it when the fault is the node's.
+    In a distributed run every rank fails on the same input with the same message. So ranks other
+    than 0 stay silent when all ranks can see the fault, and all but the first of a node when it is
+    the node's. A process that is no rank of a launch always speaks, whatever RANK says.
     """
+    from pipeline.runtime.environment import is_rank_of_a_launch
+
     try:
         yield
     except UserError as error:
         speaker = "0"
-        if isinstance(error, LaunchError):
-            speaker = os.environ.get("LOCAL_RANK", "0")
-        elif error.raised_on_all or isinstance(error, SHARED):
-            speaker = os.environ.get("RANK", "0")
+        if is_rank_of_a_launch():
+            if isinstance(error, LaunchError):
+                speaker = os.environ.get("LOCAL_RANK", "0")
+            elif error.raised_on_all or isinstance(error, SHARED):
+                speaker = os.environ.get("RANK", "0")
         if speaker == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR_EXIT_CODE)

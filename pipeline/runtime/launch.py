@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from itertools import pairwise
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
+from pipeline.runtime import environment, signals
 from pipeline.runtime.errors import ConfigError, LaunchError
 from pipeline.runtime.hardware import (
     cpu_requested,
@@ -34,6 +35,10 @@ def make_accelerator(precision: str) -> Accelerator:
         LaunchError: GPUs were allocated that PyTorch does not see, or fewer than processes.
         ConfigError: fp16 without a GPU, or processes that do not see each other.
     """
+    environment.require_whole_launch()
+    for line in environment.drop_accelerate_settings(MIXED_PRECISION[precision]):
+        if os.environ.get("RANK", "0") == "0":
+            log.warning(line)
     _refuse_missing_gpus()
     on_cuda = torch.cuda.is_available() and not cpu_requested()
     if on_cuda and "TORCHELASTIC_RUN_ID" in os.environ:  # others may show a process its GPU alone
@@ -126,14 +131,36 @@ def warn_about_missing_processes(accelerator: Accelerator) -> None:
     ``accelerate launch --cpu --num_processes 2`` starts one process and is silent about it; only
     the launcher's own command line knows.
     """
-    words = of_the_launcher("cmdline")
-    for word, value in pairwise(words):
-        asked = (
-            int(value) if word.replace("-", "_") == "__num_processes" and value.isdecimal() else 0
+    asked = _processes_asked_for(of_the_launcher("cmdline"))
+    if asked > accelerator.num_processes:
+        log.warning(
+            f"--num_processes {asked} was asked for, but this run has "
+            f"{accelerator.num_processes} process: accelerate launch starts no second one with "
+            f"--cpu. Use: accelerate launch --multi_gpu --num_processes {asked} ... on CPUs too"
         )
-        if asked > accelerator.num_processes:
-            log.warning(
-                f"--num_processes {asked} was asked for, but this run has "
-                f"{accelerator.num_processes} process: accelerate launch starts no second one with "
-                f"--cpu. Use: accelerate launch --multi_gpu --num_processes {asked} ... on CPUs too"
-            )
+
+
+def _processes_asked_for(launcher: list[str]) -> int:
+    """Return what ``accelerate launch`` was told, by its command line or its file; else 0.
+
+    Args:
+        launcher: words of the parent's command line; [] if it cannot be read.
+    """
+    if not any(Path(word).name in signals.LAUNCHERS for word in launcher):
+        return 0
+    options = {"__num_processes": "", "__config_file": ""}
+    for word, following in zip(launcher, [*launcher[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if (name := name.replace("-", "_")) in options and not options[name]:
+            options[name] = value if equals else following
+    if options["__num_processes"].isdecimal():
+        return int(options["__num_processes"])
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
+    file = options["__config_file"] or default_config_file
+    if not Path(file).is_file():
+        return 0
+    try:
+        return int(load_config_from_file(file).num_processes or 0)
+    except (ValueError, TypeError, AttributeError, OSError):  # the launcher has read it: a new key
+        return 0
