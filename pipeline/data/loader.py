@@ -36,7 +36,7 @@ from pipeline.data.shards import Index, read_index
 from pipeline.runtime.errors import DataError
 from pipeline.runtime.ranks import on_every_rank, run_on_selected_ranks
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Batch(NamedTuple):

@@ -68,18 +68,22 @@ def exit_on_user_error(memory_advice: str = "") -> Iterator[None]:
     Running out of memory ends the same way. In a distributed run all ranks raise the errors in
     ``SEEN_BY_ALL_RANKS`` and those marked ``raised_on_all``: rank 0 prints them. The first process
     of each node prints a ``LaunchError``. Every other error is printed by the rank that raised it.
+    A process that is no rank of a launch always prints, whatever RANK says.
 
     Args:
         memory_advice: which setting to lower when memory runs out, with its value.
     """
+    from pipeline.runtime.environment import is_rank_of_a_launch
+
     try:
         yield
     except UserError as error:
         speaker = "0"
-        if isinstance(error, LaunchError):
-            speaker = os.environ.get("LOCAL_RANK", "0")
-        elif error.raised_on_all or isinstance(error, SEEN_BY_ALL_RANKS):
-            speaker = os.environ.get("RANK", "0")
+        if is_rank_of_a_launch():
+            if isinstance(error, LaunchError):
+                speaker = os.environ.get("LOCAL_RANK", "0")
+            elif error.raised_on_all or isinstance(error, SEEN_BY_ALL_RANKS):
+                speaker = os.environ.get("RANK", "0")
         if speaker == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
     except (MemoryError, RuntimeError) as error:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from itertools import pairwise
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
+from pipeline.runtime import environment, signals
 from pipeline.runtime.errors import ConfigError, LaunchError
 from pipeline.runtime.hardware import (
     cpu_requested,
@@ -34,6 +35,10 @@ def make_accelerator(precision: str) -> Accelerator:
             than processes.
         ConfigError: fp16 without a GPU, or processes that did not join one group.
     """
+    environment.require_whole_launch()
+    for line in environment.drop_accelerate_settings(MIXED_PRECISION[precision]):
+        if os.environ.get("RANK", "0") == "0":
+            log.warning(line)
     _refuse_missing_gpus()
     on_cuda = torch.cuda.is_available() and not cpu_requested()
     # Launchers other than torchrun may show each process only its own GPU.
@@ -127,12 +132,36 @@ def warn_about_missing_processes(accelerator: Accelerator) -> None:
     ``accelerate launch --cpu --num_processes 2`` starts one process without a message; only the
     launcher's own command line has the number.
     """
-    for option, value in pairwise(launcher_words("cmdline")):
-        if option.replace("-", "_") != "__num_processes" or not value.isdecimal():
-            continue
-        if int(value) > accelerator.num_processes:
-            log.warning(
-                f"--num_processes ({value}): this run has {accelerator.num_processes} process, "
-                "because accelerate launch starts one with --cpu. On CPUs too, use: accelerate "
-                f"launch --multi_gpu --num_processes {value} ..."
-            )
+    asked = _processes_asked_for(launcher_words("cmdline"))
+    if asked > accelerator.num_processes:
+        log.warning(
+            f"--num_processes ({asked}): this run has {accelerator.num_processes} process, because "
+            "accelerate launch starts one with --cpu. On CPUs too, use: accelerate launch "
+            f"--multi_gpu --num_processes {asked} ..."
+        )
+
+
+def _processes_asked_for(launcher: list[str]) -> int:
+    """Return what ``accelerate launch`` was told, by its command line or its file; else 0.
+
+    Args:
+        launcher: words of the parent's command line; [] if it cannot be read.
+    """
+    if not any(Path(word).name in signals.LAUNCHERS for word in launcher):
+        return 0
+    options = {"__num_processes": "", "__config_file": ""}
+    for word, following in zip(launcher, [*launcher[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if (name := name.replace("-", "_")) in options and not options[name]:
+            options[name] = value if equals else following
+    if options["__num_processes"].isdecimal():
+        return int(options["__num_processes"])
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
+    file = options["__config_file"] or default_config_file
+    if not Path(file).is_file():
+        return 0
+    try:
+        return int(load_config_from_file(file).num_processes or 0)
+    except (ValueError, TypeError, AttributeError, OSError):  # the launcher has read it: a new key
+        return 0

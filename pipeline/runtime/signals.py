@@ -7,11 +7,13 @@ entry points call ``install`` before they import torch, which takes seconds.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +22,13 @@ if TYPE_CHECKING:
 
     import torch
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end a command which has no state to save."""
+LAUNCHERS = (
+    *("accelerate", "accelerate-launch", "accelerate.commands.launch"),
+    *("torchrun", "torch.distributed.run", "torch.distributed.launch"),
+)
+PR_SET_PDEATHSIG = 1
 _received: list[str] = []  # names of the signals, in order of arrival
 
 
@@ -30,9 +37,34 @@ class Stopped(Exception):
 
 
 def install() -> None:
-    """Let SIGTERM, SIGUSR1, SIGUSR2 and the first Ctrl-C set the flag that ``received`` reads."""
+    """Let stop signals set the flag that ``received`` reads.
+
+    These are SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, the first Ctrl-C, and the death of a launcher.
+    SIGHUP stays ignored where it is ignored, as under nohup.
+    """
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, _note)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _note)
+    _stop_with_the_launcher()
+
+
+def _stop_with_the_launcher() -> None:
+    """Ask the kernel for a SIGTERM when the launcher that started this process dies.
+
+    ``accelerate launch`` does not pass a SIGTERM on, and no launcher can pass on a SIGKILL: the
+    ranks would train on as orphans. Linux only. The kernel watches the thread that started this
+    process, which in both launchers is the main thread. Other parents, such as a shell, may end.
+    """
+    parent = os.getppid()
+    try:
+        words = Path(f"/proc/{parent}/cmdline").read_text().split("\0")
+    except (OSError, UnicodeDecodeError):
+        return
+    if any(Path(word).name in LAUNCHERS for word in words):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the kernel was asked
+            _note(signal.SIGTERM, None)
 
 
 def received() -> str | None:
@@ -61,7 +93,11 @@ def exit_on_interrupt(message: str) -> Iterator[None]:
         numbers.append(signal.Signals(number))
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
+    before = {
+        number: signal.signal(number, interrupt)
+        for number in STOP_SIGNALS
+        if signal.getsignal(number) != signal.SIG_IGN  # as SIGHUP under nohup
+    }
     try:
         if numbers:
             raise KeyboardInterrupt
