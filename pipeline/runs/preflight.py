@@ -56,40 +56,28 @@ def examine(config: Config, accelerator: Accelerator, precision: str) -> list[Fi
         accelerator: the ranks of this launch.
         precision: ``train.precision`` as this rank resolved it.
     """
-    findings = [
-        _software(accelerator),
-        _devices(accelerator, precision),
-        _batch(accelerator, config),
-        _all_reduce(accelerator),
-        _stop_requests(accelerator),
-        _clocks(accelerator),
-        _run_folder(accelerator, config),
-    ]
-    index, finding = _shards(accelerator, config)
-    return [
-        *findings,
-        finding,
-        *_disk_space(accelerator, config, index),
-        _tracking(accelerator, config),
-    ]
+    found = [_software(accelerator), _devices(accelerator, precision), _batch(accelerator, config)]
+    found += [_all_reduce(accelerator), _stop_requests(accelerator), _clocks(accelerator)]
+    found.append(_run_folder(accelerator, config))
+    index, shards = _shards(accelerator, config)
+    found += [shards, *_disk_space(accelerator, config, index), _tracking(accelerator, config)]
+    return found
 
 
 def _software(accelerator: Accelerator) -> Finding:
     """Compare the versions of Python, PyTorch and the other libraries between nodes."""
     names = ("torch", "accelerate", "wandb", "numpy")
-    versions = [f"python {platform.python_version()}", *(f"{n} {version(n)}" for n in names)]
+    parts = [f"python {platform.python_version()}", *(f"{n} {version(n)}" for n in names)]
     if torch.version.cuda:
-        versions.append(f"CUDA {torch.version.cuda}")
+        parts.append(f"CUDA {torch.version.cuda}")
     if torch.cuda.is_available():
-        versions.append(f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
-    text = ", ".join(versions)
+        parts.append(f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
+    text = ", ".join(parts)
     by_version = gather_by_node(accelerator, text)
     if len(by_version) == 1:
-        nodes = len(set(gather(accelerator, node_name())))
-        return Finding(
-            "software", "ok", text + (f"; the same on {nodes} nodes" if nodes > 1 else "")
-        )
-    lines = [f"{nodes}: {text}" for text, nodes in by_version.items()]
+        nodes = by_version[text].count(",") + 1
+        return Finding("software", "ok", text + f"; the same on {nodes} nodes" * (nodes > 1))
+    lines = [f"{nodes}: {versions}" for versions, nodes in by_version.items()]
     lines.append("use one environment on all nodes: a shared .venv or an image")
     return Finding("software", "FAILED", "\n".join(lines))
 
@@ -141,9 +129,7 @@ def _all_reduce(accelerator: Accelerator) -> Finding:
     numbers = ALL_REDUCE_MIB * 2**20 // 4
     seconds, right = [], True
     for _ in range(REPETITIONS):
-        values = torch.full(
-            (numbers,), float(accelerator.process_index + 1), device=accelerator.device
-        )
+        values = torch.full((numbers,), accelerator.process_index + 1.0, device=accelerator.device)
         accelerator.wait_for_everyone()
         began = time.perf_counter()
         dist.all_reduce(values)
@@ -284,9 +270,7 @@ def _disk_space(accelerator: Accelerator, config: Config, index: Index | None) -
     total, one = checkpoint_bytes(config)
     needed = max(0, total - gather(accelerator, written_bytes(folder))[0])
     free = min(gather(accelerator, shutil.disk_usage(nearest_existing(folder)).free))
-    text = (
-        f"{folder}: {_gib(free)} free, the remaining checkpoints and snapshots need {_gib(needed)}"
-    )
+    text = f"{folder}: {_gib(free)} free, checkpoints and snapshots to come need {_gib(needed)}"
     findings = [Finding("disk", "ok" if free > needed + one else "FAILED", text)]
     if index is not None and index.is_remote:
         cache = Path(config.data.cache_dir).expanduser()

@@ -60,7 +60,7 @@ def process(*words: object, ranks: int = 1, **env: str) -> Iterator[subprocess.P
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
         launcher += ["--master_port", str(free_port()), "--"]
-    tests = {"PYTHONPATH": str(REPO / "tests")}
+    tests = {"PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
     running = subprocess.Popen(
         [*launcher, script, *map(str, words)],
         env=environment() | tests | env,
