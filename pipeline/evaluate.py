@@ -1,19 +1,21 @@
-"""Score the checkpoints of a run: FID, IS, KID, precision and recall, in a job of its own.
+"""Score the checkpoints of a run: FID, IS, KID, precision and recall.
 
     python -m pipeline.evaluate --run runs/x                            # the newest checkpoint
-    accelerate launch pipeline/evaluate.py --run runs/x --pending       # all that lack a score
-    torchrun --nproc_per_node 8 -- pipeline/evaluate.py --run runs/x --watch   # to its end
+    accelerate launch pipeline/evaluate.py --run runs/x --pending       # every one without a score
+    torchrun --nproc_per_node 8 -- pipeline/evaluate.py --run runs/x --watch   # as they appear
     python -m pipeline.evaluate --checkpoint runs/x/snapshots/step_00010000
-    python -m pipeline.evaluate --run runs/x --images DIR      # other samples, the same protocol
+    python -m pipeline.evaluate --run runs/x --images DIR      # any images, by the run's protocol
     python -m pipeline.evaluate reference --config configs/dcgan_64.yaml --out FILE
     python -m pipeline.evaluate fetch-weights --to DIR         # Inception's, for offline nodes
     python -m pipeline.evaluate --run runs/x eval.extractor=efficientnet-lite0   # no download
     python -m pipeline.evaluate --run runs/x --metrics parzen eval.parzen_shards=DIR   # as in 2014
-    python -m pipeline.evaluate probe --run runs/x --test DIR  # what D learned
+    python -m pipeline.evaluate probe --run runs/x --test DIR  # accuracy of an SVM on D's features
 
-Settings are the section eval: of the run's configuration; the command line wins over it. Rows go to
-evaluations.jsonl in the run folder, then to W&B. What is there already is not computed again, so
-after a kill run the same command again; any number of evaluators may work on one run.
+Without a command name the command is score. Its settings are the section eval of the run's
+configuration; section.key=value on the command line overrides them. Each score is appended to
+evaluations.jsonl in the run folder, then logged to W&B. A step that already has a score under the
+same settings is skipped, so after an interruption run the same command again. Several evaluations
+may work on one run at the same time.
 """
 
 from __future__ import annotations
@@ -32,13 +34,17 @@ import argparse
 import dataclasses
 import sys
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.loading import load
 from pipeline.config.schema import Config, ModelConfig
+from pipeline.papers import probe
 from pipeline.runs.run_folder import SNAPSHOTS, committed
+from pipeline.runtime.arguments import HelpFormatter, number
 from pipeline.runtime.errors import EvaluationError, exit_on_user_error
+from pipeline.runtime.files import exists
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,45 +54,43 @@ if TYPE_CHECKING:
     from pipeline.evaluation.scorer import Scorer
 
 
-METRICS = ("fidelity", "parzen")
-
-
 def evaluate(options: argparse.Namespace, config: Config) -> bool:
-    """Score what the command line names; False if it was stopped before the end."""
-    if options.run and not options.images:
-        _something_to_evaluate(options, config)
-    # torch takes seconds to import; --help and a mistyped path answer without it.
+    """Run ``score`` or ``reference``; returns False if a signal stopped it before the end."""
+    making_reference = options.command == "reference"
+    if options.run and not making_reference and not options.images:
+        _check_for_checkpoints(options, config)
+    # torch takes seconds to import. --help and a mistyped path are answered before that.
     from pipeline.runtime import hardware, launch
 
     accelerator = launch.make_accelerator("fp32")
-    hardware.use_all_cores()  # of a GPU machine too: precision and recall are computed on CPUs
+    hardware.use_all_cores()  # on a GPU machine too: precision and recall are computed on the CPU
     launch.warn_about_missing_processes(accelerator)
-    evaluator = _evaluator(options.metrics)(config, accelerator)
+    scorer = _scorer_class("fidelity" if making_reference else options.metrics)(config, accelerator)
     if accelerator.is_main_process:
-        print(evaluator.describe(), flush=True)
+        print(scorer.describe(), flush=True)
     finished = True
     try:
-        if options.command == "reference":
-            evaluator.write_reference(options.out)
+        if making_reference:
+            scorer.write_reference(options.out)
         elif options.images:
-            _score_images(options.images, evaluator)
+            _score_images(options.images, scorer)
         elif options.run:
-            _score_run(options, evaluator)
+            _score_run(options, scorer)
         else:
-            _score_detached(options.checkpoint, evaluator)
+            _score_without_run(options.checkpoint, scorer)
     except signals.Stopped:
         finished = False
         if accelerator.is_main_process:
             reason = signals.received() or "another rank's signal"
             print(f"stopped by {reason}; run the same command again to go on", file=sys.stderr)
-    evaluator.close()
-    # A launcher ends the other ranks as soon as one has left with another code than 0.
+    scorer.close()
+    # A launcher kills the other ranks as soon as one exits with a code other than 0.
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return finished
 
 
-def _evaluator(metrics: str) -> type[Scorer]:
+def _scorer_class(metrics: str) -> type[Scorer]:
     if metrics == "parzen":
         from pipeline.evaluation.parzen import ParzenScorer
 
@@ -96,11 +100,11 @@ def _evaluator(metrics: str) -> type[Scorer]:
     return Scorer
 
 
-def _score_run(options: argparse.Namespace, evaluator: Scorer) -> None:
+def _score_run(options: argparse.Namespace, scorer: Scorer) -> None:
     from pipeline.evaluation import candidates
     from pipeline.evaluation.run_scores import RunScores
 
-    weights = evaluator.config.eval.weights
+    weights = scorer.config.eval.weights
 
     def find() -> list[Candidate]:
         if options.checkpoint:
@@ -108,55 +112,55 @@ def _score_run(options: argparse.Namespace, evaluator: Scorer) -> None:
         found = candidates.find_in_run(options.run, weights)
         return found if options.pending or options.watch else found[-1:]
 
-    with closing(RunScores(evaluator, options.run)) as evaluation:
-        evaluator.load_reference()
+    with closing(RunScores(scorer, options.run)) as run_scores:
+        scorer.load_reference()
         while True:
-            # Looked at first: what was written before the marker is found after it.
-            finished = evaluation.training_has_ended()
-            evaluation.evaluate(find)
-            evaluation.send()
-            if not options.watch or finished:
+            # Read before ``find``, so that the last checkpoint of the training is still found.
+            training_ended = run_scores.training_has_ended()
+            run_scores.score_all(find)
+            run_scores.log_to_wandb()
+            if not options.watch or training_ended:
                 break
-            evaluator.wait(options.every)
-        _print_table(evaluation)
-        evaluation.raise_if_any_failed()
+            scorer.wait(options.every)
+        _print_table(run_scores)
+        run_scores.raise_if_any_failed()
 
 
-def _print_table(evaluation: RunScores) -> None:
-    if evaluation.evaluator.is_main:
+def _print_table(run_scores: RunScores) -> None:
+    if run_scores.scorer.is_main:
         from pipeline.evaluation.metrics import table
         from pipeline.runs.results import best
 
-        rows = evaluation.rows()
-        found = best(rows)
-        print(table(rows, evaluation.protocol, found["step"] if found else None), flush=True)
+        rows = run_scores.rows()
+        best_row = best(rows)
+        print(table(rows, run_scores.protocol, best_row["step"] if best_row else None), flush=True)
 
 
-def _score_images(name: str, evaluator: Scorer) -> None:
+def _score_images(location: str, scorer: Scorer) -> None:
     from pipeline.evaluation import candidates
     from pipeline.runtime.ranks import on_every_rank
 
-    shape, count = evaluator.index.shape, evaluator.protocol.num_images
-    images = on_every_rank(
-        evaluator.accelerator, lambda: candidates.images_in_folder(name, shape, count)
-    )
-    evaluator.load_reference()
-    _print_scores(evaluator.score(images, "images"))
+    shape, count = scorer.index.shape, scorer.protocol.num_images
+    open_images = partial(candidates.images_in_folder, location, shape, count)
+    images = on_every_rank(scorer.accelerator, open_images)
+    scorer.load_reference()
+    _print_scores(scorer.score(images, "images"))
 
 
-def _score_detached(path: Path, evaluator: Scorer) -> None:
+def _score_without_run(path: Path, scorer: Scorer) -> None:
+    """Print the scores of a snapshot or checkpoint that lies outside a run folder."""
     from pipeline.evaluation import candidates
     from pipeline.runtime.ranks import on_every_rank
 
-    config, accelerator = evaluator.config.eval, evaluator.accelerator
+    config, accelerator = scorer.config.eval, scorer.accelerator
 
-    def opened() -> tuple[nn.Module, ModelConfig]:
+    def open_generator() -> tuple[nn.Module, ModelConfig]:
         candidate = candidates.open_folder(path, config.weights)
         return candidates.open_generator(candidate, path, config.weights, accelerator.device)
 
-    G, model = on_every_rank(accelerator, opened)
-    evaluator.load_reference()
-    _print_scores(evaluator.score(candidates.generated_images(G, model, config.seed), path.name))
+    G, model = on_every_rank(accelerator, open_generator)
+    scorer.load_reference()
+    _print_scores(scorer.score(candidates.generated_images(G, model, config.seed), path.name))
 
 
 def _print_scores(scores: dict[str, float]) -> None:
@@ -164,74 +168,87 @@ def _print_scores(scores: dict[str, float]) -> None:
         print(f"{name:<50} {value:.5g}", flush=True)
 
 
-def _something_to_evaluate(options: argparse.Namespace, config: Config) -> None:
-    there = committed(options.run) or committed(options.run, SNAPSHOTS)
-    if not options.watch and not options.checkpoint and not there:
+def _check_for_checkpoints(options: argparse.Namespace, config: Config) -> None:
+    found = committed(options.run) or committed(options.run, SNAPSHOTS)
+    if not options.watch and not options.checkpoint and not found:
         raise EvaluationError(
-            f"--run {options.run}: no checkpoint or snapshot there yet; the first comes after "
-            f"train.checkpoint_every ({config.train.checkpoint_every}) steps. --watch waits for it."
+            f"--run {options.run}: this run has no checkpoint or snapshot yet. The first comes "
+            f"after train.checkpoint_every ({config.train.checkpoint_every}) steps; wait for it "
+            "with --watch."
         )
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    """The command line, its parts checked against each other."""
+    """Return the checked options; ``command`` is score, reference, fetch-weights or probe."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.evaluate",
+        usage="%(prog)s [COMMAND] [OPTIONS] [section.key=value ...]",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
-    commands = ("reference", "fetch-weights")  # and probe, which has a command line of its own
-    command = words.pop(0) if words[:1] and words[0] in commands else ""
-    add = parser.add_argument
-    if command == "fetch-weights":
-        add("--to", type=Path, required=True, metavar="DIR", help="folder for the weights file")
-        return argparse.Namespace(command=command, **vars(parser.parse_args(words)))
-    add("--run", type=Path, metavar="DIR", help="run folder")
-    add("--config", metavar="FILE", help="YAML configuration, where there is no run")
-    if command == "reference":
-        add("--out", type=Path, metavar="FILE", help="default: eval.cache_dir")
-    else:
-        add(
-            "--checkpoint",
-            type=Path,
-            metavar="DIR",
-            help="this folder of snapshots/ or checkpoints/",
-        )
-        add("--images", metavar="DIR", help="score a folder, zip or tars of images instead")
-        add("--metrics", choices=METRICS, default=METRICS[0], help="what to compute (fidelity)")
-        add("--pending", action="store_true", help="every step that has no score yet")
-        add("--watch", action="store_true", help="as --pending, until the training has finished")
-        add("--every", type=float, default=30.0, metavar="S", help="seconds between looks (30)")
-    add("overrides", nargs="*", metavar="section.key=value", help="values that win over the file")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    add_command = partial(commands.add_parser, formatter_class=HelpFormatter)
+    score = add_command("score", prog=parser.prog, help="score checkpoints, or a set of images")
+    reference = add_command("reference", help="compute the reference file of the real images")
+    fetch = add_command("fetch-weights", help="download the weights of Inception into a folder")
+    fetch.add_argument(
+        "--to", type=Path, required=True, metavar="DIR", help="folder to put the weights file into"
+    )
+    about_probe = "train a linear SVM on D's features and test it"
+    probe.add_arguments(add_command("probe", help=about_probe, description=probe.__doc__))
+    for command in (score, reference):
+        add = command.add_argument
+        add("--run", type=Path, metavar="DIR", help="run folder; its configuration is used")
+        add("--config", metavar="FILE", help="YAML configuration to use instead of the run's")
+    out = "file to copy the reference to; without it, it is only put into eval.cache_dir"
+    reference.add_argument("--out", type=Path, metavar="FILE", help=out)
+    add = score.add_mutually_exclusive_group().add_argument
+    one = "score one folder of snapshots/ or checkpoints/ instead of the newest of the run"
+    add("--checkpoint", type=Path, metavar="DIR", help=one)
+    add("--images", metavar="DIR", help="score a folder, zip archive or tar files of images")
+    add("--pending", action="store_true", help="score every step that has no score yet")
+    add("--watch", action="store_true", help="as --pending, repeatedly until the training ends")
+    add = score.add_argument
+    seconds = "seconds between two looks of --watch at the run folder"
+    add("--every", type=number(0, 86_400), default=30.0, metavar="S", help=seconds)
+    metrics = "fidelity: FID, IS, KID, precision, recall; parzen: log-likelihood (2014)"
+    add("--metrics", choices=("fidelity", "parzen"), default="fidelity", help=metrics)
+    for command in (score, reference):
+        overrides = "override a value of the configuration"
+        command.add_argument("overrides", nargs="*", metavar="section.key=value", help=overrides)
+    parser.epilog = f"Without a command name:\n{score.format_help()}"
+    if not words or words[0] not in (*commands.choices, "-h", "--help"):
+        words = ["score", *words]
     options = parser.parse_args(words)
-    options.command = command
-    for name in ("checkpoint", "images", "pending", "watch", "out", "metrics"):
-        setattr(options, name, getattr(options, name, None))
-    if options.checkpoint and not options.run:
-        # runs/x/snapshots/step_N: the run's ledger gets the row; elsewhere the scores are printed.
-        parent = options.checkpoint.resolve().parents
-        if len(parent) > 1 and (parent[1] / "config.yaml").is_file():
-            options.run = parent[1]
-    several = [n for n in ("checkpoint", "images", "pending", "watch") if getattr(options, n)]
-    if len(several) > 1:
-        parser.error(f"give only one of {', '.join('--' + name for name in several)}")
-    if not (options.run or options.config or options.checkpoint):
-        parser.error("give --run DIR, or --config FILE" + ("" if command else " with --images DIR"))
-    if not options.run and not command and not (options.images or options.checkpoint):
-        parser.error("--config names no checkpoints: give --run DIR, or --images DIR with it")
+    if options.command == "reference" and not (options.run or options.config):
+        reference.error("give --run DIR or --config FILE")
+    if options.command == "score":
+        if options.checkpoint and not options.run:
+            # The scores of runs/x/snapshots/step_N go to the ledger of runs/x.
+            parents = options.checkpoint.resolve().parents
+            if len(parents) > 1 and (parents[1] / "config.yaml").is_file():
+                options.run = parents[1]
+        if not (options.run or options.checkpoint or (options.config and options.images)):
+            score.error("give --run DIR or --checkpoint DIR, or --config FILE with --images DIR")
     return options
 
 
 def configuration(options: argparse.Namespace) -> Config:
-    """The run's own configuration, or that of ``--config``, under the command line's overrides."""
+    """Return the configuration of ``--config``, else of the run, with the overrides applied.
+
+    Raises:
+        EvaluationError: the run folder has no configuration.
+        ConfigError: a value is invalid.
+    """
     if options.config:
         return load(options.config, options.overrides)
     folder: Path = options.run or options.checkpoint
-    if not (folder / "config.yaml").is_file():
-        what = "--run" if options.run else "--checkpoint"
+    if not exists(folder / "config.yaml"):
+        field = "--run" if options.run else "--checkpoint"
         near = sorted(str(path.parent) for path in folder.parent.glob("*/config.yaml"))[:10]
         raise EvaluationError(
-            f"{what} {folder}: holds no config.yaml; runs beside it: {', '.join(near) or 'none'}."
+            f"{field} {folder}: the folder has no config.yaml. Give a run folder; runs beside it: "
+            f"{', '.join(near) or 'none'}."
         )
     config = load(folder / "config.yaml", options.overrides)
     # The folder may have been moved or copied since the run wrote its configuration.
@@ -239,17 +256,15 @@ def configuration(options: argparse.Namespace) -> Config:
 
 
 def main() -> None:
-    """Parse the command line and evaluate."""
-    if sys.argv[1:2] == ["probe"]:
-        from pipeline.papers import probe
-
-        return probe.main(sys.argv[2:])
+    """Run a command. Exit code 2 after a user's mistake."""
     options = parse(sys.argv[1:])
     with exit_on_user_error():
+        if options.command == "probe":
+            return probe.main(options)
         if options.command == "fetch-weights":
             from pipeline.evaluation.pretrained import fetch_inception
 
-            with signals.exit_on_interrupt("interrupted: nothing was kept"):
+            with signals.exit_on_interrupt("interrupted: no file was written"):
                 print(f"eval.extractor_weights={fetch_inception(options.to).resolve()}")
             return
         config = configuration(options)

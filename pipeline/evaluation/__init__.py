@@ -1,1 +1,5 @@
-"""Score images against real ones: extractors, metrics, protocols and the scores of a run."""
+"""Compare generated with real images.
+
+``extractors`` computes features of images and ``metrics`` the scores of features. ``scorer`` scores
+one set of images, and ``run_scores`` the checkpoints of a run.
+"""

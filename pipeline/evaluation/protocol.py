@@ -1,8 +1,8 @@
-"""What a score depends on, and its name.
+"""The settings that a score depends on, and the names of the scores.
 
-A score means something only together with its protocol: extractor and weights, layer, arithmetic,
-numbers of images, noise, data. ``Protocol`` holds all of it, and its id stands in every row of the
-ledger: rows of different ids are never compared.
+Scores are comparable only if they were computed with the same extractor, weights, layer, precision,
+numbers of images, noise and real images. ``Protocol`` holds these settings. Each row of the ledger
+has its id, and rows with different ids are never compared.
 """
 
 from __future__ import annotations
@@ -19,14 +19,19 @@ from pipeline.data.shards import Index
 from pipeline.evaluation.extractors import Extractor, slug
 from pipeline.runtime.errors import EvaluationError
 
-PURPOSE = "evaluation"  # names the noise stream and the choice of real images
+PURPOSE = "evaluation"
+"""Seeds, with ``eval.seed``, the noise of the generated images, and the choice of real images."""
+SAMPLING = "z-table blocks of 64, standing BatchNorm, round and clamp to uint8: v1"
+"""Name of the way images are generated. Part of the protocol, so a changed way needs a new name."""
 STANDARD_NUM_IMAGES = 50_000
+"""Number of images that most published scores are computed from."""
 KID_SUBSET = 1000
+"""Images in each of the random subsets that KID is the mean of."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RealSide:
-    """What a reference file depends on."""
+class ReferenceProtocol:
+    """The settings that a reference file depends on."""
 
     data: str
     image_shape: tuple[int, int, int]
@@ -41,43 +46,43 @@ class RealSide:
 
     @property
     def id(self) -> str:
-        """12 hex digits; equal exactly when all fields are."""
-        return _hash(dataclasses.asdict(self))
+        """12 hex digits, the same if and only if all fields are the same."""
+        return hash_fields(dataclasses.asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """Everything a score depends on but the network that is scored."""
+    """All settings that a score depends on, except for the generator."""
 
-    reference: RealSide
+    reference: ReferenceProtocol
     num_images: int
     seed: int
     weights: str
     kid_subset_size: int
     dim: int
-    sampling: str = "z-table blocks of 64, standing BatchNorm, round and clamp to uint8: v1"
+    sampling: str = SAMPLING
 
     columns = ("fid", "is", "kid", "precision", "recall")
     higher_is_better = False
 
     @property
     def id(self) -> str:
-        """12 hex digits; equal exactly when all fields are."""
-        return _hash(dataclasses.asdict(self))
+        """12 hex digits, the same if and only if all fields are the same."""
+        return hash_fields(dataclasses.asdict(self))
 
     @property
     def has_fid(self) -> bool:
-        """Whether both sets are large enough for a covariance: at least twice the dimension.
+        """Whether both sets have at least twice as many images as features have numbers.
 
-        Below that a Frechet distance is mostly the bias of its own estimate.
+        With fewer images, a Frechet distance consists mostly of the bias of its estimate.
         """
         return min(self.num_images, self.reference.reference_images) >= 2 * self.dim
 
     def key(self, score: str) -> str:
-        """The metric's name in ledger and W&B, e.g. ``eval/fid`` or ``eval/fd_my-net_2k``.
+        """Return the metric key of a score in ledger and W&B.
 
-        ``eval/fid``, ``eval/is``, ``eval/kid`` are Inception's at 50,000 images; another extractor,
-        layer or number of images stands in the name.
+        Only scores of Inception on 50,000 images are called ``eval/fid``, ``eval/is``, ... The key
+        of others contains extractor, layer or number of images, like ``eval/fd_my-net_64_2k``.
 
         Args:
             score: fid, is, is_std, kid, kid_std, precision or recall.
@@ -88,21 +93,20 @@ class Protocol:
             other = {"fid": "fd", "kid": "kd", "kid_std": "kd_std"}
             parts = [other.get(score, score), slug(real.extractor), real.layer]
         if self.num_images != STANDARD_NUM_IMAGES:
-            count = self.num_images
-            parts.append(f"{count // 1000}k" if count % 1000 == 0 else str(count))
+            parts.append(short_count(self.num_images))
         return "eval/" + "_".join(parts)
 
     def title(self, score: str) -> str:
-        """A score's name in tables for people."""
+        """Return the title of a score in tables."""
         return self.key(score).removeprefix("eval/").split("_")[0].upper()
 
     @property
     def headline(self) -> str:
-        """The key that decides which checkpoint is best; lower is better."""
+        """Key of the score by which the best checkpoint is chosen; lower is better."""
         return self.key("fid" if self.has_fid else "kid")
 
     def describe(self) -> str:
-        """One line for people."""
+        """Return the protocol as one line to print."""
         real = self.reference
         return (
             f"protocol {self.id}: {real.extractor} layer {real.layer} ({self.dim} numbers, "
@@ -112,21 +116,26 @@ class Protocol:
 
 
 def make_protocol(config: EvalConfig, extractor: Extractor, index: Index) -> Protocol:
-    """The protocol of a configuration over a shard set.
+    """Make the protocol of a configuration.
+
+    Args:
+        config: section eval of the configuration.
+        extractor: loaded by it.
+        index: of the shards with the real images.
 
     Raises:
-        EvaluationError: more real images asked for than there are.
+        EvaluationError: ``eval.reference_images`` is more than the shards have.
     """
-    there, asked = index.num_samples, config.reference_images
-    if asked > there:
+    available, wanted = index.num_samples, config.reference_images
+    if wanted > available:
         raise EvaluationError(
-            f"eval.reference_images ({asked}): data.shards ({index.location}) holds {there}; use "
-            f"at most {there}, or 0 for all."
+            f"eval.reference_images ({wanted}): data.shards ({index.location}) has {available} "
+            f"images. Use at most {available}, or 0 for all."
         )
-    reference = RealSide(
+    reference = ReferenceProtocol(
         data=index.fingerprint,
         image_shape=index.shape,
-        reference_images=asked or there,
+        reference_images=wanted or available,
         extractor=extractor.name,
         extractor_sha256=extractor.sha256,
         layer=extractor.layer,
@@ -146,9 +155,15 @@ def make_protocol(config: EvalConfig, extractor: Extractor, index: Index) -> Pro
 
 
 def _kid_subset(count: int) -> int:
-    """KID averages over subsets: 1000 images each, or half the set when that is small."""
+    """Return the size of KID's subsets: 1000, or half of the images if there are few."""
     return KID_SUBSET if count >= 2 * KID_SUBSET else count // 2 or 1
 
 
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+def short_count(count: int) -> str:
+    """Return a number of images as used in metric keys: 10000 -> "10k", 2500 -> "2500"."""
+    return f"{count // 1000}k" if count % 1000 == 0 else str(count)
+
+
+def hash_fields(fields: dict[str, Any]) -> str:
+    """Return 12 hex digits of the sha256 of a protocol's fields."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,6 +1,6 @@
-"""The evaluation of one run: candidates -> rows of its ledger -> W&B.
+"""Score the checkpoints of one run, and record the scores in its ledger and in W&B.
 
-A row is in the ledger before W&B hears of it, and W&B is a view: it may be slow, dead or absent.
+A row is written to the ledger first and logged to W&B later. The ledger is complete without W&B.
 """
 
 from __future__ import annotations
@@ -32,125 +32,135 @@ from pipeline.runtime.ranks import VISIBLE_SECONDS, on_every_rank, on_rank_zero
 
 
 class RunScores:
-    """Candidates of one run -> rows of its ledger -> W&B.
+    """Scores of the checkpoints of one run, as rows of its ledger.
+
+    ``ledger`` is open on rank 0 and None on other ranks. All methods but ``rows`` are called on all
+    ranks.
 
     Args:
-        evaluator: ready to score.
-        run_dir: the run's folder.
+        scorer: computes the scores of one checkpoint.
+        run_dir: folder of the run.
+
+    Raises:
+        RunFolderError: the run folder cannot be written.
     """
 
-    def __init__(self, evaluator: Scorer, run_dir: Path) -> None:
-        self.evaluator, self.run_dir = evaluator, run_dir
-        self.config, self.protocol = evaluator.config, evaluator.protocol
-        self._failed: dict[int, str] = {}
+    def __init__(self, scorer: Scorer, run_dir: Path) -> None:
+        self.scorer, self.run_dir = scorer, run_dir
+        self.config, self.protocol = scorer.config, scorer.protocol
+        self._errors: dict[int, str] = {}  # by step
         self.ledger: Ledger | None = None
-        self._dashboard: WandbLog | None = None
-        self._sending: list[Key] = []
-        on_rank_zero(evaluator.accelerator, self._open)
+        self._wandb: WandbLog | None = None
+        self._logged: list[Key] = []
+        on_rank_zero(scorer.accelerator, self._open_ledger)
 
-    def _open(self) -> None:
+    def _open_ledger(self) -> None:
         self.ledger = Ledger(self.run_dir)
 
-    def evaluate(self, find: Callable[[], list[Candidate]]) -> None:
-        """Evaluate everything that ``find`` (called on rank 0) gives and the ledger lacks.
+    def score_all(self, find: Callable[[], list[Candidate]]) -> None:
+        """Score each candidate that has no row in the ledger yet.
 
-        What another process is evaluating is left to it; this returns when that is done too. What
-        cannot be used is passed over and remembered: ``raise_if_any_failed``.
+        Candidates that another process is scoring are left to it, and this waits until they are
+        done. Damaged candidates are skipped; ``raise_if_any_failed`` reports them.
+
+        Args:
+            find: returns the candidates; called on rank 0, again after each one is scored.
 
         Raises:
             Stopped: a stop signal came.
         """
         while True:
-            candidate, busy = on_rank_zero(
-                self.evaluator.accelerator, lambda: self._claim_one(find())
-            )
+            candidate, busy = on_rank_zero(self.scorer.accelerator, lambda: self._claim_one(find()))
             if candidate is not None:
-                self._evaluate_one(candidate)
+                self._score_one(candidate)
             elif busy:
-                self.evaluator.wait_because(
-                    f"step {busy} is being evaluated by another process; waiting"
-                )
+                reason = f"step {busy} is being scored by another process; waiting for it"
+                self.scorer.wait_for_other_process(reason)
             else:
                 break
 
     def raise_if_any_failed(self) -> None:
-        """At the end, so that one damaged candidate keeps no other from its scores.
+        """Report the candidates that could not be scored, after all others are.
 
         Raises:
-            CheckpointError: naming all that could not be used.
+            CheckpointError: there are some; the message has a line for each.
         """
-        if self._failed:
-            raise CheckpointError("\n".join(self._failed.values()))
+        if self._errors:
+            raise CheckpointError("\n".join(self._errors.values()))
 
     def training_has_ended(self) -> bool:
-        """Whether the run reached its last step: nothing more will come."""
+        """Return whether the training reached its last step, so that no checkpoint will follow."""
         marker = self.run_dir / "FINISHED"
-        return on_rank_zero(self.evaluator.accelerator, marker.is_file)
+        return on_rank_zero(self.scorer.accelerator, marker.is_file)
 
     def rows(self) -> list[Row]:
-        """Rows of this protocol, by step; rank 0 only."""
+        """Return the rows of this protocol, by step. Rank 0 only."""
         assert self.ledger is not None
         return self.ledger.rows(self.protocol.id)
 
     def key(self, candidate: Candidate) -> Key:
-        """The ledger key of a candidate under this protocol."""
+        """Return the ledger key of a candidate under this protocol."""
         return Key(candidate.step, self.protocol.weights, self.protocol.id)
 
     def _claim_one(self, found: list[Candidate]) -> tuple[Candidate | None, int]:
-        """(a candidate that is now ours or None, a step that another process works on or 0)."""
+        """Claim the first candidate that is neither scored nor claimed by another process.
+
+        Returns:
+            the claimed candidate or None, and a step that another process is scoring or 0.
+        """
         assert self.ledger is not None
         done = {key_of(row) for row in self.ledger.rows()}
         busy = 0
         for candidate in found:
             key = self.key(candidate)
-            if key in done or candidate.step in self._failed:
+            if key in done or candidate.step in self._errors:
                 continue
             if not self.ledger.claim(key):
                 busy = candidate.step
-            elif self.ledger.has(key):  # finished between the look and the claim
+            elif self.ledger.has(key):  # another process finished it after ``done`` was read
                 self.ledger.release(key)
             else:
                 return candidate, 0
         return None, busy
 
-    def _evaluate_one(self, candidate: Candidate) -> None:
-        evaluator, config, began = self.evaluator, self.config, time.monotonic()
+    def _score_one(self, candidate: Candidate) -> None:
+        scorer, config, start = self.scorer, self.config, time.monotonic()
         try:
-            G, model = on_every_rank(evaluator.accelerator, lambda: self._opened(candidate))
+            G, model = on_every_rank(scorer.accelerator, lambda: self._open_generator(candidate))
             images = candidates.generated_images(G, model, config.eval.seed)
-            scores = evaluator.score(images, f"step {candidate.step}")
+            scores = scorer.score(images, f"step {candidate.step}")
             on_rank_zero(
-                evaluator.accelerator,
+                scorer.accelerator,
                 lambda: self._record(
                     candidate,
                     scores,
                     sample_grid(G, model, config.run.seed),
-                    time.monotonic() - began,
+                    time.monotonic() - start,
                 ),
             )
-        except CheckpointError as error:  # of opening, so all ranks are here
-            if on_rank_zero(evaluator.accelerator, candidate.path.is_dir):
-                self._failed[candidate.step] = str(error)
+        except CheckpointError as error:  # of ``_open_generator``, hence on all ranks
+            if on_rank_zero(scorer.accelerator, candidate.path.is_dir):
+                self._errors[candidate.step] = str(error)
                 reason = str(error)
-            else:
-                reason = "removed meanwhile"  # by the training, which keeps train.keep of them
-            if evaluator.is_main:
+            else:  # by the training, which keeps the newest train.keep checkpoints
+                reason = "removed meanwhile"
+            if scorer.is_main:
                 say(f"step {candidate.step} passed over: {reason}")
         finally:
             if self.ledger is not None:
                 self.ledger.release(self.key(candidate))
 
-    def _opened(self, candidate: Candidate) -> tuple[nn.Module, ModelConfig]:
-        if not self.evaluator.is_main:  # rank 0 has just seen it
+    def _open_generator(self, candidate: Candidate) -> tuple[nn.Module, ModelConfig]:
+        if not self.scorer.is_main:  # rank 0 has found the folder; another node may see it later
             deadline = time.monotonic() + VISIBLE_SECONDS
             while not candidate.path.is_dir():
                 if time.monotonic() > deadline:
                     raise CheckpointError(
-                        f"{candidate.path}: not seen here within {VISIBLE_SECONDS:g} s; all nodes "
-                        "must share the run's folder."
+                        f"{candidate.path}: not seen here within {VISIBLE_SECONDS:g} s. All nodes "
+                        "must share the run folder."
                     )
                 time.sleep(0.5)
-        weights, device = self.config.eval.weights, self.evaluator.accelerator.device
+        weights, device = self.config.eval.weights, self.scorer.accelerator.device
         return candidates.open_generator(candidate, self.run_dir, weights, device)
 
     def _record(
@@ -160,6 +170,7 @@ class RunScores:
         grid: NDArray[np.uint8],
         seconds: float,
     ) -> None:
+        """Write the grid of samples and the ledger row, then log the row to W&B; on rank 0."""
         assert self.ledger is not None
         path = self.grid_path(candidate.step)
         try:
@@ -167,8 +178,8 @@ class RunScores:
             write_atomic(path, encode(grid, "png"))
         except OSError as error:
             raise RunFolderError(
-                f"{path}: cannot be written: {error.strerror or error}. Free space, then run the "
-                "same command again: what was evaluated before is kept."
+                f"{path}: cannot be written: {error.strerror or error}. Free space or give write "
+                "permission, then run the same command again. Earlier scores are kept."
             ) from None
         step, weights, protocol = self.key(candidate)
         row = {
@@ -180,69 +191,69 @@ class RunScores:
             "higher_is_better": self.protocol.higher_is_better,
             "source": f"{candidate.path.parent.name}/{candidate.path.name}",
             "settings": dataclasses.asdict(self.protocol),
-            "processes": self.evaluator.accelerator.num_processes,
+            "processes": self.scorer.accelerator.num_processes,
             "seconds": round(seconds, 3),
             "time": round(time.time(), 3),
         }
         self.ledger.append(row)
         headline = self.protocol.headline
         say(f"step {step}: {headline} {scores[headline]:.5g}  ({seconds:.1f} s)")
-        self.send()
+        self.log_to_wandb()
 
     def grid_path(self, step: int) -> Path:
-        """Where the picture of a step's fixed z lies."""
+        """Return the path of the grid of samples of a step."""
         return self.run_dir / "evaluations" / f"step_{step:08d}.png"
 
     # -- W&B --------------------------------------------------------------------------------
 
-    def send(self) -> None:
-        """Hand rows that W&B does not have to it, unless another evaluator of this run does so.
+    def log_to_wandb(self) -> None:
+        """Log the rows of this protocol that W&B lacks, also those of other evaluations.
 
-        Two processes that write one W&B run overwrite each other, so there is one sender at a
-        time; it also sends the rows of others. A row counts as sent when W&B was closed in order:
-        after a crash it is sent again, with the same values at the same ``train/step``.
+        Only one process logs at a time, because W&B allows one writer per run. Rows count as sent
+        once W&B was closed without an error. After a crash they are logged again, with the same
+        values at the same ``train/step``.
         """
         if self.ledger is None or wandb_mode(self.config) == "disabled":
             return
-        if self._dashboard is None and not self.ledger.acquire_sender_lock():
+        if self._wandb is None and not self.ledger.acquire_sender_lock():
             return
-        mine = [row for row in self.ledger.unsent() if row["protocol"] == self.protocol.id]
-        for row in [row for row in mine if key_of(row) not in self._sending]:
-            if self._dashboard is None:
-                self._dashboard = self._open_dashboard()
-            self._dashboard.log(self._shown(row))
-            self._sending.append(key_of(row))
+        unsent = [row for row in self.ledger.unsent() if row["protocol"] == self.protocol.id]
+        for row in [row for row in unsent if key_of(row) not in self._logged]:
+            if self._wandb is None:
+                self._wandb = self._open_wandb()
+            self._wandb.log(self._wandb_values(row))
+            self._logged.append(key_of(row))
 
     def close(self) -> None:
-        """Send what is left and drop all locks."""
+        """Log the remaining rows, close W&B and release all locks."""
         if self.ledger is not None:
-            self.send()
-            if self._dashboard is not None:
-                self._dashboard.close()
-                with suppress(OSError):  # they are sent again then, with the same values
-                    self.ledger.mark_sent(self._sending)
+            self.log_to_wandb()
+            if self._wandb is not None:
+                self._wandb.close()
+                with suppress(OSError):  # the rows are then logged again, with the same values
+                    self.ledger.mark_sent(self._logged)
             self.ledger.close()
-        self.evaluator.close()
+        self.scorer.close()
 
-    def _open_dashboard(self) -> WandbLog:
+    def _open_wandb(self) -> WandbLog:
         assert self.ledger is not None
         try:
             run_id = str(json.loads((self.run_dir / "run.json").read_text())["id"])
         except (OSError, ValueError, KeyError, TypeError):
             run_id = self.run_dir.resolve().name
-        # One curve, one protocol: a second protocol's rows go to a W&B run of their own.
+        # The first protocol has the W&B run <id>-eval; every other one has a W&B run of its own.
         first = next((key.protocol for key in self.ledger.sent()), self.protocol.id)
         job = "eval" if first == self.protocol.id else f"eval-{self.protocol.id}"
         extra = {"protocol": self.protocol.id, "settings": dataclasses.asdict(self.protocol)}
         return WandbLog(self.config, run_id, job, extra)
 
-    def _shown(self, row: Row) -> dict[str, Any]:
-        """A row as W&B shows it; the best so far are metrics of their own, made from the ledger."""
-        shown: dict[str, Any] = {STEP_KEY: row["step"], **row["scores"]}
-        if (found := best(self.rows())) is not None:
+    def _wandb_values(self, row: Row) -> dict[str, Any]:
+        """Return what is logged for a row: its scores, the best ones so far and the grid."""
+        values: dict[str, Any] = {STEP_KEY: row["step"], **row["scores"]}
+        if (best_row := best(self.rows())) is not None:
             headline = row["headline"]
-            shown[f"{headline}_best"] = found["scores"][headline]
-            shown[f"{headline}_best_step"] = found["step"]
+            values[f"{headline}_best"] = best_row["scores"][headline]
+            values[f"{headline}_best_step"] = best_row["step"]
         if (path := self.grid_path(row["step"])).is_file():
-            shown["samples/grid"] = Picture(path, f"step {row['step']}")
-        return shown
+            values["samples/grid"] = Picture(path, f"step {row['step']}")
+        return values

@@ -1,6 +1,6 @@
-"""Scores of images by all ranks together: extractor, protocol and reference, ready to use.
+"""Score one set of images on all ranks together.
 
-Every method is called on all ranks; rank 0 alone holds features and scores.
+Every method of ``Scorer`` must be called on all ranks. Only rank 0 has features and scores.
 """
 
 from __future__ import annotations
@@ -35,26 +35,29 @@ from pipeline.runtime.locks import FileLock
 from pipeline.runtime.ranks import on_every_rank, on_rank_zero, run_on_selected_ranks
 
 POLL_SECONDS = 1.0
+"""Seconds between two looks at stop signals and at the work of other processes."""
 
 
 class Scorer:
-    """Extractor, protocol and reference, ready to score images.
+    """Extractor, protocol and reference, which together make a score of images.
+
+    ``RunScores`` applies it to the checkpoints of a run.
 
     Args:
-        config: ``eval`` and ``data`` are used; ``model`` for the image shape.
-        accelerator: the processes that share the work.
+        config: sections ``eval`` and ``data`` are used, and ``model`` for the shape of the images.
+        accelerator: its ranks divide the images.
 
     Raises:
-        UserError: data, weights or reference that do not fit; the cheap checks come first.
+        UserError: shards, weights or settings that cannot be used.
     """
 
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
         self.is_main = accelerator.is_main_process
         self._agreement = signals.Agreement(accelerator.num_processes)
-        self._said = ""
+        self._reason = ""  # of the last ``wait_for_other_process``
         self.index = self._read_index("data.shards", config.data.shards)
-        self._open(self.index)
+        self._set_protocol()
 
     def _read_index(self, field: str, location: str) -> Index:
         def read() -> Index:
@@ -64,40 +67,43 @@ class Scorer:
 
         return on_every_rank(self.accelerator, read)
 
-    def _open(self, index: Index) -> None:
-        """Set extractor, protocol and reference."""
+    def _set_protocol(self) -> None:
+        """Set ``extractor`` and ``protocol``."""
         self.extractor = load_extractor(self.config.eval, self.accelerator)
-        self.protocol: Protocol = make_protocol(self.config.eval, self.extractor, index)
-        self.reference: Reference | None = None  # on rank 0, after ``load_reference``
+        self.protocol: Protocol = make_protocol(self.config.eval, self.extractor, self.index)
+        self.reference: Reference | None = None  # set on rank 0 by ``load_reference``
 
     def describe(self) -> str:
-        """What is measured, for people."""
-        dim, said = self.extractor.dim, self.protocol.describe()
+        """Return the protocol as text to print, with a remark if there will be no FID."""
+        dim, text = self.extractor.dim, self.protocol.describe()
         if self.protocol.has_fid:
-            return said
+            return text
         return (
-            f"{said}\nno Frechet distance: {dim} numbers need at least {2 * dim} images of either "
-            "kind; KID decides instead"
+            f"{text}\nno Frechet distance: with {dim} features it needs at least {2 * dim} "
+            "generated and real images. KID chooses the best checkpoint instead."
         )
 
     def load_reference(self) -> None:
-        """The features of the real images: from ``eval.reference``, the cache, or computed now."""
-        side = self.protocol.reference
+        """Set the reference: read it from ``eval.reference`` or the cache, or compute it.
+
+        Only one process computes a reference that the cache lacks. Others wait for it.
+        """
+        protocol = self.protocol.reference
         if self.config.eval.reference:
             given = Path(self.config.eval.reference)
-            on_rank_zero(self.accelerator, lambda: self._read(given))
+            on_rank_zero(self.accelerator, lambda: self._read_reference(given))
             return
-        cached = Path(self.config.eval.cache_dir).expanduser() / f"{side.id}.safetensors"
+        cached = Path(self.config.eval.cache_dir).expanduser() / f"{protocol.id}.safetensors"
         lock = _ReferenceLock(cached.with_suffix(".lock"))
-        while (state := on_rank_zero(self.accelerator, lambda: self._look(cached, lock))) != "here":
-            if state == "mine":
-                self.compute_reference(cached)
-                lock.release()
-                return
-            self.wait_because("another process computes the reference; waiting for it")
+        attempt = partial(self._read_cached_or_lock, cached, lock)
+        while (state := on_rank_zero(self.accelerator, attempt)) == "busy":
+            self.wait_for_other_process("another process computes the reference; waiting for it")
+        if state == "locked":
+            self.compute_reference(cached)
+            lock.release()
 
     def write_reference(self, path: Path | None) -> None:
-        """Compute the reference file unless the cache has it; a copy at ``path`` if given."""
+        """Put the reference into the cache, and a copy of it at ``path`` unless that is None."""
         self.load_reference()
 
         def copy() -> None:
@@ -108,51 +114,72 @@ class Scorer:
         on_rank_zero(self.accelerator, copy)
 
     def compute_reference(self, path: Path) -> None:
-        """Extract the features of the real images and publish them as a file."""
-        side = self.protocol.reference
+        """Compute the reference from the real images and write it to ``path``."""
+        protocol = self.protocol.reference
+        count = protocol.reference_images
         check = partial(check_shards, self.index, self.config.data.verify)
         run_on_selected_ranks(self.accelerator, self.is_main, check)
-        images = candidates.real_images(self.index, self.config.data, side.reference_images)
-        features = self._extract(images, side.reference_images, "reference")
+        images = candidates.real_images(self.index, self.config.data, count)
+        features = self._extract(images, count, "reference")
 
-        def keep() -> None:
-            self.reference = make_reference(side, features[self.extractor.layer])
+        def make_and_write() -> None:
+            self.reference = make_reference(protocol, features[self.extractor.layer])
             write_reference(path, self.reference)
-            say(f"reference: {side.reference_images} real images -> {path}")
+            say(f"reference: {count} real images -> {path}")
 
-        on_rank_zero(self.accelerator, keep, lengthy=True)
+        on_rank_zero(self.accelerator, make_and_write, lengthy=True)
 
     def score(self, images: Images, name: str) -> dict[str, float]:
-        """Scores of ``eval.num_images`` images by metric key; {} on ranks other than 0."""
+        """Score the first ``eval.num_images`` images; call ``load_reference`` before.
+
+        Args:
+            images: the same set on every rank.
+            name: of the set, for the progress bar.
+
+        Returns:
+            on rank 0 {metric key: score}, on other ranks {}.
+
+        Raises:
+            Stopped: a stop signal came.
+        """
         features = self._extract(images, self.protocol.num_images, name)
         scores: dict[str, float] = {}
-
-        def compute() -> None:
-            assert self.reference is not None
-            scores.update(compute_scores(features, self.extractor, self.reference, self.protocol))
-
-        on_rank_zero(self.accelerator, compute, lengthy=True)
+        on_rank_zero(
+            self.accelerator,
+            lambda: scores.update(self._compute_scores(features)),
+            lengthy=True,
+        )
         return scores
 
+    def _compute_scores(self, features: dict[str, Tensor]) -> dict[str, float]:
+        """Compute the scores of generated images from their features, on rank 0."""
+        assert self.reference is not None
+        return compute_scores(features, self.extractor, self.reference, self.protocol)
+
     def close(self) -> None:
-        """Finish the exchange of stop requests that is under way."""
+        """Finish the pending exchange of stop requests."""
         self._agreement.close()
 
     def wait(self, seconds: float) -> None:
-        """Sleep; a stop request ends it at once, on all ranks."""
+        """Sleep.
+
+        Raises:
+            Stopped: a stop signal came; raised on all ranks, within seconds.
+        """
         for _ in range(max(1, round(seconds / POLL_SECONDS))):
             time.sleep(POLL_SECONDS)
             if self._agreement.agree(signals.received() is not None, False)[0]:
                 raise signals.Stopped
 
-    def wait_because(self, why: str) -> None:
-        """A short ``wait`` for another process; says why once."""
-        if self.is_main and why != self._said:
-            say(why)
-        self._said = why
+    def wait_for_other_process(self, reason: str) -> None:
+        """Wait for ``POLL_SECONDS``; print the reason, unless the last call had the same."""
+        if self.is_main and reason != self._reason:
+            say(reason)
+        self._reason = reason
         self.wait(POLL_SECONDS)
 
     def _extract(self, images: Images, count: int, name: str) -> dict[str, Tensor]:
+        """Call ``extract`` with a progress bar; raises Stopped after a stop signal."""
         with tqdm(
             total=count,
             desc=name,
@@ -174,34 +201,40 @@ class Scorer:
             raise signals.Stopped
         return features
 
-    def _read(self, path: Path) -> None:
+    def _read_reference(self, path: Path) -> None:
         self.reference = read_reference(path, self.protocol.reference)
 
-    def _look(self, cached: Path, lock: _ReferenceLock) -> str:
+    def _read_cached_or_lock(self, cached: Path, lock: _ReferenceLock) -> str:
+        """Read the reference of the cache, or get the right to compute it, on rank 0.
+
+        Returns:
+            "read"; "locked" if the file is missing or damaged and ``lock`` is held now; or "busy"
+            if another process holds it.
+        """
         if not cached.is_file() and not lock.acquire():
             return "busy"
-        if not cached.is_file():  # looked at again: it may have come with the lock
-            return "mine"
+        if not cached.is_file():  # checked again: its last holder may have written the file
+            return "locked"
         try:
-            self._read(cached)
+            self._read_reference(cached)
         except EvaluationError as error:
             if not lock.acquire():
                 return "busy"
             say(f"{error}\ncomputing it anew")
-            return "mine"
+            return "locked"
         lock.release()
-        return "here"
+        return "read"
 
 
 class _ReferenceLock:
-    """The right to compute a reference file that is missing; held by one process of any node."""
+    """A ``FileLock`` for the right to compute a reference. Its file is made when it is acquired."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock: FileLock | None = None
 
     def acquire(self) -> bool:
-        """Take the lock, or return False if another process has it.
+        """Acquire the lock without waiting; returns False if another process holds it.
 
         Raises:
             EvaluationError: ``eval.cache_dir`` cannot be written.
@@ -217,13 +250,13 @@ class _ReferenceLock:
                 lock.close()
         except OSError as error:
             raise EvaluationError(
-                f"eval.cache_dir ({self._path.parent}): cannot be written: {error.strerror}; "
-                "choose another with eval.cache_dir=..."
+                f"eval.cache_dir ({self._path.parent}): cannot be written: {error.strerror}. "
+                "Choose another folder with eval.cache_dir=DIR."
             ) from None
         return self._lock is not None
 
     def release(self) -> None:
-        """Give the lock up; no error without it."""
+        """Release the lock; no-op if it is not held."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None

@@ -1,11 +1,12 @@
-"""What D has learned to see, as a picture: its first filters, and guided backpropagation.
+"""Draw what D has learned: the filters of its first layer, and guided backpropagation.
 
     python -m pipeline.papers.guided_backprop --run runs/demo --out filters.png
 
-Above, the filters of D's first layer. Below, for features of D's last convolutional layer, the
-images of data.shards that excite each most, and beside each what in it does so (guided
-backpropagation, Springenberg et al. 2014, arXiv 1412.6806; Radford et al. 2016, section 6.2 and
-figure 5). On the left D, on the right a D that was never trained, for comparison.
+The upper part of the figure shows the filters of D's first layer. The lower part has a row for each
+of some features of D's last convolutional layer. A row shows the images of data.shards with the
+largest response of this feature, and to the right of each the gradient of the response by guided
+backpropagation (Springenberg et al. 2014, arXiv 1412.6806; Radford et al. 2016, section 6.2 and
+figure 5). The left half is of the trained D, the right half of a D with random weights.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ if __name__ == "__main__":
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.papers.probe import MOST_IMAGES, add_pair_arguments
 from pipeline.runtime import signals
+from pipeline.runtime.arguments import HelpFormatter, file_ending_in, integer
 from pipeline.runtime.errors import EvaluationError, exit_on_user_error
 
 if TYPE_CHECKING:
@@ -31,17 +33,19 @@ if TYPE_CHECKING:
     Pixels = NDArray[np.uint8]
 
 GAP = 8
+"""Pixels between the parts of the figure, before ``--scale``; twice as many between the halves."""
 
 
 def guided_gradients(D: nn.Module, images: Tensor, feature: int) -> tuple[Tensor, Tensor]:
-    """(responses, gradients) of one feature of the last convolutional layer.
+    """Compute the responses of one feature of the last convolutional layer, and their gradients.
 
-    An image's response is its largest over all places; the gradient of it with respect to the image
-    flows through a unit only where the unit is active and the gradient positive.
+    The response to an image is the maximum of the feature map. Its gradient with respect to the
+    image is computed by guided backpropagation: at each activation function, only the entries pass
+    whose input and gradient are both positive.
 
     Args:
-        D: a DCGAN discriminator with standing statistics.
-        images: (N, C, S, S) float in [-1, 1].
+        D: a DCGAN discriminator with BatchNorm statistics, in eval mode.
+        images: (N, C, S, S) float32 in [-1, 1].
         feature: channel of the last feature map.
 
     Returns:
@@ -52,7 +56,7 @@ def guided_gradients(D: nn.Module, images: Tensor, feature: int) -> tuple[Tensor
 
     from pipeline.models.dcgan import LEAK
 
-    class Guided(torch.autograd.Function):
+    class GuidedLeakyReLU(torch.autograd.Function):
         @staticmethod
         def forward(context: Any, h: Tensor) -> Tensor:
             context.save_for_backward(h)
@@ -67,29 +71,31 @@ def guided_gradients(D: nn.Module, images: Tensor, feature: int) -> tuple[Tensor
     h = images.clone().requires_grad_()
     x = h
     for layer in list(D.layers)[:-1]:  # type: ignore[arg-type]
-        h = Guided.apply(h) if isinstance(layer, nn.LeakyReLU) else layer(h)
+        h = GuidedLeakyReLU.apply(h) if isinstance(layer, nn.LeakyReLU) else layer(h)
     responses = h[:, feature].flatten(1).amax(1)
     (gradients,) = torch.autograd.grad(responses.sum(), x)
     return responses.detach(), gradients
 
 
 def first_filters(D: nn.Module) -> Pixels:
-    """(ndf, k, k, C) uint8: the first layer's weights, each scaled to the whole range."""
+    """Return the weights of the first layer as images, (ndf, k, k, C) uint8."""
     from pipeline.models.spectral_norm import unnormalised_weight
 
     first = next(iter(D.layers))  # type: ignore[arg-type]
-    return _as_pixels(unnormalised_weight(first).detach())
+    return _to_pixels(unnormalised_weight(first).detach())
 
 
-def excited(D: nn.Module, images: Pixels, features: int, count: int) -> Pixels:
-    """A picture: a row for each of the first features, with its ``count`` most exciting images and
-    what in them excites it, side by side.
+def draw_top_images(D: nn.Module, images: Pixels, features: int, count: int) -> Pixels:
+    """Draw the images with the largest responses, each with its gradient on its right.
 
     Args:
-        D: with standing statistics.
-        images: (N, S, S, C) uint8 to choose from.
-        features: rows.
-        count: pairs in a row.
+        D: as for ``guided_gradients``, on the CPU.
+        images: (N, S, S, C) uint8 to choose from, N >= ``count``.
+        features: number of features of the last layer; each is a row, the first ones are drawn.
+        count: number of images in a row, by descending response.
+
+    Returns:
+        (features * S, 2 * count * S, C) uint8.
     """
     import numpy as np
     import torch
@@ -106,13 +112,16 @@ def excited(D: nn.Module, images: Pixels, features: int, count: int) -> Pixels:
     for feature in range(features):
         top = responses[:, feature].argsort(descending=True, stable=True)[:count]
         _, gradients = guided_gradients(D, x[top], feature)
-        cells.append(np.stack([images[top.numpy()], _as_pixels(gradients)], 1))
+        cells.append(np.stack([images[top.numpy()], _to_pixels(gradients)], 1))
     pairs = np.concatenate(cells)
     return image_grid(pairs.reshape(-1, *images.shape[1:]), columns=2 * count)
 
 
-def _as_pixels(values: Tensor) -> Pixels:
-    """(N, C, H, W) float -> (N, H, W, C) uint8: 0 is grey, the largest of each white or black."""
+def _to_pixels(values: Tensor) -> Pixels:
+    """Scale each image by its largest absolute value, so that 0 becomes grey.
+
+    (N, C, H, W) float -> (N, H, W, C) uint8.
+    """
     from pipeline.models.sampling import to_uint8
 
     largest = values.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
@@ -120,46 +129,52 @@ def _as_pixels(values: Tensor) -> Pixels:
     return pixels
 
 
-def picture(options: argparse.Namespace) -> bytes:
-    """The PNG that the command line asks for."""
+def make_figure(options: argparse.Namespace) -> bytes:
+    """Return the figure as PNG.
+
+    Raises:
+        UserError: run, checkpoint or shards that cannot be used, or options that do not fit them.
+    """
     import numpy as np
 
     from pipeline.generation.figures import check_size, enlarge, png
     from pipeline.models.sampling import image_grid
-    from pipeline.papers.linear_probe import chosen, set_batchnorm_statistics
-    from pipeline.papers.probe import open_pair, open_shards
+    from pipeline.papers.linear_probe import read_images, set_batchnorm_statistics
+    from pipeline.papers.probe import load_discriminators, read_index_for
 
-    config, found, trained, random = open_pair(options.run, options.checkpoint, options.seed)
-    index = open_shards("--shards", options.shards or config.data.shards, config.model)
-    images, _ = chosen(index, options.num_images, options.seed, config.data)
+    config, found, trained, random = load_discriminators(
+        options.run, options.checkpoint, options.seed
+    )
+    index = read_index_for("--shards", options.shards or config.data.shards, config.model)
+    images, _ = read_images(index, options.num_images, options.seed, config.data)
     if options.count > len(images):
         raise EvaluationError(
-            f"--count ({options.count}): must be at most the number of images, {len(images)} here; "
-            "see --num-images."
+            f"--count ({options.count}): must be at most the number of images, which is "
+            f"{len(images)}. Use a smaller --count, or more images (--num-images, --shards)."
         )
-    last = config.model.ndf * config.model.image_size // 8
-    features = min(options.features, last)
+    last_width = config.model.ndf * config.model.image_size // 8  # channels of the last layer
+    features = min(options.features, last_width)
     side = config.model.image_size * options.scale
     remedy = "a smaller --count, --features or --scale"
     check_size(4 * options.count * features * side**2 * config.model.channels, remedy)
-    columns = []
+    halves = []
     for D in (trained, random):
         set_batchnorm_statistics(D, images)
-        below = excited(D, images, features, options.count)
+        below = draw_top_images(D, images, features, options.count)
         filters = enlarge(first_filters(D), 3)
-        across = max(1, below.shape[1] // (filters.shape[2] + 2))
+        columns = max(1, below.shape[1] // (filters.shape[2] + 2))
         framed = np.pad(filters, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
-        above = image_grid(framed, across)
+        above = image_grid(framed, columns)
         width = max(above.shape[1], below.shape[1])
-        parts = [_padded(part, width) for part in (above, below)]
         gap = np.full((GAP, width, images.shape[3]), 255, np.uint8)
-        columns.append(np.concatenate([parts[0], gap, parts[1]]))
-    gap = np.full((len(columns[0]), 2 * GAP, images.shape[3]), 255, np.uint8)
-    print(f"{found.path.name}: D on the left, a D that was never trained on the right", flush=True)
-    return png(enlarge(np.concatenate([columns[0], gap, columns[1]], 1)[None], options.scale)[0])
+        halves.append(np.concatenate([_pad_to(width, above), gap, _pad_to(width, below)]))
+    gap = np.full((len(halves[0]), 2 * GAP, images.shape[3]), 255, np.uint8)
+    print(f"{found.path.name}: left the trained D, right a D with random weights", flush=True)
+    return png(enlarge(np.concatenate([halves[0], gap, halves[1]], 1)[None], options.scale)[0])
 
 
-def _padded(pixels: Pixels, width: int) -> Pixels:
+def _pad_to(width: int, pixels: Pixels) -> Pixels:
+    """Pad (H, W, C) uint8 with white on the right."""
     import numpy as np
 
     missing = width - pixels.shape[1]
@@ -167,46 +182,37 @@ def _padded(pixels: Pixels, width: int) -> Pixels:
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    """The checked command line."""
+    """Return the checked options."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.papers.guided_backprop",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
+    add_pair_arguments(parser)
     add = parser.add_argument
-    add("--run", type=Path, required=True, metavar="DIR", help="run folder")
-    add("--checkpoint", type=Path, metavar="DIR", help="this one of checkpoints/ (the newest)")
-    add("--out", type=Path, required=True, metavar="FILE.png", help="the picture")
-    add("--shards", metavar="SHARDS", help="images to look at (data.shards)")
-    add("--num-images", type=int, default=2000, help="of them (2000)")
-    add("--features", type=int, default=6, help="of the last layer (6)")
-    add("--count", type=int, default=5, help="images for each (5)")
-    add("--scale", type=int, default=2, help="side of the square a pixel becomes (2)")
-    add("--seed", type=int, default=0, help="of the choice of images and of the random D (0)")
-    options = parser.parse_args(words)
-    for name, low, high in (
-        ("num_images", 64, 2**40),
-        ("features", 1, 2**16),
-        ("count", 1, 2**16),
-        ("scale", 1, 64),
-        ("seed", 0, 2**63 - 1),
-    ):
-        if not low <= getattr(options, name) <= high:
-            field, value = name.replace("_", "-"), getattr(options, name)
-            parser.error(f"--{field} ({value}): must be between {low} and {high}")
-    if options.out.suffix != ".png":
-        parser.error(f"--out ({options.out}): must end in .png")
-    return options
+    png = file_ending_in(".png")
+    add("--out", type=png, required=True, metavar="FILE.png", help="file to write the figure to")
+    shards = "shards to choose images from; without it, data.shards of the run"
+    add("--shards", metavar="SHARDS", help=shards)
+    number = "number of images to choose from"
+    add("--num-images", type=integer(64, MOST_IMAGES), default=2000, metavar="N", help=number)
+    features = "number of features of the last layer to show, one a row"
+    add("--features", type=integer(1, 2**16), default=6, metavar="N", help=features)
+    count = "number of images to show for each feature"
+    add("--count", type=integer(1, 2**16), default=5, metavar="N", help=count)
+    scale = "factor by which the figure is enlarged"
+    add("--scale", type=integer(1, 64), default=2, metavar="N", help=scale)
+    return parser.parse_args(words)
 
 
 def main() -> None:
-    """Parse the command line and draw; exit code 2 on a user's mistake."""
+    """Draw the figure that the command line asks for. Exit code 2 after a user's mistake."""
     options = parse(sys.argv[1:])
     with exit_on_user_error(), signals.exit_on_interrupt("interrupted: nothing was written"):
         from pipeline.runtime.files import check_output_path, write_results
 
         out = check_output_path(options.out)
-        write_results({out: picture(options)})
+        write_results({out: make_figure(options)})
         print(f"written: {options.out}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""D as a feature extractor (Radford et al. 2016, section 5.1), and the linear SVM on its features.
+"""D as a feature extractor (Radford et al. 2016, section 5.1), and a linear SVM on its features.
 
 "The discriminator's convolutional features from all layers, maxpooling each layer's representation
 to produce a 4x4 spatial grid ... flattened and concatenated ... and a regularized linear L2-SVM".
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,18 +27,26 @@ from pipeline.data.reader import Reader
 from pipeline.data.shards import Index
 from pipeline.runtime.errors import EvaluationError
 
-BLOCK = 64
-TRAIN_BYTES = 28  # of a training feature: float32, and a double with its column inside liblinear
+BATCH = 64
+TRAIN_BYTES = 28
+"""Memory of one training feature: float32 (4 bytes), scikit-learn's copy in float64 (8), and
+liblinear's index and value (16)."""
+TEST_BYTES = 4
 STATISTICS_IMAGES = 2048
-POOLED = 4
+POOLED_SIZE = 4
 
 Features = NDArray[np.float32]
 Labels = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Accuracy in [0, 1] on the test images, with the ``C`` chosen on held-out training images."""
+class ProbeResult:
+    """Result of one SVM.
+
+    ``name`` names its features and ``dim`` is their number per image. ``C`` is the strength that
+    was chosen on held-out training images. ``accuracy`` is the share of correctly classified test
+    images, in [0, 1]. ``converged`` is False if liblinear reached its limit of iterations.
+    """
 
     name: str
     dim: int
@@ -47,52 +55,59 @@ class Outcome:
     converged: bool
 
 
-def labelled(
+def read_labelled_images(
     index: Index, count: int, seed: int, field: str, data: DataConfig
 ) -> tuple[NDArray[np.uint8], Labels]:
-    """``count`` images of a shard set and their labels, chosen by the seed; 0 = all, in any order.
+    """Read a random choice of images, all of which must have labels.
+
+    Args:
+        index: of the shards.
+        count: number of images; 0 = all.
+        seed: of the choice.
+        field: option to name in errors.
+        data: where remote shards are cached.
 
     Returns:
         images (n, H, W, C) uint8 and labels (n,) int64.
 
     Raises:
-        EvaluationError: samples without a label.
+        EvaluationError: a sample has no label.
         DataError: a shard cannot be read.
     """
     if (index.table["label"] < 0).any():
         raise EvaluationError(f"{field} ({index.location}): every sample must have a label (.cls).")
-    return chosen(index, count, seed, data)
+    return read_images(index, count, seed, data)
 
 
-def chosen(
+def read_images(
     index: Index, count: int, seed: int, data: DataConfig
 ) -> tuple[NDArray[np.uint8], Labels]:
-    """As ``labelled``, with -1 for samples without a label."""
+    """Read images as ``read_labelled_images`` does. The label of an unlabelled sample is -1."""
     ids = permutation(index.num_samples, f"probe|{seed}")[: count or None]
     images = np.empty((len(ids), *index.shape), np.uint8)
     cache = Cache(index, data.cache_dir, data.cache_gib)
     return images, Reader(index, cache).read(ids, images)
 
 
-def check_memory(train: int, test: int, dim: int, there: int = 0) -> None:
-    """Refuse more features than this machine has memory for.
+def check_memory(train: int, test: int, dim: int, memory: int = 0) -> None:
+    """Check that the features fit into memory.
 
     Args:
-        train: number of training images; ``test`` of the others.
-        test: see ``train``.
-        dim: numbers of each image.
-        there: bytes of memory; 0 = those of this machine.
+        train: number of training images.
+        test: number of test images.
+        dim: features per image.
+        memory: bytes available; 0 = the memory of this machine.
 
     Raises:
-        EvaluationError: with both sizes.
+        EvaluationError: they do not fit; the message says how many images do.
     """
-    needed = dim * (train * TRAIN_BYTES + test * 4)
-    there = there or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        fitting = max(0, there // dim - test * 4) // TRAIN_BYTES
+    needed = dim * (train * TRAIN_BYTES + test * TEST_BYTES)
+    memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        fitting = max(0, memory // dim - test * TEST_BYTES) // TRAIN_BYTES
         raise EvaluationError(
             f"--num-train ({train}): {dim} features of each image take {needed / 2**30:.0f} GiB, "
-            f"this machine has {there / 2**30:.0f} GiB; take at most {fitting}."
+            f"but this machine has {memory / 2**30:.0f} GiB. Use at most {fitting} images."
         )
 
 
@@ -117,19 +132,22 @@ def set_batchnorm_statistics(D: nn.Module, images: NDArray[np.uint8]) -> None:
 
 
 def conv_features(D: nn.Module, images: NDArray[np.uint8]) -> Features:
-    """(N, H, W, C) uint8 -> (N, dim) float32: all conv activations, max-pooled to 4x4.
+    """Compute the activations of all convolutional layers, max-pooled to 4x4 and concatenated.
 
     Args:
-        D: of a DCGAN, with standing statistics, on the CPU.
-        images: of the size D was built for.
+        D: a DCGAN discriminator on the CPU, after ``set_batchnorm_statistics``.
+        images: (N, H, W, C) uint8 of the size that D was built for.
+
+    Returns:
+        (N, dim) float32; dim is 16 times the number of feature maps of all layers.
     """
     pooled: list[Tensor] = []
 
-    def keep(_: nn.Module, __: object, output: Tensor) -> None:
+    def pool(_: nn.Module, __: object, output: Tensor) -> None:
         if output.ndim == 4:
-            pooled.append(F.adaptive_max_pool2d(output, POOLED).flatten(1))
+            pooled.append(F.adaptive_max_pool2d(output, POOLED_SIZE).flatten(1))
 
-    hooks = [m.register_forward_hook(keep) for m in D.modules() if isinstance(m, nn.LeakyReLU)]
+    hooks = [m.register_forward_hook(pool) for m in D.modules() if isinstance(m, nn.LeakyReLU)]
     rows = []
     try:
         with torch.no_grad():
@@ -143,60 +161,67 @@ def conv_features(D: nn.Module, images: NDArray[np.uint8]) -> Features:
     return np.concatenate(rows)
 
 
-def pixels(images: NDArray[np.uint8]) -> Features:
-    """(N, H, W, C) uint8 -> (N, H * W * C) float32 in [-1, 1]."""
+def pixel_features(images: NDArray[np.uint8]) -> Features:
+    """Scale pixels to [-1, 1] and flatten them: (N, H, W, C) uint8 -> (N, H * W * C) float32."""
     return (images.reshape(len(images), -1) / np.float32(127.5) - 1).astype(np.float32)
 
 
-def probe(
+def train_and_test(
     name: str,
     train: tuple[Features, Labels],
     test: tuple[Features, Labels],
     strengths: Sequence[float],
-) -> Outcome:
-    """Train the SVM (squared hinge, L2, one against the rest) and count right answers.
+) -> ProbeResult:
+    """Train a linear SVM (squared hinge loss, L2 penalty, one against the rest) and test it.
 
-    Features are centred and divided by one number, in place: their root mean square length over
-    the training images, so that one ``C`` means the same for 1,000 and for 30,000 of them. With
-    several ``strengths``, the last fifth of the training images chooses; the chosen one learns from
-    all.
+    The features are centred and divided by one number, in place: their root mean square length
+    over the training images. One ``C`` then has the same meaning for 1,000 and for 30,000 features.
+
+    Args:
+        name: of the features.
+        train: features (N, dim) and labels (N,).
+        test: features (M, dim) and labels (M,).
+        strengths: values of ``C``. Of several, the one with the best accuracy on the last fifth of
+            the training images is used, and trained again on all training images.
 
     Raises:
         EvaluationError: too few training images, or all of one class.
     """
     centre = train[0].mean(0)
     length = np.sqrt(np.square(train[0] - centre).sum(1).mean()) or np.float32(1)
-    for features in (train[0], test[0]):  # in place: they may be gigabytes
+    for features in (train[0], test[0]):  # in place, because they may take gigabytes
         features -= centre
         features /= length
-    x, held, C = train[0], len(train[0]) * 4 // 5, strengths[0]
-    if len(np.unique(train[1][:held])) < 2:
+    x, split, C = train[0], len(train[0]) * 4 // 5, strengths[0]
+    if len(np.unique(train[1][:split])) < 2:
         raise EvaluationError(
-            f"--num-train ({len(x)}): a classifier needs images of two classes or more; take more."
+            f"--num-train ({len(x)}): these training images are of fewer than two classes. Use "
+            "more images, or shards with more classes."
         )
     if len(strengths) > 1:
         scores = [
-            _fit(x[:held], train[1][:held], s)[0].score(x[held:], train[1][held:])
+            _fit(x[:split], train[1][:split], s)[0].score(x[split:], train[1][split:])
             for s in strengths
         ]
         C = strengths[int(np.argmax(scores))]
     svm, converged = _fit(x, train[1], C)
     accuracy = float(svm.score(test[0], test[1]))
-    return Outcome(name, x.shape[1], C, accuracy, converged)
+    return ProbeResult(name, x.shape[1], C, accuracy, converged)
 
 
 def _fit(x: Features, labels: Labels, C: float) -> tuple[Any, bool]:
+    """Return a trained SVM and whether it converged."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.svm import LinearSVC
 
     svm = LinearSVC(C=C, dual=len(x) < x.shape[1], tol=1e-3, max_iter=3000, random_state=0)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         svm.fit(x, labels)
-    return svm, not any(issubclass(w.category, ConvergenceWarning) for w in said)
+    return svm, not any(issubclass(w.category, ConvergenceWarning) for w in caught)
 
 
-def _batches(images: NDArray[np.uint8]) -> list[Tensor]:
-    return [
-        normalise(batch, torch.device("cpu")) for batch in torch.from_numpy(images).split(BLOCK)
-    ]
+def _batches(images: NDArray[np.uint8]) -> Iterator[Tensor]:
+    """Yield batches as D takes them, (n, C, H, W) float32 in [-1, 1]."""
+    for batch in torch.from_numpy(images).split(BATCH):
+        yield normalise(batch, torch.device("cpu"))

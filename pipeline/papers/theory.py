@@ -1,9 +1,9 @@
-"""Figure 1 of Goodfellow et al. 2014 from a real training, and its theorems in numbers.
+"""Draw figure 1 of Goodfellow et al. 2014 from a real training, and check its theorems in numbers.
 
     python -m pipeline.papers.theory --out theory.png          # and theory.json
 
-``papers.gan_1d`` says what is played and how it is measured. Needs matplotlib (extra
-``figures``); no data, half a minute on a CPU.
+The module ``gan_1d`` describes the training and what is measured. It needs no data and takes half a
+minute on a CPU. Needs matplotlib (extra figures).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.runtime import signals
+from pipeline.runtime.arguments import HelpFormatter, file_ending_in, integer, seed
 from pipeline.runtime.errors import GenerationError, exit_on_user_error
 
 if TYPE_CHECKING:
@@ -28,26 +29,27 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Parse the command line, train and draw; exit code 2 on a user's mistake."""
+    """Train, and write the figure and its numbers. Exit code 2 after a user's mistake."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.papers.theory",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m pipeline.papers.theory", description=__doc__, formatter_class=HelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the figure")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and samples (0)")
-    parser.add_argument("--steps", type=int, default=1500, help="steps of G to the end (1500)")
+    add = parser.add_argument
+    out = "file to write the figure to; its numbers go to FILE.json beside it"
+    add("--out", type=file_ending_in(".png"), required=True, metavar="FILE.png", help=out)
+    add("--seed", type=seed, default=0, metavar="N", help="seed of weights and samples")
+    steps = "updates of G between (c) and (d)"
+    add("--steps", type=integer(1, 10**9), default=1500, metavar="N", help=steps)
     options = parser.parse_args()
-    if options.out.suffix != ".png":
-        parser.error(f"--out ({options.out}): must end in .png")
-    if not (options.steps >= 1 and 0 <= options.seed < 2**63):
-        parser.error("--steps must be at least 1, --seed between 0 and 2**63 - 1")
     with exit_on_user_error(), signals.exit_on_interrupt("interrupted: nothing was written"):
-        make(options.out, options.seed, options.steps)
+        make_figure(options.out, options.seed, options.steps)
 
 
-def make(out: Path, seed: int, steps: int) -> None:
-    """Train and write the figure and, beside it, its numbers as JSON."""
+def make_figure(out: Path, seed: int, steps: int) -> None:
+    """Train, then write the figure to ``out`` and its numbers to the ``.json`` file beside it.
+
+    Raises:
+        GenerationError: a file cannot be written, or matplotlib is missing.
+    """
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
@@ -56,22 +58,26 @@ def make(out: Path, seed: int, steps: int) -> None:
         )
     from pipeline.runtime.files import check_output_path, write_results
 
-    picture, figures = check_output_path(out), check_output_path(out.with_suffix(".json"))
-    # torch takes seconds to import; a place that cannot be written to answers without it.
+    figure, numbers = check_output_path(out), check_output_path(out.with_suffix(".json"))
+    # torch takes seconds to import. A file that cannot be written is reported before that.
     import torch
 
     from pipeline.papers.gan_1d import play, summary, table
 
-    torch.set_num_threads(1)  # so small that more threads only wait for each other
+    torch.set_num_threads(1)  # the networks are so small that more threads make them slower
     moments = play(seed, steps)
     print(table(moments), flush=True)
-    numbers = json.dumps(summary(moments, seed, steps), indent=1)
-    write_results({picture: draw(moments), figures: f"{numbers}\n".encode()})
-    print(f"written: {picture} and {figures.name}", file=sys.stderr)
+    document = json.dumps(summary(moments, seed, steps), indent=1)
+    write_results({figure: draw(moments), numbers: f"{document}\n".encode()})
+    print(f"written: {figure} and {numbers.name}", file=sys.stderr)
 
 
 def draw(moments: list[Moment]) -> bytes:
-    """A PNG like the paper's figure 1: densities and D above, the map from z to x below."""
+    """Draw each moment as in figure 1: densities and D above, the map from z to x below.
+
+    Returns:
+        a PNG, whose bytes depend on the moments only.
+    """
     import matplotlib as mpl
     import numpy as np
     from matplotlib.figure import Figure
@@ -79,7 +85,7 @@ def draw(moments: list[Moment]) -> bytes:
 
     from pipeline.papers.gan_1d import SHOWN_Z, centres, p_data, quantiles
 
-    highest = max(float(np.max(curve)) for one in moments for curve in (one.p_g, one.D))
+    highest = max(float(np.max(curve)) for moment in moments for curve in (moment.p_g, moment.D))
     x, z = centres(), np.clip(quantiles(SHOWN_Z).numpy(), -1.9, 1.9)
     with mpl.rc_context({"font.size": 9}):
         figure = Figure(figsize=(12, 3.9), layout="constrained")
@@ -88,7 +94,7 @@ def draw(moments: list[Moment]) -> bytes:
             top.plot(x, p_data(), "k:", lw=1.8, label="$p_{data}$")
             top.plot(x, moment.p_g, "-", color="#2a9d3a", lw=1.6, label="$p_g$")
             top.plot(x, moment.D, "--", color="#1f5fd0", lw=1.6, label="$D$")
-            best = np.where(moment.there, moment.best_D, np.nan)
+            best = np.where(moment.support, moment.best_D, np.nan)
             top.plot(x, best, "-", color="#1f5fd0", lw=5, alpha=0.15, label="$D^*$")
             top.axhline(0.5, color="0.8", lw=0.8, zorder=0)
             top.set(title=moment.title, xlim=(-1.9, 1.9), ylim=(0, 1.1 * highest), xticks=[])

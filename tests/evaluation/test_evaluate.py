@@ -537,7 +537,7 @@ def refusal(*words: object, kind: type[Exception] = EvaluationError) -> str:
 def test_an_empty_run_says_when_the_first_checkpoint_comes(tmp_path: Path) -> None:
     run = make_run(tmp_path, ())
     assert re.search(
-        r"no checkpoint .* after train.checkpoint_every \(1000\)", refusal("--run", run)
+        r"no checkpoint .* after train.checkpoint_every \(1000\) steps", refusal("--run", run)
     )
 
 
@@ -551,7 +551,9 @@ def test_too_few_images_for_fid_leave_it_out(run: Path, capsys: pytest.CaptureFi
     (found,) = read_rows(run)
     assert not any("/fd_" in key for key in found["scores"])
     assert found["headline"] == "eval/kd_tiny-extractor-Tiny_16_30"
-    assert re.search(r"no Frechet distance: .*at least 32 images", capsys.readouterr().out)
+    assert re.search(
+        r"no Frechet distance: .*at least 32 generated and real images", capsys.readouterr().out
+    )
 
 
 def test_shards_of_another_shape_are_refused(run: Path, tmp_path: Path, make_shards: Any) -> None:
@@ -594,9 +596,9 @@ def test_a_diverged_generator_is_no_score(run: Path, name: str) -> None:
 
 
 def test_what_is_no_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
-    assert "must be a folder step_N" in refusal("--run", run, "--checkpoint", tmp_path)
+    assert "Give a folder step_N" in refusal("--run", run, "--checkpoint", tmp_path)
     snapshot = run / "snapshots" / "step_00000010"
-    assert "holds G_ema only" in refusal("--checkpoint", snapshot, "eval.weights=raw")
+    assert "a snapshot contains G_ema only" in refusal("--checkpoint", snapshot, "eval.weights=raw")
 
 
 def test_images_that_do_not_suffice_are_counted(run: Path, tmp_path: Path) -> None:
@@ -604,7 +606,9 @@ def test_images_that_do_not_suffice_are_counted(run: Path, tmp_path: Path) -> No
     folder.mkdir()
     for k in range(3):
         Image.fromarray(np.zeros((32, 32), np.uint8)).save(folder / f"{k}.png")
-    assert "holds 3 images, eval.num_images (100)" in refusal("--run", run, "--images", folder)
+    message = refusal("--run", run, "--images", folder)
+    assert f"eval.num_images is 100, but --images {folder} has 3 images" in message
+    assert "set eval.num_images=3 (scores of different N are not comparable)" in message
     (folder / "2.png").write_bytes(b"no image")
     words = ("--run", run, "--images", folder, "eval.num_images=3")
     assert "2.png" in refusal(*words, kind=DataError)

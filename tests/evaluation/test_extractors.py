@@ -145,7 +145,7 @@ def test_other_weights_than_the_published_are_refused(
     random_weights: Path, accelerator: Accelerator
 ) -> None:
     """Before they are loaded: the file could run code."""
-    with pytest.raises(EvaluationError, match=r"sha256 .*, must be 6726825d.*not be compared"):
+    with pytest.raises(EvaluationError, match=r"sha256 is .*, must be 6726825d.*not comparable"):
         load_extractor(EvalConfig(extractor_weights=str(random_weights)), accelerator)
 
 
@@ -226,8 +226,14 @@ def test_own_weights_are_part_of_an_own_extractors_identity(accelerator: Acceler
         ({"extractor": "nowhere:Net"}, "cannot be imported: No module named 'nowhere'"),
         ({"extractor": "tiny_extractor:Missing"}, "cannot be imported: .*Missing"),
         ({"extractor": "tiny_extractor:NOT_ONE"}, "must be a subclass"),
-        ({"extractor": "tiny_extractor:Tiny", "layer": "17"}, "has the layers 16, logits"),
-        ({"extractor": "tiny_extractor:Tiny", "precision": "bf16"}, "fp32 only; use auto"),
+        (
+            {"extractor": "tiny_extractor:Tiny", "layer": "17"},
+            "no such layer. Use one of 16, logits",
+        ),
+        (
+            {"extractor": "tiny_extractor:Tiny", "precision": "bf16"},
+            "fp32 only. Use eval.precision=fp32",
+        ),
     ],
 )
 def test_what_is_no_extractor_is_refused(

@@ -189,7 +189,9 @@ def test_every_setting_that_matters_makes_another_protocol(change: dict[str, Any
 
 
 def test_more_real_images_than_there_are_is_refused() -> None:
-    with pytest.raises(EvaluationError, match=r"reference_images \(61\).*holds 60.*at most 60"):
+    with pytest.raises(
+        EvaluationError, match=r"reference_images \(61\).*has 60 images.*at most 60"
+    ):
         make(50, 60, reference_images=61)
 
 
@@ -215,8 +217,8 @@ def stored(tmp_path: Path) -> tuple[Path, Reference]:
 
 def test_a_reference_comes_back_as_it_was_written(stored: tuple[Path, Reference]) -> None:
     path, reference = stored
-    again = read_reference(path, reference.side)
-    assert again.side == reference.side
+    again = read_reference(path, reference.protocol)
+    assert again.protocol == reference.protocol
     assert torch.equal(again.features, reference.features)
     assert np.array_equal(again.mu, reference.mu)
     assert np.array_equal(again.sigma, reference.sigma)
@@ -242,7 +244,7 @@ def test_a_reference_of_another_evaluation_is_refused(
     path, reference = stored
     ((name, value),) = change.items()
     with pytest.raises(EvaluationError, match=rf"{name}: .*, needed {value}"):
-        read_reference(path, dataclasses.replace(reference.side, **change))
+        read_reference(path, dataclasses.replace(reference.protocol, **change))
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "one bit", "cut"])
@@ -254,7 +256,7 @@ def test_a_damaged_reference_is_refused(stored: tuple[Path, Reference], damage: 
     path.unlink() if damage == "missing" else path.write_bytes(files[damage])
     wanted = "no such file" if damage == "missing" else "damaged or not a reference"
     with pytest.raises(EvaluationError, match=rf"{wanted}.*evaluate reference"):
-        read_reference(path, reference.side)
+        read_reference(path, reference.protocol)
 
 
 def test_features_that_are_not_finite_are_no_score(stored: tuple[Path, Reference]) -> None:

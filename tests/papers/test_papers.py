@@ -29,6 +29,7 @@ from evaluating import (
 from launching import REPO, environment
 from PIL import Image
 
+from pipeline import evaluate
 from pipeline.config.loading import dump, load
 from pipeline.data.cache import Cache
 from pipeline.data.codecs import encode
@@ -42,7 +43,7 @@ from pipeline.models.sampling import draw_images
 from pipeline.papers import gan_1d, guided_backprop, linear_probe, probe
 from pipeline.papers.guided_backprop import guided_gradients
 from pipeline.papers.linear_probe import check_memory, set_batchnorm_statistics
-from pipeline.papers.probe import open_pair
+from pipeline.papers.probe import load_discriminators
 from pipeline.runs import checkpoint
 from pipeline.runs.checkpoint import load_snapshot
 from pipeline.runs.results import best, read_rows
@@ -233,7 +234,7 @@ def test_the_probe_compares_d_with_a_random_one_and_with_pixels(
 def probed(run: Path, *words: object) -> dict[str, Any]:
     """The figures of the command, without a process of its own."""
     pytest.importorskip("sklearn", reason="the extra probe is not installed")
-    options = probe.parse([str(word) for word in ("--run", run, "--C", "1", *words)])
+    options = evaluate.parse([str(word) for word in ("probe", "--run", run, "--C", "1", *words)])
     return probe.probe(options)[1]
 
 
@@ -247,12 +248,16 @@ def reconfigured(run: Path, section: str, **values: Any) -> Path:
 
 def test_images_that_were_learned_from_are_no_test(labelled_run: Path, tmp_path: Path) -> None:
     """Neither the SVM's nor, by the fingerprint in the checkpoint, those that D was trained on."""
-    with pytest.raises(EvaluationError, match=r"--test .* neither D nor the SVM learns from"):
+    with pytest.raises(
+        EvaluationError, match=r"--test .* these are training images of D or of the SVM"
+    ):
         probed(labelled_run, "--test", tmp_path / "shards")
     seen = {"stream": {"fingerprint": read_index(str(tmp_path / "test")).fingerprint}}
-    D = open_pair(labelled_run, None, 0)[2]
+    D = load_discriminators(labelled_run, None, 0)[2]
     checkpoint.save(labelled_run, 20, {"D": D}, {}, seen)
-    with pytest.raises(EvaluationError, match=r"--test .* neither D nor the SVM learns from"):
+    with pytest.raises(
+        EvaluationError, match=r"--test .* these are training images of D or of the SVM"
+    ):
         probed(labelled_run, "--test", tmp_path / "test")
 
 
@@ -281,7 +286,11 @@ def test_mistakes_of_the_probe_are_one_message(labelled_run: Path, tmp_path: Pat
     )
     few = ("--num-train", 1)
     refused(
-        EvaluationError, r"--num-train \(1\): .* two classes or more", *test, *few, run=labelled_run
+        EvaluationError,
+        r"--num-train \(1\): .* fewer than two classes",
+        *test,
+        *few,
+        run=labelled_run,
     )
     (tmp_path / "x.json").write_text("mine")
     there = ("--out", tmp_path / "x.json")
@@ -292,10 +301,10 @@ def test_mistakes_of_the_probe_are_one_message(labelled_run: Path, tmp_path: Pat
     mlp = replace(mlp, architecture="mlp", ngf=8, ndf=8)
     reconfigured(labelled_run, "model", architecture="mlp", ngf=8, ndf=8)
     checkpoint.save(labelled_run, 20, {"D": make_discriminator(mlp)}, {}, {})
-    refused(EvaluationError, "no convolutional layers", *test, run=labelled_run)
+    refused(EvaluationError, "mlp, whose D has no convolutional layers", *test, run=labelled_run)
     words = ["--run", str(labelled_run), "--out", str(tmp_path / "f.png")]
-    with pytest.raises(EvaluationError, match="no convolutional layers"):
-        guided_backprop.picture(guided_backprop.parse(words))
+    with pytest.raises(EvaluationError, match="mlp, whose D has no convolutional layers"):
+        guided_backprop.make_figure(guided_backprop.parse(words))
 
 
 def test_the_pair_is_the_checkpoints_d_and_one_with_first_weights(
@@ -304,7 +313,7 @@ def test_the_pair_is_the_checkpoints_d_and_one_with_first_weights(
     """And a damaged checkpoint that is passed over is named."""
     broken = add_checkpoint(labelled_run, 20) / "D.safetensors"
     broken.write_bytes(broken.read_bytes()[:-1] + b"x")
-    _, found, trained, random = open_pair(labelled_run, None, 5)
+    _, found, trained, random = load_discriminators(labelled_run, None, 5)
     assert "step_00000020: D.safetensors is damaged" in capsys.readouterr().err
     assert step_of(found.path) == 10
     kept, first = checkpoint.read(found.path).weights["D"], make_discriminator(MODEL)
@@ -318,7 +327,9 @@ def test_the_pair_is_the_checkpoints_d_and_one_with_first_weights(
 def test_features_are_refused_that_do_not_fit_into_memory() -> None:
     """configs/dcgan_64.yaml on 60,000 images: 48 GiB, 28 bytes for each of 30,720 numbers."""
     dim = 16 * (128 + 256 + 512 + 1024)
-    with pytest.raises(EvaluationError, match=r"take 48 GiB, this machine has 16 GiB.* most 19972"):
+    with pytest.raises(
+        EvaluationError, match=r"take 48 GiB, but this machine has 16 GiB.* most 19972"
+    ):
         check_memory(60_000, 0, dim, 16 << 30)
     check_memory(19_972, 0, dim, 16 << 30)
 
@@ -337,7 +348,9 @@ def test_shards_of_a_url_come_through_the_cache_of_the_configuration(
     run = reconfigured(labelled_run, "data", cache_dir=str(cache))
     probed(run, "--test", server.url)
     words = ["--shards", server.url, "--num-images", "64", "--count", "1", "--features", "1"]
-    guided_backprop.picture(guided_backprop.parse(["--run", str(run), "--out", "f.png", *words]))
+    guided_backprop.make_figure(
+        guided_backprop.parse(["--run", str(run), "--out", "f.png", *words])
+    )
     assert len(list(cache.glob("*.tar"))) == 1
     assert server.gets["shard-000000.tar"] == 1
     assert not list((tmp_path / "here").iterdir())
@@ -360,7 +373,7 @@ def test_the_last_fifth_of_the_training_images_chooses_the_svm() -> None:
     best_of_them = strengths[int(np.argmax(scores))]
     assert best_of_them not in (strengths[0], strengths[-1])
     moved, test = x * 50 + 7, x[:100] * 50 + 7
-    found = linear_probe.probe("x", (moved, labels), (test, labels[:100]), strengths)
+    found = linear_probe.train_and_test("x", (moved, labels), (test, labels[:100]), strengths)
     assert vars(found)["C"] == best_of_them
     again = svm.LinearSVC(C=best_of_them, tol=1e-6, dual=False).fit(scaled, labels)
     assert found.accuracy == pytest.approx(again.score(scaled[:100], labels[:100]), abs=0.011)
@@ -368,7 +381,7 @@ def test_the_last_fifth_of_the_training_images_chooses_the_svm() -> None:
 
 def test_batchnorm_statistics_of_d_are_the_mean_over_its_batches(labelled_run: Path) -> None:
     """Mean and unbiased variance of each batch of 64 inputs, averaged; D is in eval mode."""
-    _, _, D, _ = open_pair(labelled_run, None, 0)
+    _, _, D, _ = load_discriminators(labelled_run, None, 0)
     images = np.stack([pixels_of(k, (32, 32, 1)) for k in range(128)])
     set_batchnorm_statistics(D, images)
     assert not any(module.training for module in D.modules())
@@ -382,7 +395,7 @@ def test_batchnorm_statistics_of_d_are_the_mean_over_its_batches(labelled_run: P
 
 
 def test_features_are_every_activation_max_pooled_to_four_by_four(labelled_run: Path) -> None:
-    _, _, D, _ = open_pair(labelled_run, None, 0)
+    _, _, D, _ = load_discriminators(labelled_run, None, 0)
     images = np.stack([pixels_of(k, (32, 32, 1)) for k in range(70)])
     set_batchnorm_statistics(D, images)
     expected, h = [], torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -412,7 +425,7 @@ def test_guided_gradients_pass_active_units_with_a_positive_gradient_only() -> N
 
 def test_first_filters_are_the_weights_around_grey(labelled_run: Path) -> None:
     """0 is the middle, the largest weight of a filter white or black."""
-    _, _, D, _ = open_pair(labelled_run, None, 0)
+    _, _, D, _ = load_discriminators(labelled_run, None, 0)
     weight = next(iter(D.layers)).weight.detach()  # type: ignore[arg-type]
     found = guided_backprop.first_filters(D)
     assert found.shape == (4, 4, 4, 1)
@@ -425,7 +438,7 @@ def test_first_filters_are_the_weights_around_grey(labelled_run: Path) -> None:
 
 def test_guided_gradients_of_one_layer_are_its_filter_where_it_responds(labelled_run: Path) -> None:
     """Nothing before the only layer can shut; shapes and finite numbers through a whole D."""
-    _, _, D, random = open_pair(labelled_run, None, 0)
+    _, _, D, random = load_discriminators(labelled_run, None, 0)
     x = torch.rand(3, 1, 32, 32, generator=rng(0, "x")) * 2 - 1
     set_batchnorm_statistics(D, np.zeros((64, 32, 32, 1), np.uint8))
     responses, gradients = guided_gradients(D, x, 2)
@@ -449,10 +462,10 @@ def test_guided_gradients_of_one_layer_are_its_filter_where_it_responds(labelled
 
 def test_the_most_exciting_images_stand_left_of_what_excites(labelled_run: Path) -> None:
     """A row for each feature, the largest response first, by the definition of a response."""
-    _, _, D, _ = open_pair(labelled_run, None, 0)
+    _, _, D, _ = load_discriminators(labelled_run, None, 0)
     images = np.stack([pixels_of(k, (32, 32, 1)) for k in range(70)])
     set_batchnorm_statistics(D, images)
-    found = guided_backprop.excited(D, images, features=3, count=2)
+    found = guided_backprop.draw_top_images(D, images, features=3, count=2)
     assert found.shape == (3 * 32, 4 * 32, 1)
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     for feature in range(3):
@@ -472,7 +485,9 @@ def test_filters_are_drawn_beside_those_of_a_random_d(labelled_run: Path, tmp_pa
     out = tmp_path / "filters.png"
     words = ["--run", str(labelled_run), "--out", str(out), "--num-images", "100", "--count", "2"]
     out.write_bytes(
-        guided_backprop.picture(guided_backprop.parse([*words, "--features", "3", "--scale", "1"]))
+        guided_backprop.make_figure(
+            guided_backprop.parse([*words, "--features", "3", "--scale", "1"])
+        )
     )
     with Image.open(out) as picture:
         width, height = picture.size
@@ -488,10 +503,10 @@ def test_mistakes_of_filters_are_one_message(labelled_run: Path, tmp_path: Path)
     write_shards(tmp_path / "large", [70], (64, 64, 1))
     for words, message in (
         (["--shards", str(tmp_path / "large")], r"--shards .* --size 32"),
-        (["--num-images", "64", "--count", "65"], r"--count \(65\): must be at most .* 64 here"),
+        (["--num-images", "64", "--count", "65"], r"--count \(65\): must be at most .* is 64"),
     ):
         with pytest.raises(UserError, match=message):
-            guided_backprop.picture(
+            guided_backprop.make_figure(
                 guided_backprop.parse(["--run", str(labelled_run), "--out", str(out), *words])
             )
     out.write_text("mine")
@@ -557,7 +572,7 @@ def test_the_value_of_a_d_that_is_sure_is_exact() -> None:
     ("words", "said"),
     [
         (["--out", "x.jpg"], "must end in .png"),
-        (["--out", "x.png", "--steps", "0"], "--steps must be at least 1"),
+        (["--out", "x.png", "--steps", "0"], "--steps: 0: must be a whole number from 1"),
         (["--out", "/proc/nowhere/x.png"], "cannot be written"),
         (["--out", "there.png"], "there.json): exists already"),
     ],
