@@ -54,7 +54,7 @@ from pipeline.data.sources import Source, find
 from pipeline.runtime.console import progress
 from pipeline.runtime.errors import DataError, UserError, exit_on_user_error
 from pipeline.runtime.files import write_atomic
-from pipeline.runtime.pool import spread
+from pipeline.runtime.process_pool import map_in_processes
 from pipeline.runtime.signals import exit_on_interrupt
 
 LISTED = 10
@@ -247,13 +247,9 @@ def _pack(job: Job, work: Path, numbers: Sequence[int], workers: int) -> dict[in
     total = sum(len(job.rows(number)) for number in missing)
     if missing:
         import webdataset  # noqa: F401  once, before the fork: it imports torch
-    with progress("pack", total) as update:
-        for message in spread(missing, workers, partial(pack, job)):
-            if isinstance(message, Packed):
-                packed[message.number] = message
-            else:
-                update(message)
-    return packed
+    with progress("pack", total) as advance:
+        done = map_in_processes(partial(pack, job), missing, workers, advance)
+    return packed | {one.number: one for one in done}
 
 
 def _report_skipped(skipped: int, out: Path, strict: bool) -> None:

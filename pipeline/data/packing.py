@@ -12,8 +12,7 @@ import contextlib
 import json
 import os
 import shutil
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -29,7 +28,6 @@ from pipeline.data.codecs import DecodeError, encode
 from pipeline.data.order import permutation
 from pipeline.data.shards import INDEX_NAME, NO_LABEL, ROW, Shard, shard_name
 from pipeline.data.sources import Source, reader
-from pipeline.runtime.console import REPORT_SECONDS
 from pipeline.runtime.errors import DataError, UserError
 from pipeline.runtime.files import sha256_of, write_atomic
 from pipeline.runtime.locks import FileLock
@@ -100,8 +98,8 @@ class Packed:
     enlarged: int
 
 
-def pack(job: Job, number: int) -> Iterator[int | Packed]:
-    """Write one shard; yields counts of images done, then the finished shard.
+def pack(job: Job, number: int, report: Callable[[int], None]) -> Packed:
+    """Write one shard, and its marker last; ``report(1)`` is called after each image.
 
     Raises:
         DataError: the source cannot be read any more.
@@ -112,7 +110,7 @@ def pack(job: Job, number: int) -> Iterator[int | Packed]:
     pixels_of = reader(job.source, job.size, job.channels, job.colour)
     table: list[tuple[int, int, int]] = []
     skipped: list[tuple[str, str]] = []
-    enlarged, done, said = 0, 0, time.monotonic()
+    enlarged = 0
     target = job.out / shard_name(number)
     partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
@@ -134,10 +132,7 @@ def pack(job: Job, number: int) -> Iterator[int | Packed]:
                         # Members are written by name, so the image is last, padded to a block.
                         blocks = -(-len(payload) // BLOCKSIZE) * BLOCKSIZE
                         table.append((tar.tarstream.offset - blocks, len(payload), label))
-                    done += 1
-                    if (now := time.monotonic()) - said > REPORT_SECONDS:
-                        yield done
-                        done, said = 0, now
+                    report(1)
             file.flush()
             os.fsync(file.fileno())
         shard = Shard(target.name, len(table), partial.stat().st_size, sha256_of(partial))
@@ -147,8 +142,7 @@ def pack(job: Job, number: int) -> Iterator[int | Packed]:
     finally:
         partial.unlink(missing_ok=True)
     _mark(job, packed)
-    yield done
-    yield packed
+    return packed
 
 
 # -- the work folder ----------------------------------------------------------------------------
