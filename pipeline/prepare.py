@@ -2,16 +2,16 @@
 
     python -m pipeline.prepare fashion-mnist --out data/fashion_32 --size 32
     python -m pipeline.prepare ~/photos --out data/photos_64 --size 64   # folder or zip of images
-    python -m pipeline.prepare data/tars             # index tars of another tool, where they lie
+    python -m pipeline.prepare data/tars             # index tars of another tool where they are
     python -m pipeline.prepare data/tars --out data/tars_64 --size 64    # or make smaller ones
     python -m pipeline.prepare --verify data/photos_64
 
-Many machines share the work when each runs the command with its own ``--part``: 0/8, 1/8, ... 7/8;
-the one that ends last writes the index.
+Several machines share the work when each runs the command with its own --part: 0/8, 1/8, ... 7/8.
+The machine that ends last writes the index.
 
-To continue after an interruption, run the same command again. The bytes written depend on the
-source and the options alone, never on the number of workers or interruptions. A folder with an
-``index.json`` is complete. An image that cannot be read is listed in ``skipped.txt``.
+To continue after an interruption, run the same command again. The bytes depend only on the source
+and the options, not on the number of workers or interruptions. A folder with an index.json is
+complete. Images that cannot be read are listed in skipped.txt.
 """
 
 from __future__ import annotations
@@ -37,60 +37,54 @@ from PIL import ImageColor
 from pipeline.data.audit import index_tars, verify
 from pipeline.data.cache import check_shards
 from pipeline.data.packing import (
-    SETTINGS_NAME,
     SKIPPED_NAME,
     WORK_FOLDER,
-    FolderInUse,
     Job,
     Packed,
     begin,
-    begun,
     finished,
+    hold,
+    load_packed,
     num_unfinished,
     pack,
     printable,
-    refuse_differences,
-    shared_work_folder,
     tar_bytes,
-    work_folder,
 )
 from pipeline.data.shards import INDEX_NAME, Index, read_index, write_index
 from pipeline.data.sources import Source, find
+from pipeline.runtime.arguments import HelpFormatter, integer, number, seed
 from pipeline.runtime.console import progress
 from pipeline.runtime.errors import DataError, UserError, exit_on_user_error
 from pipeline.runtime.files import write_atomic
-from pipeline.runtime.pool import spread
+from pipeline.runtime.process_pool import map_in_processes
 from pipeline.runtime.signals import exit_on_interrupt
+from pipeline.runtime.work_folder import SETTINGS_NAME, FolderInUse
 
-LISTED = 10
+MOST_LISTED = 10
+"""Unreadable images named in the warning; ``skipped.txt`` lists all of them."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The checked command line."""
+    """Return the checked command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m pipeline.prepare", description=__doc__, formatter_class=HelpFormatter
     )
     add = parser.add_argument
     add("source", nargs="?", metavar="SOURCE", help="fashion-mnist, a folder or a zip archive")
-    add("--out", type=Path, metavar="DIR", help="folder of the shards")
-    add("--size", type=int, default=64, help="height and width of the images (default 64)")
+    add("--out", type=Path, metavar="DIR", help="write the shards into this folder")
+    add("--size", type=integer(1, 4096), default=64, help="height and width in pixels")
     add("--channels", type=int, choices=(1, 3), help="gray or RGB (default: 1 for IDX, else 3)")
-    add(
-        "--format",
-        choices=("npy", "png", "jpg"),
-        default="npy",
-        help="npy: fastest; png: lossless and smaller; jpg: smallest (default npy)",
-    )
-    add("--background", default="white", help="colour behind transparent pixels (default white)")
-    add("--seed", type=int, default=0, help="of the global shuffle (default 0)")
-    add("--shard-mib", type=float, default=32.0, help="about the size of a shard (default 32)")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
-    add("--part", metavar="I/N", help="pack part I of N (0 to N-1), beside others that do theirs")
+    formats = "npy decodes fastest, png is lossless and smaller, jpg is smallest"
+    add("--format", choices=("npy", "png", "jpg"), default="npy", help=formats)
+    add("--background", default="white", help="colour behind transparent pixels, e.g. #ff8800")
+    add("--seed", type=seed, default=0, help="seed of the global shuffle")
+    add("--shard-mib", type=number(0.001, 65536), default=32, help="approximate size of a shard")
+    cores = len(os.sched_getaffinity(0))
+    add("--workers", type=integer(1, 1024), default=cores, help="number of processes")
+    add("--part", type=_part, metavar="I/N", help="pack only part I (0 to N-1) of N")
     add("--strict", action="store_true", help="fail when an image cannot be read")
-    add("--split", choices=("train", "test"), default="train", help="of IDX files (default train)")
-    add("--idx", metavar="FOLDER", help="where fashion-mnist's IDX files are")
+    add("--split", choices=("train", "test"), default="train", help="which IDX files to read")
+    add("--idx", metavar="FOLDER", help="read the IDX files of fashion-mnist from this folder")
     add("--no-download", action="store_true", help="never use the network for fashion-mnist")
     add("--verify", type=Path, metavar="DIR", help="check every checksum and decode every sample")
     options = parser.parse_args(arguments)
@@ -98,19 +92,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("give either SOURCE, with --out DIR, or --verify DIR")
     if options.idx is not None and options.source != "fashion-mnist":
         parser.error(f"--idx belongs to fashion-mnist; SOURCE is {options.source}")
-    for name, value, low, high in (
-        ("--size", options.size, 1, 4096),
-        ("--workers", options.workers, 1, 1024),
-        ("--shard-mib", options.shard_mib, 0.001, 65536),
-        ("--seed", options.seed, 0, 2**63 - 1),
-    ):
-        if not low <= value <= high:
-            parser.error(f"{name} ({value}): must be between {low} and {high}")
-    if options.part is not None:
-        numbers = re.fullmatch(r"(\d{1,9})/(\d{1,9})", options.part)
-        if numbers is None or not int(numbers[1]) < int(numbers[2]):
-            parser.error(f"--part ({options.part}): must be I/N with I from 0 to N-1, like 0/8")
-        options.part = int(numbers[1]), int(numbers[2])
     try:
         options.colour = ImageColor.getrgb(options.background)[:3]
     except ValueError:
@@ -118,19 +99,27 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def _part(text: str) -> tuple[int, int]:
+    """Parse ``I/N``."""
+    numbers = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if numbers is None or not int(numbers[1]) < int(numbers[2]):
+        raise argparse.ArgumentTypeError(f"{text}: must be I/N with I from 0 to N-1, like 0/8")
+    return int(numbers[1]), int(numbers[2])
+
+
 def prepare(options: argparse.Namespace) -> str:
-    """Pack a source, or continue to, or index tars; returns what to tell the user at the end."""
+    """Pack a source, or index tars where they are; returns the summary for the user."""
     folder = Path(options.source).expanduser()
     if folder.is_dir() and any(folder.glob("*.tar")):
         if (folder / WORK_FOLDER / SETTINGS_NAME).exists() and not (folder / INDEX_NAME).exists():
             raise UserError(
-                f"SOURCE ({folder}): an interrupted prepare lies there; finish it with the command "
-                "that began it."
+                f"SOURCE ({folder}): holds the shards of an interrupted prepare. Run the command "
+                "again that began it."
             )
         if options.out is None or options.out.expanduser().resolve() == folder.resolve():
             return index_tars(folder, options.workers)
     if options.out is None:
-        raise UserError("--out: is missing; give the folder where the shards shall lie.")
+        raise UserError("--out: is missing. Give the folder to write the shards into.")
     out = options.out.expanduser()
     if out.resolve() == folder.resolve():
         raise UserError(f"--out ({out}): must be another folder than SOURCE.")
@@ -140,10 +129,10 @@ def prepare(options: argparse.Namespace) -> str:
     job = _job(source, out, options)
     if options.part is None:
         return _prepare_all(job, options)
-    left = _prepare_part(job, options)
+    unfinished = _prepare_part(job, options)
     packed = f"part {options.part[0]}/{options.part[1]} is packed"
-    if left:
-        return f"{packed}; {left} of {job.num_shards} shards are left to other parts"
+    if unfinished:
+        return f"{packed}; {unfinished} of {job.num_shards} shards are left to other parts"
     try:
         return _prepare_all(job, options)
     except FolderInUse:
@@ -151,37 +140,39 @@ def prepare(options: argparse.Namespace) -> str:
 
 
 def _prepare_part(job: Job, options: argparse.Namespace) -> int:
-    """Pack one part's shards; returns how many of the whole set are missing then."""
+    """Pack the shards of one part; returns how many shards of the set are unfinished then."""
     part, parts = options.part
-    mine = range(part, job.num_shards, parts)
-    while not begun(job.out):
+    numbers = range(part, job.num_shards, parts)
+    while not (job.work.begun or job.is_complete):
         try:
-            with work_folder(job.out) as work:
-                begin(job, work)
-        except FolderInUse:  # another part is just doing the same
+            with hold(job):
+                begin(job)
+        except FolderInUse:  # another part is doing the same
             time.sleep(0.2)
-    with shared_work_folder(job.out, mine) as work:
-        if (job.out / INDEX_NAME).exists():
+    with hold(job, numbers):
+        if job.is_complete:
             return 0
-        begin(job, work)
-        _pack(job, work, mine, options.workers)
-    # Counted after the lock is gone: of two parts that end together, the one that still cleaned up
-    # would stop the other from completing the set, and leave that to it.
-    left = num_unfinished(job)
-    return 0 if (job.out / INDEX_NAME).exists() else left
+        begin(job)
+        _pack(job, numbers, options.workers)
+    # Counted without the lock: of two parts that end together, the one that is still cleaning up
+    # would keep the other from completing the set, and leave that to it.
+    unfinished = num_unfinished(job)
+    return 0 if job.is_complete else unfinished
 
 
 def _prepare_all(job: Job, options: argparse.Namespace) -> str:
+    """Pack the shards that are missing and write the index; returns the summary."""
     out = job.out
-    with work_folder(out) as work:
-        if (out / INDEX_NAME).exists():
-            index = _complete(job)
+    with hold(job):
+        if job.is_complete:
+            index = _read_complete(job)
             _report_skipped(index.made_by["skipped"], out, options.strict)
             return f"already complete, nothing to do: {index.num_samples} samples in {out}"
-        begin(job, work)
-        index = _pack_all(job, work, options)
+        begin(job)
+        index = _pack_all(job, options)
     size, _, channels = index.shape
-    labels = f", {len(np.unique(index.table['label']))} classes" if _labelled(index) else ""
+    labelled = (index.table["label"] >= 0).all()
+    labels = f", {len(np.unique(index.table['label']))} classes" if labelled else ""
     return (
         f"{index.num_samples} samples in {len(index.shards)} shards, "
         f"{'x'.join(map(str, index.shape))} {index.field}{labels}: {out}\n"
@@ -195,7 +186,7 @@ def _job(source: Source, out: Path, options: argparse.Namespace) -> Job:
     shards = max(1, min(len(source.names), math.ceil(total / (options.shard_mib * 2**20))))
     if source.ignored:
         types = ", ".join(f"{n} {suffix}" for suffix, n in sorted(source.ignored.items()))
-        _note(f"files of other types ignored: {types}")
+        _note(f"ignored files that are no images: {types}")
     return Job(
         source=source,
         out=out,
@@ -209,20 +200,21 @@ def _job(source: Source, out: Path, options: argparse.Namespace) -> Job:
     )
 
 
-def _complete(job: Job) -> Index:
+def _read_complete(job: Job) -> Index:
+    """Return the index of a complete set, after a check that it is this job's."""
     index = read_index(str(job.out))
     if "source_sha256" not in index.made_by:
         raise UserError(
-            f"--out ({job.out}): holds indexed tars of another tool; give another folder."
+            f"--out ({job.out}): holds tars of another tool that were indexed. Give another --out."
         )
-    refuse_differences(job, index.made_by, pillow=False)
+    job.work.refuse_differences(index.made_by, job.out, free={"source", "pillow"})
     check_shards(index, "size")
     return index
 
 
-def _pack_all(job: Job, work: Path, options: argparse.Namespace) -> Index:
-    """Pack the shards that are missing, then publish the index: the folder is complete."""
-    packed = _pack(job, work, range(job.num_shards), options.workers)
+def _pack_all(job: Job, options: argparse.Namespace) -> Index:
+    """Pack the shards that are missing, then write the index."""
+    packed = _pack(job, range(job.num_shards), options.workers)
     done = [packed[number] for number in range(job.num_shards)]
     skipped = sorted(entry for one in done for entry in one.skipped)
     enlarged = sum(one.enlarged for one in done)
@@ -243,41 +235,33 @@ def _pack_all(job: Job, work: Path, options: argparse.Namespace) -> Index:
     return write_index(job.out, scans, (job.size, job.size, job.channels), made_by)
 
 
-def _pack(job: Job, work: Path, numbers: Sequence[int], workers: int) -> dict[int, Packed]:
-    """All these shards, packed now if they were not already."""
-    packed = finished(job, work, numbers)
+def _pack(job: Job, numbers: Sequence[int], workers: int) -> dict[int, Packed]:
+    """Pack those of the shards that are not finished; returns all of them."""
+    packed = finished(job, numbers)
     missing = [number for number in numbers if number not in packed]
     if packed:
         _note(f"continuing: {len(packed)} of {len(numbers)} shards are finished")
     total = sum(len(job.rows(number)) for number in missing)
     if missing:
         import webdataset  # noqa: F401  once, before the fork: it imports torch
-    with progress("pack", total) as update:
-        for message in spread(missing, workers, partial(pack, job)):
-            if isinstance(message, Packed):
-                packed[message.number] = message
-            else:
-                update(message)
-    return packed
+    with progress("pack", total) as advance:
+        map_in_processes(partial(pack, job), missing, workers, advance)
+    return packed | {number: load_packed(job, number) for number in missing}
 
 
 def _report_skipped(skipped: int, out: Path, strict: bool) -> None:
-    """Warn about images that could not be read, or fail when every one must be."""
+    """Warn about images that could not be read, or raise ``DataError`` if ``strict``."""
     if not skipped:
         return
     file = out / SKIPPED_NAME
-    listed = file.read_text().splitlines() if file.exists() else []
-    more = [f"... {len(listed) - LISTED} more in {file}"] if len(listed) > LISTED else []
+    lines = file.read_text().splitlines() if file.exists() else []
+    more = [f"... {len(lines) - MOST_LISTED} more in {file}"] if len(lines) > MOST_LISTED else []
     text = f"{skipped} images cannot be read, listed in {file}:\n  " + "\n  ".join(
-        [line.replace("\t", ": ") for line in listed[:LISTED]] + more
+        [line.replace("\t", ": ") for line in lines[:MOST_LISTED]] + more
     )
     if strict:
         raise DataError(f"--strict: {text}\nRepair or remove them, or leave out --strict.")
     print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-def _labelled(index: Index) -> bool:
-    return bool((index.table["label"] >= 0).all())
 
 
 def _note(text: str) -> None:

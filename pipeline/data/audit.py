@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import tarfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,10 +20,10 @@ from numpy.typing import NDArray
 from pipeline.data.cache import check_size
 from pipeline.data.codecs import DecodeError, decoder, shape_of
 from pipeline.data.shards import INDEX_NAME, Index, Shard, read_index, scan, write_index
-from pipeline.runtime.console import REPORT_SECONDS, progress
+from pipeline.runtime.console import progress
 from pipeline.runtime.errors import DataError
 from pipeline.runtime.files import sha256_of
-from pipeline.runtime.pool import spread
+from pipeline.runtime.process_pool import map_in_processes
 
 Shape = tuple[int, int, int]
 LISTED_FAULTS = 1000
@@ -34,7 +33,6 @@ LISTED_FAULTS = 1000
 class Found:
     """What one tar turned out to hold; picklable, sent by a worker."""
 
-    number: int
     faults: list[str] = field(default_factory=list)
     shapes: Counter[Shape] = field(default_factory=Counter)
     examples: dict[Shape, str] = field(default_factory=dict)
@@ -130,34 +128,26 @@ def index_tars(folder: Path, workers: int) -> str:
 def _audit(paths: list[Path], workers: int, doing: str, index: Index | None) -> list[Found]:
     """What each tar holds, in order; against the index where there is one."""
 
-    def work(number: int) -> Iterator[int | Found]:
+    def work(number: int, report: Callable[[int], None]) -> Found:
         if index is None:
-            return _survey(paths[number], number)
-        return _compare(paths[number], number, index)
+            found = _survey(paths[number])
+            report(1)
+            return found
+        return _compare(paths[number], number, index, report)
 
-    found = []
-    total = index.num_samples if index else sum(p.stat().st_size for p in paths) >> 20
-    unit = " images" if index else " MiB"
-    with progress(doing, total, unit) as update:
-        for message in spread(range(len(paths)), workers, work):
-            if isinstance(message, Found):
-                found.append(message)
-                if not index:
-                    update(paths[message.number].stat().st_size >> 20)
-            elif index:
-                update(message)
-    return sorted(found, key=lambda one: one.number)
+    total, unit = (index.num_samples, " images") if index else (len(paths), " tars")
+    with progress(doing, total, unit) as advance:
+        return map_in_processes(work, range(len(paths)), workers, advance)
 
 
-def _survey(path: Path, number: int) -> Iterator[int | Found]:
+def _survey(path: Path) -> Found:
     """Scan a tar nobody described yet and decode each image by its own shape."""
-    found, bad, said = Found(number), [], time.monotonic()
+    found, bad = Found(), []
     try:
         found.scanned = scan(path)
     except DataError as error:
         found.faults.append(str(error))
-        yield found
-        return
+        return found
     _, table, extension = found.scanned
     decoders: dict[Shape, tuple[Callable[[memoryview, Any], None], NDArray[np.uint8]]] = {}
     with _mapped(path) as view:
@@ -172,16 +162,13 @@ def _survey(path: Path, number: int) -> Iterator[int | Found]:
                 found.shapes[shape] += 1
             except DecodeError as error:
                 bad.append((offset, str(error)))
-            if (now := time.monotonic()) - said > REPORT_SECONDS:
-                yield 0
-                said = now
     found.faults += _named(path, bad)
-    yield found
+    return found
 
 
-def _compare(path: Path, number: int, index: Index) -> Iterator[int | Found]:
+def _compare(path: Path, number: int, index: Index, report: Callable[[int], None]) -> Found:
     """Check a tar's size, checksum and headers, and decode what the index says is in it."""
-    found, bad, said, done = Found(number), [], time.monotonic(), 0
+    found, bad = Found(), []
     shard, first = index.shards[number], sum(index.sizes[:number])
     rows = index.table[first : first + shard.nsamples]
     try:
@@ -204,16 +191,12 @@ def _compare(path: Path, number: int, index: Index) -> Iterator[int | Found]:
                     decode(view[offset : offset + length], out)
                 except DecodeError as error:
                     bad.append((offset, str(error)))
-                done += 1
-                if (now := time.monotonic()) - said > REPORT_SECONDS:
-                    yield done
-                    said, done = now, 0
+                report(1)
         found.faults += _named(path, bad)
         if lost := int((~inside).sum()):
             offset = int(rows["offset"][~inside].min())
             found.faults.append(f"{path}: its last {lost} samples, from offset {offset}, are lost.")
-    yield done
-    yield found
+    return found
 
 
 @contextlib.contextmanager

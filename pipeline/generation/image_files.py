@@ -1,28 +1,23 @@
-"""Files of images that grow part by part: PNG files, WebDataset tars, the npz of evaluators."""
+"""Write generated images as PNG files, or as the npz file that evaluators read."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.codecs import encode, npy_header
 
-Add = Callable[[int, NDArray[np.uint8]], None]
-"""Adds images (n, H, W, C) whose first is of this row."""
-SHARD_FIELD = "png"
-
 
 def add_png(folder: Path, first: int, images: NDArray[np.uint8]) -> None:
-    """A PNG file for each image, by its row; its bytes are on disk."""
+    """Write images (n, H, W, C) uint8 as ``ROW.png``; the first one is row ``first``."""
     for row, pixels in enumerate(images, first):
         with (folder / f"{row:08d}.png").open("wb") as file:
             file.write(encode(pixels, "png"))
@@ -30,27 +25,19 @@ def add_png(folder: Path, first: int, images: NDArray[np.uint8]) -> None:
             os.fsync(file.fileno())
 
 
-@contextlib.contextmanager
-def tar(file: IO[bytes], label: Callable[[int], int | None]) -> Iterator[Add]:
-    """A function that adds images to a WebDataset tar, with the class of those that have one."""
-    from webdataset import TarWriter  # seconds, for nothing in the other formats
-
-    with TarWriter(file, encoder=False, mtime=0) as out:
-
-        def add(first: int, images: NDArray[np.uint8]) -> None:
-            for row, pixels in enumerate(images, first):
-                sample = {"__key__": f"{row:08d}", SHARD_FIELD: encode(pixels, SHARD_FIELD)}
-                if (number := label(row)) is not None:
-                    sample["cls"] = b"%d" % number
-                out.write(sample)
-
-        yield add
-
-
 def assemble_npz(
     path: Path, parts: Sequence[Path], shape: tuple[int, int, int, int], record: dict[str, Any]
 ) -> None:
-    """One array from raw parts, never whole in memory; equal images give equal bytes."""
+    """Join raw parts into the array ``arr_0`` of an npz file, without loading it into memory.
+
+    Equal images give equal bytes.
+
+    Args:
+        path: the npz file.
+        parts: files of raw uint8 pixels, in the order of the images.
+        shape: (N, H, W, C) of the array.
+        record: settings of the set, stored as JSON in the array ``made_by``.
+    """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         # The name that evaluators of published sample batches look for.
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:

@@ -1,8 +1,9 @@
-"""Many images on disk: PNG files, an npz or WebDataset shards, written by all ranks together.
+"""Write sets of generated images to disk, by all ranks together: PNG files, an npz, or shards.
 
-A set is cut into parts, and which image is in which part follows from the number of images alone:
-any number of processes and interruptions leads to the same bytes. All is written in ``OUT.tmp`` and
-renamed when it is whole; parts that are finished there are not made again.
+A set is cut into parts, and which image is in which part depends only on the number of images.
+Hence any number of ranks and interruptions leads to the same bytes. The set is written in
+``OUT.tmp`` and renamed when it is complete. The work folder ``OUT.tmp/.generate`` holds a marker
+for each finished part. A finished part is not made again.
 
     OUT/00000000.png ... generated.json            png
     OUT                                            npz: arr_0 (N, H, W, C) uint8, made_by (JSON)
@@ -12,7 +13,6 @@ renamed when it is whole; parts that are finished there are not made again.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -27,34 +27,38 @@ import numpy as np
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from pipeline.data.shards import read_index, scan, shard_name, write_index
-from pipeline.generation.image_files import Add, add_png, assemble_npz, tar
+from pipeline.data.shard_writer import write_shard
+from pipeline.data.shards import NO_LABEL, read_index, scan, shard_name, write_index
+from pipeline.generation.image_files import add_png, assemble_npz
 from pipeline.models.noise import BLOCK
 from pipeline.models.sampling import Images
 from pipeline.runtime.errors import DataError, GenerationError
 from pipeline.runtime.files import sync_folder, write_atomic
-from pipeline.runtime.locks import FileLock
 from pipeline.runtime.ranks import gather, on_rank_zero
 from pipeline.runtime.signals import Agreement, received
+from pipeline.runtime.work_folder import WorkFolder
 
 FORMATS = ("png", "npz", "shards")
 RECORD_NAME = "generated.json"
 WORK_FOLDER = ".generate"
-FREE = ("snapshot", "torch", "device")  # said in the record, but no reason to refuse a whole set
+INFORMATIVE = ("snapshot", "torch", "device")
+"""Keys of the record that may differ from those of a complete set."""
 MOST_BLOCKS = 16
+Add = Callable[[int, NDArray[np.uint8]], object]
+"""Appends images (n, H, W, C) uint8 to a part, given the row of the first of them."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """What is to be written, and where.
+    """A set of images to write.
 
     Args:
         out: the folder, or the file of an npz.
-        format: of ``FORMATS``.
-        num: images; image i is ``images(i, i + 1)``.
-        shape: (H, W, C) of each.
+        format: one of ``FORMATS``.
+        num: number of images; image i is ``images(i, i + 1)``.
+        shape: (H, W, C) of each image.
         record: everything that decides the pixels, as JSON; kept with the set.
-        label: the class of an image, which goes into shards; None: it has none.
+        label: returns the class of an image, which is written into shards; None = no class.
     """
 
     out: Path
@@ -65,17 +69,23 @@ class ImageSet:
     label: Callable[[int], int | None] = lambda _: None
 
     @property
-    def work(self) -> Path:
-        """Where it grows."""
+    def unfinished(self) -> Path:
+        """The folder in which the set is written."""
         return self.out.with_name(f"{self.out.name}.tmp")
 
     @property
+    def work(self) -> WorkFolder:
+        """The records of what is written; a resumed command may name the snapshot otherwise."""
+        path = self.unfinished / WORK_FOLDER
+        return WorkFolder(path, self.out, self.record, free={"snapshot"})
+
+    @property
     def blocks_per_part(self) -> int:
-        """Forward passes a part takes: sixteen parts of a small set, 1024 images of a large one."""
+        """Blocks of ``BLOCK`` images in a part: 16 parts of a small set, 1024 images of a large."""
         return min(MOST_BLOCKS, -(-self.num // (16 * BLOCK)))
 
     def parts(self) -> list[range]:
-        """The images of each part."""
+        """Return the rows of each part."""
         size = self.blocks_per_part * BLOCK
         return [range(k, min(k + size, self.num)) for k in range(0, self.num, size)]
 
@@ -86,19 +96,19 @@ def write(
     accelerator: Accelerator,
     advance: Callable[[int], None] = lambda _: None,
 ) -> str:
-    """Write what is missing of a set; called on all ranks.
+    """Write the missing parts of a set; every rank calls it.
 
     Args:
         job: the same on all ranks.
-        images: rows [start, stop) within one block of ``sampling.BLOCK``.
-        accelerator: of this rank.
+        images: returns the rows [start, stop), which lie within one block of ``BLOCK`` rows.
+        accelerator: the accelerator of this rank.
         advance: called with the number of images done, in total at most ``job.num``.
 
     Returns:
-        ``"written"``, ``"complete"`` if it was there already, ``"stopped"`` after a signal.
+        ``"written"``, ``"complete"`` if the set was complete before, or ``"stopped"`` by a signal.
 
     Raises:
-        GenerationError: on all ranks; something else is there, or it cannot be written.
+        UserError: on all ranks; ``out`` holds something else, or it cannot be written.
     """
     agreement = Agreement(accelerator.num_processes)
     with contextlib.ExitStack() as held:
@@ -124,7 +134,13 @@ def _write_parts(
     agreement: Agreement,
     advance: Callable[[int], None],
 ) -> tuple[bool, str]:
-    """(stopped by a signal, what went wrong on this rank); all ranks leave at the same block."""
+    """Write parts until all are finished, or a rank stops or fails.
+
+    All ranks return after the same block.
+
+    Returns:
+        (whether a signal stopped it, the message of this rank's failure or "").
+    """
     parts, world, failure = job.parts(), accelerator.num_processes, ""
     for turn in range(0, len(missing), world):
         numbers = missing[turn : turn + world]
@@ -135,7 +151,7 @@ def _write_parts(
                 try:
                     next(part, None)
                 except OSError as error:
-                    failure = str(_unwritable(job, error))
+                    failure = str(job.work.unwritable(error))
             stop, failed = agreement.agree(received() is not None, flag=bool(failure))
             if stop or failed:
                 return stop and not failed, failure
@@ -144,14 +160,14 @@ def _write_parts(
 
 
 def _write_part(job: ImageSet, number: int, images: Images) -> Iterator[None]:
-    """One block of images at each step; the last step marks the part as finished."""
+    """Write one block of images per ``next()``; the last one marks the part as finished."""
     part = job.parts()[number]
-    with _writer(job, number) as add:
+    with _part_writer(job, number) as add:
         for start in range(part.start, part.stop, BLOCK):
             if start > part.start:
                 yield
             add(start, images(start, min(start + BLOCK, part.stop)))
-    write_atomic(_marker(job, number), b"")
+    job.work.mark(_marker(number))
     yield
 
 
@@ -159,130 +175,118 @@ def _write_part(job: ImageSet, number: int, images: Images) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _writer(job: ImageSet, number: int) -> Iterator[Add]:
-    """A function (first row, images) that adds to a part; its bytes are on disk after the block."""
+def _part_writer(job: ImageSet, number: int) -> Iterator[Add]:
+    """Open a part for writing; after the block its bytes are on disk."""
     if job.format == "png":
-        yield lambda first, images: add_png(job.work, first, images)
-        sync_folder(job.work)
-        return
-    path = job.work / shard_name(number) if job.format == "shards" else _raw(job, number)
-    with path.open("wb", buffering=1 << 20) as file:
-        if job.format == "shards":
-            with tar(file, job.label) as add:
-                yield add
-        else:
+        yield lambda first, images: add_png(job.unfinished, first, images)
+        sync_folder(job.unfinished)
+    elif job.format == "shards":
+        with write_shard(job.unfinished / shard_name(number), "png") as shard:
 
-            def add_raw(_: int, images: NDArray[np.uint8]) -> None:
-                file.write(images.tobytes())
+            def add(first: int, images: NDArray[np.uint8]) -> None:
+                for row, pixels in enumerate(images, first):
+                    label = job.label(row)
+                    shard.add(f"{row:08d}", pixels, NO_LABEL if label is None else label)
 
-            yield add_raw
-        file.flush()
-        os.fsync(file.fileno())
+            yield add
+    else:
+        with _raw(job, number).open("wb", buffering=1 << 20) as file:
+            yield lambda _, images: file.write(images.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
 
 
-# -- the folder it grows in ---------------------------------------------------------------------
+# -- the folder in which the set is written -----------------------------------------------------
 
 
 def _begin(job: ImageSet, held: contextlib.ExitStack) -> list[int] | None:
-    """Parts that are missing, None if the set is complete; holds the work folder's lock."""
+    """Lock the work folder; returns the parts that are missing, None if the set is complete."""
     if job.out.exists() and not (job.out.is_dir() and not any(job.out.iterdir())):
-        _refuse_differences(job, job.out, _record_at(job), free=FREE)
+        found = _record_at(job)
+        if not found:
+            raise GenerationError(f"--out ({job.out}): holds something else. Give another --out.")
+        job.work.refuse_differences(found, job.out, free=INFORMATIVE)
         _refuse_gaps(job)
-        shutil.rmtree(_left_at_the_end(job), ignore_errors=True)  # a kill at the very end
+        shutil.rmtree(_left_at_the_end(job), ignore_errors=True)  # after a kill at the very end
         return None
     if job.out.is_dir() and job.format == "npz":
         raise GenerationError(f"--out ({job.out}): is a folder; --format npz writes a file.")
     if os.path.ismount(job.out) or job.out == Path.cwd():
         kind = "a mount point" if os.path.ismount(job.out) else "the current folder"
         raise GenerationError(
-            f"--out ({job.out}): is {kind}, which cannot be replaced; name a new folder in it."
+            f"--out ({job.out}): is {kind}, which cannot be replaced. Name a new folder in it."
         )
-    settings = job.work / WORK_FOLDER / "settings.json"
-    if not settings.exists() and _is_foreign(job.work):
+    if not job.work.begun and _is_foreign(job.unfinished):
         raise GenerationError(
-            f"--out ({job.out}): would grow in {job.work}, which holds something else; move that "
-            "away, or give another name."
+            f"--out ({job.out}): is written in {job.unfinished}, which holds something else. Move "
+            "that away, or give another --out."
         )
+    held.enter_context(job.work.hold())
     try:
-        settings.parent.mkdir(parents=True, exist_ok=True)
-        lock = held.enter_context(FileLock(settings.parent / "lock"))
-        if not lock.acquire(wait=False):
-            raise GenerationError(
-                f"--out ({job.out}): another process is writing {job.work}; wait for it to end, or "
-                "give another name."
-            )
-        if settings.exists():
-            begun = json.loads(settings.read_text())
-            if not isinstance(begun, dict):
-                raise ValueError
-            _refuse_differences(job, job.work, begun, free=FREE[:1])
-        else:
-            write_atomic(settings, json.dumps(job.record).encode())
+        job.work.begin()
     except OSError as error:
-        raise _unwritable(job, error) from None
-    except (ValueError, RecursionError):
-        raise GenerationError(f"{settings}: is damaged; remove {job.work}.") from None
-    return [k for k in range(len(job.parts())) if not _marker(job, k).exists()]
+        raise job.work.unwritable(error) from None
+    return _missing(job)
 
 
-def _is_foreign(work: Path) -> bool:
-    """Whether something not begun by this command is there: its own folder comes first of all."""
-    if work.is_dir():
-        return any(path.name != WORK_FOLDER for path in work.iterdir())
-    return work.exists()
+def _is_foreign(folder: Path) -> bool:
+    """Return whether a folder holds something else than the work folder, which is made first."""
+    if folder.is_dir():
+        return any(path.name != WORK_FOLDER for path in folder.iterdir())
+    return folder.exists()
 
 
 def _finish(job: ImageSet) -> None:
-    """Check that every part is there, add the record, and give the set its name."""
-    lost = [k for k in range(len(job.parts())) if not _marker(job, k).exists()]
-    if lost:
+    """Check that every part is present, add the record, and rename the set to ``out``."""
+    if missing := _missing(job):
         raise GenerationError(
-            f"--out ({job.out}): {len(lost)} of {len(job.parts())} parts cannot be seen by the "
-            "first process: with several machines it must be on a file system they all share."
+            f"--out ({job.out}): {len(missing)} of {len(job.parts())} parts cannot be seen by rank "
+            "0. With several nodes it must be on a file system that they share."
         )
     try:
         if job.format == "npz":
-            whole = job.work / "whole.npz"
+            joined = job.unfinished / "joined.npz"
             raw = [_raw(job, k) for k in range(len(job.parts()))]
-            assemble_npz(whole, raw, (job.num, *job.shape), job.record)
-            os.replace(whole, job.out)
+            assemble_npz(joined, raw, (job.num, *job.shape), job.record)
+            os.replace(joined, job.out)
         else:
             if job.format == "shards":
-                scans = [scan(job.work / shard_name(k)) for k in range(len(job.parts()))]
-                write_index(job.work, scans, job.shape, job.record)
+                scans = [scan(job.unfinished / shard_name(k)) for k in range(len(job.parts()))]
+                write_index(job.unfinished, scans, job.shape, job.record)
             else:
-                write_atomic(job.work / RECORD_NAME, json.dumps(job.record, indent=1).encode())
-            os.replace(job.work, job.out)
+                record = json.dumps(job.record, indent=1).encode()
+                write_atomic(job.unfinished / RECORD_NAME, record)
+            os.replace(job.unfinished, job.out)
         sync_folder(job.out.parent)
     except OSError as error:
-        raise _unwritable(job, error) from None
+        raise job.work.unwritable(error) from None
     shutil.rmtree(_left_at_the_end(job), ignore_errors=True)
 
 
 def _left_at_the_end(job: ImageSet) -> Path:
-    """What is removed when the set has its name."""
-    if job.format == "npz" and (job.work / WORK_FOLDER).is_dir():
-        return job.work
+    """Return the folder to remove when the set has its name."""
+    if job.format == "npz" and job.work.path.is_dir():
+        return job.unfinished
     return job.out / WORK_FOLDER
 
 
 def _refuse_gaps(job: ImageSet) -> None:
-    """A folder that somebody took files from is not the whole set."""
+    """Raise ``GenerationError`` if files of a complete set were removed."""
     wanted: Iterable[str] = ()
     if job.format == "png":
         wanted = (f"{row:08d}.png" for row in range(job.num))
     elif job.format == "shards":
         wanted = (shard_name(k) for k in range(len(job.parts())))
-    there = {path.name for path in job.out.iterdir()} if job.out.is_dir() else set()
-    if missing := [name for name in wanted if name not in there]:
+    present = {path.name for path in job.out.iterdir()} if job.out.is_dir() else set()
+    if missing := [name for name in wanted if name not in present]:
         raise GenerationError(
-            f"--out ({job.out}): files are gone from there, {len(missing)} of them, the first is "
-            f"{missing[0]}; give another --out, or remove what is left."
+            f"--out ({job.out}): {len(missing)} files of the set are missing, the first is "
+            f"{missing[0]}. Give another --out, or remove what is left."
         )
 
 
 def _record_at(job: ImageSet) -> dict[str, Any]:
-    """The record of what lies at ``out``; {} if it is nothing of ours."""
+    """Return the record of the set at ``out``; {} if it is no set of this format."""
     try:
         if job.format == "npz":
             with np.load(job.out, allow_pickle=False) as archive:
@@ -298,33 +302,14 @@ def _record_at(job: ImageSet) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _refuse_differences(
-    job: ImageSet, where: Path, found: dict[str, Any], free: tuple[str, ...]
-) -> None:
-    if not found:
-        raise GenerationError(f"--out ({where}): holds something else. Give another --out.")
-    remedy = f"Give another --out, or remove {where}."
-    differing = [
-        f"{key}: {found.get(key)} there, {value} now"
-        for key, value in job.record.items()
-        if key not in free and found.get(key) != value
-    ]
-    if differing:
-        lines = "\n  ".join(differing)
-        raise GenerationError(f"--out ({where}): holds other images:\n  {lines}\n{remedy}")
+def _missing(job: ImageSet) -> list[int]:
+    """Return the numbers of the parts that are not finished."""
+    return [int(part) for part in job.work.unfinished(map(_marker, range(len(job.parts()))))]
 
 
-def _unwritable(job: ImageSet, error: OSError) -> GenerationError:
-    reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
-    return GenerationError(
-        f"--out ({job.out}): cannot be written: {reason}. Make room or give another place; the "
-        "same command continues with the parts that are missing."
-    )
-
-
-def _marker(job: ImageSet, number: int) -> Path:
-    return job.work / WORK_FOLDER / f"{number:06d}"
+def _marker(number: int) -> str:
+    return f"{number:06d}"
 
 
 def _raw(job: ImageSet, number: int) -> Path:
-    return job.work / WORK_FOLDER / f"{number:06d}.raw"
+    return job.work.path / f"{number:06d}.raw"

@@ -11,31 +11,31 @@ from tqdm import tqdm
 
 
 def say(text: str) -> None:
-    """One line to stderr, above the progress bar if there is one."""
+    """Print a line to stderr, above the progress bar if one is shown."""
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
 
 
-REPORT_SECONDS = 0.1
-
-
 @contextlib.contextmanager
-def progress(doing: str, total: int, unit: str = " images") -> Iterator[Callable[[int], None]]:
-    """A function to call with n more: a bar with the time left, or four lines in a log file."""
+def progress(task: str, total: int, unit: str = " images") -> Iterator[Callable[[int], None]]:
+    """Show the progress of a task; yields ``advance(n)``, which counts n more units as done.
+
+    On a terminal this is a bar with the time left. In a log file it is one line per quarter.
+    """
     if sys.stderr.isatty():
-        tqdm.monitor_interval = 0  # its thread would live in a process that forks
-        with tqdm(total=total, desc=doing, unit=unit, smoothing=0.1, mininterval=0.2) as bar:
+        tqdm.monitor_interval = 0  # tqdm's thread would be alive in a process that forks
+        with tqdm(total=total, desc=task, unit=unit, smoothing=0.1, mininterval=0.2) as bar:
             yield lambda n: bar.update(n) and None
         return
-    start, done, said = time.monotonic(), 0, 0
+    start, done, quarters = time.monotonic(), 0, 0
 
-    def update(n: int) -> None:
-        nonlocal done, said
+    def advance(n: int) -> None:
+        nonlocal done, quarters
         done += n
-        if total and (quarter := 4 * done // total) > said:
-            said, seconds = quarter, time.monotonic() - start
+        if total and (quarter := 4 * done // total) > quarters:
+            quarters, seconds = quarter, time.monotonic() - start
             left = seconds / done * (total - done)
-            line = f"{doing}: {done} of {total}{unit}, {done / max(seconds, 1e-3):.0f}/s"
+            line = f"{task}: {done} of {total}{unit}, {done / max(seconds, 1e-3):.0f}/s"
             print(f"{line}, {left:.0f} s left", file=sys.stderr, flush=True)
 
-    yield update
+    yield advance

@@ -266,16 +266,27 @@ def test_the_same_command_again_does_nothing(labelled):
 
 def test_other_settings_in_the_same_folder_are_refused_by_name(labelled):
     said = prepare(labelled / "images", "--out", labelled / "one", "--size", 32, code=2)
-    assert "size: 16 there, 32 now" in said
-    assert "format: png there, npy now" in said
-    assert "Give another folder" in said
+    assert "size: was 16, is now 32" in said
+    assert "format: was png, is now npy" in said
+    assert "Give another --out" in said
+
+
+@pytest.mark.parametrize("damaged", ["", "[]", '{"size": '])
+def test_a_damaged_record_of_the_settings_is_one_message(labelled, tmp_path, damaged):
+    """It is not taken for the settings of another set, and is no traceback."""
+    (tmp_path / ".prepare").mkdir()
+    (tmp_path / ".prepare" / "settings.json").write_text(damaged)
+    said = prepare(labelled / "images", "--out", tmp_path, code=2)
+    assert f"settings.json: is damaged. Remove {tmp_path} and run the same command" in said
 
 
 def test_two_at_once_in_one_folder_the_second_refuses(labelled, tmp_path):
     (tmp_path / ".prepare").mkdir()
     with (tmp_path / ".prepare" / "lock").open("w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
-        assert "another prepare" in prepare(labelled / "images", "--out", tmp_path, code=2)
+        assert "another process is writing" in prepare(
+            labelled / "images", "--out", tmp_path, code=2
+        )
 
 
 def test_parts_at_once_write_the_bytes_of_one_command(labelled, tmp_path):
@@ -416,9 +427,9 @@ def test_killed_and_stopped_runs_continue_to_the_bytes_of_an_uninterrupted_one(t
     whole = sorted((out / ".prepare").glob("shard-*.json"))
     damaged = out / whole[0].name.removesuffix(".json")
     damaged.write_bytes(damaged.read_bytes()[:-1])  # as after a power cut: packed once more
-    assert "interrupted prepare lies there" in prepare(out, code=2)
+    assert "of an interrupted prepare. Run the command again" in prepare(out, code=2)
     said = prepare(*common, "--size", 32, "--out", out, code=2)
-    assert "size: 64 there, 32 now" in said
+    assert "size: was 64, is now 32" in said
 
     said, code = stopped_in_the_middle((*common, "--out", out), out, signal.SIGTERM)
     assert code == 128 + signal.SIGTERM
@@ -571,11 +582,10 @@ def test_a_folder_where_no_image_can_be_read_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("x", "--size", "0"), "--size (0): must be between 1 and 4096"),
+        (("x", "--size", "0"), "--size: 0: must be a whole number from 1 to 4096"),
         (("x", "--background", "whit"), "--background (whit): must be a colour"),
-        (("x", "--workers", "0"), "--workers (0)"),
-        (("x", "--part", "3/3"), "--part (3/3): must be I/N"),
-        ####
+        (("x", "--workers", "0"), "--workers: 0: must be a whole number"),
+        (("x", "--part", "3/3"), "--part: 3/3: must be I/N"),
         ((), "give either SOURCE"),
         (("--verify", "nowhere"), "no such folder"),
     ],

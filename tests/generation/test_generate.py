@@ -36,7 +36,7 @@ from pipeline.models import sampling
 from pipeline.models.dcgan import init_weights, make_generator
 from pipeline.models.noise import rng
 from pipeline.runs.checkpoint import load_snapshot
-from pipeline.runtime.errors import CheckpointError, GenerationError
+from pipeline.runtime.errors import CheckpointError, GenerationError, UserError
 
 NUM = 150  # three blocks, the last one not full
 
@@ -200,7 +200,7 @@ def test_an_interrupted_set_is_continued_to_the_same_bytes(tmp_path: Path) -> No
         assert not job.out.exists()
         assert image_sets.write(job, images, accelerator) == "written"
         assert done == [0, 64, 128, -1, 192, 256]
-        assert not job.work.exists()
+        assert not job.unfinished.exists()
         if format == "npz":
             assert job.out.read_bytes() == whole.out.read_bytes()
         else:
@@ -214,7 +214,7 @@ def test_what_lies_there_is_never_replaced(snapshot: Path, tmp_path: Path) -> No
     out = made("images", snapshot, tmp_path / "x", "--num", 5)
     before = bytes_in(out)
     made("images", snapshot, out, "--num", 5)
-    with pytest.raises(GenerationError, match=r"other images:\n  seed: 0 there, 1 now"):
+    with pytest.raises(UserError, match=r"other settings:\n  seed: was 0, is now 1"):
         made("images", snapshot, out, "--num", 5, "--seed", 1)
     with pytest.raises(GenerationError, match="holds something else"):
         made("images", snapshot, out, "--num", 5, "--format", "shards")
@@ -222,18 +222,20 @@ def test_what_lies_there_is_never_replaced(snapshot: Path, tmp_path: Path) -> No
     (tmp_path / "empty").mkdir()
     made("images", snapshot, tmp_path / "empty", "--num", 5)
     (tmp_path / "empty" / "00000003.png").unlink()
-    with pytest.raises(GenerationError, match=r"files are gone .* 1 of them, .* 00000003\.png"):
+    with pytest.raises(GenerationError, match=r" 1 files of the set are missing, .* 00000003\.png"):
         made("images", snapshot, tmp_path / "empty", "--num", 5)
     shards = made("images", snapshot, tmp_path / "s", "--num", 5, "--format", "shards")
     (shards / "shard-000000.tar").unlink()
-    with pytest.raises(GenerationError, match=r"files are gone .* shard-000000\.tar"):
+    with pytest.raises(
+        GenerationError, match=r"files of the set are missing, .* shard-000000\.tar"
+    ):
         made("images", snapshot, shards, "--num", 5, "--format", "shards")
     other = shutil.copytree(snapshot, tmp_path / "other")
     settings = (other / "config.yaml").read_text()
     (other / "config.yaml").write_text(
         re.sub("z_distribution: .*", "z_distribution: normal", settings)
     )
-    with pytest.raises(GenerationError, match="z_distribution: uniform there, normal now"):
+    with pytest.raises(UserError, match="z_distribution: was uniform, is now normal"):
         made("images", other, out, "--num", 5)
     (tmp_path / "a.npz").write_text("mine")
     with pytest.raises(GenerationError, match="holds something else"):
@@ -258,7 +260,7 @@ def test_files_of_others_are_one_message(snapshot: Path, tmp_path: Path) -> None
     settings = tmp_path / "x.tmp" / ".generate" / "settings.json"
     settings.parent.mkdir(parents=True)
     settings.write_text("[]")
-    with pytest.raises(GenerationError, match="is damaged; remove"):
+    with pytest.raises(UserError, match=r"is damaged\. Remove"):
         made("images", snapshot, tmp_path / "x", "--num", 5)
 
 
@@ -284,10 +286,10 @@ def test_a_begun_set_of_other_settings_is_refused(snapshot: Path, tmp_path: Path
     settings = tmp_path / "x.tmp" / ".generate" / "settings.json"
     settings.parent.mkdir(parents=True)
     settings.write_text('{"seed": 3}')
-    with pytest.raises(GenerationError, match="seed: 3 there, 0 now"):
+    with pytest.raises(UserError, match="seed: was 3, is now 0"):
         made("images", snapshot, tmp_path / "x", "--num", 5)
     settings.write_text("{")
-    with pytest.raises(GenerationError, match="is damaged; remove"):
+    with pytest.raises(UserError, match=r"is damaged\. Remove"):
         made("images", snapshot, tmp_path / "x", "--num", 5)
 
 
@@ -300,7 +302,7 @@ def test_two_commands_on_one_set_do_not_mix(snapshot: Path, tmp_path: Path) -> N
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout
         other.stdout.readline()
-        with pytest.raises(GenerationError, match="another process is writing"):
+        with pytest.raises(UserError, match="another process is writing"):
             made("images", snapshot, tmp_path / "x", "--num", 5)
         other.kill()
     made("images", snapshot, tmp_path / "x", "--num", 5)

@@ -1,0 +1,126 @@
+"""Run tasks in forked worker processes, for commands that read or write many shards."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from multiprocessing import active_children, get_context, parent_process
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar
+
+import numpy as np
+
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.signals import STOP_SIGNALS
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+REPORT_SECONDS = 0.1
+
+_work: Callable[[int], Any]
+"""In a worker process: computes the task of a number."""
+
+
+def map_in_processes(
+    work: Callable[[Task, Callable[[int], None]], Result],
+    tasks: Sequence[Task],
+    workers: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[Result]:
+    """Return the result of ``work(task, report)`` for each task, in the order of the tasks.
+
+    A worker takes the next task as soon as it is free, so tasks may differ in length. The workers
+    end when this function returns or raises, and when this process is killed.
+
+    Args:
+        work: called in a worker. ``report(n)`` counts n more items as done. Forked workers share
+            the memory of ``work`` and ``tasks``: only results are pickled.
+        tasks: what to work on.
+        workers: number of processes, at least 1; no more are started than there are tasks.
+        advance: called in this process, about ten times a second, with the number of items that
+            were reported since the last call.
+
+    Raises:
+        UserError: a worker raised it, or a worker was killed.
+        OSError: a worker raised it.
+    """
+    if not tasks:
+        return []
+    # Anonymous shared memory: a container's /dev/shm may be tiny. One writer per element.
+    reported = np.frombuffer(mmap.mmap(-1, 8 * len(tasks)), np.int64)
+
+    def run(number: int) -> Result:
+        def report(n: int) -> None:
+            reported[number] += n
+
+        # SIGTERM may end a task, but not the sending of a result: the pool would wait for the rest.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        try:
+            return work(tasks[number], report)
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    finished: SimpleQueue[Future[Result]] = SimpleQueue()
+    futures: list[Future[Result]] = []
+    others, processes = set(active_children()), set[Any]()
+    count = min(workers, len(tasks))
+    with ProcessPoolExecutor(count, get_context("fork"), _start_worker, (run,)) as pool:
+        try:
+            # Workers start with the signals blocked, or they would run this process's handlers.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+            try:
+                futures += [pool.submit(_run, number) for number in range(len(tasks))]
+                processes = set(active_children()) - others
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            for future in futures:
+                future.add_done_callback(finished.put)
+            left, advanced = len(tasks), 0
+            while left:
+                with suppress(Empty):
+                    finished.get(timeout=REPORT_SECONDS).result()
+                    left -= 1
+                total = int(reported.sum())
+                advance(total - advanced)
+                advanced = total
+            return [future.result() for future in futures]
+        except BaseException as error:
+            for process in processes:  # the pool alone would wait for the tasks under way
+                process.terminate()
+            wait(futures)  # they fail with the first process that ends
+            for process in processes:
+                process.kill()
+            if isinstance(error, BrokenProcessPool):
+                raise UserError(
+                    "a worker process was killed, most often for lack of memory. Run the same "
+                    f"command again with fewer --workers than {count}; finished shards are kept."
+                ) from None
+            raise
+
+
+def _start_worker(work: Callable[[int], Any]) -> None:
+    """Prepare a worker process that was just forked."""
+    global _work
+    _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent acts
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    warnings.simplefilter("ignore")  # Pillow warns about odd metadata, once per image
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # Workers forked later hold this worker's pipe to the parent too: the last one ends first.
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _run(number: int) -> Any:
+    return _work(number)
