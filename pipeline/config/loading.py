@@ -6,12 +6,16 @@ plain dataclasses, never OmegaConf nodes, and reports all faults at once.
 Relative paths in a YAML file are relative to the checkout of the file: the nearest folder above it
 with a ``pyproject.toml``, or the working folder without any. Relative paths on the command line are
 relative to the working folder. ``data.shards`` may be a URL.
+
+The package carries the files of ``configs/``. They serve ``--config demo.yaml`` and
+``--config configs/demo.yaml`` where no such file exists.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +27,12 @@ from yaml import YAMLError
 
 from pipeline.config import rules
 from pipeline.config.schema import Config, flatten
+from pipeline.runtime.console import say
 from pipeline.runtime.errors import ConfigError
+
+PACKAGE = Path(__file__).resolve().parents[1]
+CONFIGS = (PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent) / "configs"
+"""The shipped configurations: a part of an installed package, beside it in a checkout."""
 
 PATH_KEYS = (
     "run.dir",
@@ -46,7 +55,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: a list of all faults, each with field, value, requirement and remedy.
     """
-    path = Path(path)
+    path, base_of_file = _find_file(Path(path))
     schema = OmegaConf.structured(Config)
     _make_writable(schema)
     faults: list[str] = []
@@ -55,7 +64,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     defaults = OmegaConf.from_dotlist([f"{key}={path}" for key, path in paths.items() if path])
     for source, tree, base in (
         ("defaults", defaults, Path.cwd()),
-        (str(path), _read_yaml(path), _find_checkout(path)),
+        (str(path), _read_yaml(path), base_of_file),
         ("command line", _read_overrides(overrides, faults), Path.cwd()),
     ):
         for key, value in _flatten_tree(tree):
@@ -146,10 +155,19 @@ def _read_overrides(overrides: Sequence[str], faults: list[str]) -> DictConfig:
         return OmegaConf.create()
 
 
-def _find_checkout(path: Path) -> Path:
-    """Return the nearest folder above ``path`` with a pyproject.toml, or the working folder."""
-    parents = path.resolve().parents
-    return next((p for p in parents if (p / "pyproject.toml").is_file()), Path.cwd())
+def _find_file(path: Path) -> tuple[Path, Path]:
+    """Return the YAML file that ``--config`` names and the folder its relative paths are relative to.
+
+    If ``path`` does not exist, take the file of that name in the package. Its paths are
+    relative to the working folder, because data and runs do not belong in a package.
+    """
+    carried = CONFIGS / path.name
+    if path.exists() or path.parent not in (Path(), Path("configs")) or not carried.is_file():
+        parents = path.resolve().parents
+        return path, next((p for p in parents if (p / "pyproject.toml").is_file()), Path.cwd())
+    if os.environ.get("RANK", "0") == "0":
+        say(f"--config {path}: no such file; using {carried}, which the package carries.")
+    return carried, Path.cwd()
 
 
 def _make_absolute(value: str, base: Path) -> str:
