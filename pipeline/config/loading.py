@@ -156,7 +156,7 @@ def _read_overrides(overrides: Sequence[str], faults: list[str]) -> DictConfig:
 
 
 def _find_file(path: Path) -> tuple[Path, Path]:
-    """Return the YAML file that ``--config`` names and the folder its relative paths are relative to.
+    """Return the YAML file that ``--config`` names, and the base of its relative paths.
 
     If ``path`` does not exist, take the file of that name in the package. Its paths are
     relative to the working folder, because data and runs do not belong in a package.
