@@ -52,8 +52,9 @@ def make_accelerator(precision: str) -> Accelerator:
         mixed_precision=MIXED_PRECISION[precision],
         kwargs_handlers=[
             DistributedDataParallelKwargs(
-                # Broadcasting buffers before the second of D's two forward passes breaks the first
-                # one's backward pass on torch >= 2.6 (github.com/pytorch/pytorch/issues/175024).
+                # All ranks compute the same buffers: a broadcast would only cost time. In torch
+                # with github.com/pytorch/pytorch/issues/175024 (not in 2.15) a broadcast before D's
+                # second forward pass also breaks the backward pass of the first.
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
