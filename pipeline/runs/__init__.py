@@ -1,1 +1,1 @@
-"""Keep what a run leaves behind: its folder, checkpoints, scores, metrics and dashboard."""
+"""Write what a run leaves on disk and in W&B: folder, checkpoints, metrics, scores; preflight."""

@@ -1,1 +1,1 @@
-"""Handle the process and its peers: launch, ranks, signals, files, messages. Knows no GAN."""
+"""Launch processes, exchange between ranks, handle signals, files, locks and errors. No GANs."""
