@@ -186,7 +186,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=HelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog=parser.prog)
     add_command = partial(commands.add_parser, formatter_class=HelpFormatter)
     score = add_command("score", prog=parser.prog, help="score checkpoints, or a set of images")
     reference = add_command("reference", help="compute the reference file of the real images")
@@ -216,7 +216,10 @@ def parse(words: list[str]) -> argparse.Namespace:
     for command in (score, reference):
         overrides = "override a value of the configuration"
         command.add_argument("overrides", nargs="*", metavar="section.key=value", help=overrides)
-    parser.epilog = f"Without a command name:\n{score.format_help()}"
+    parser.epilog = (
+        "COMMAND --help shows the options of another command. Those of score, the default, are:\n"
+        f"{score.format_help()}"
+    )
     if not words or words[0] not in (*commands.choices, "-h", "--help"):
         words = ["score", *words]
     options = parser.parse_args(words)

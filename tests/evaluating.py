@@ -1,4 +1,4 @@
-"""A small run folder that was never trained, and evaluations of it in this process."""
+"""Make a small run folder with random weights, and evaluate it in this process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TINY = "tiny_extractor:Tiny"
 
 
 def make_config(folder: Path, **settings: object) -> Config:
-    """``folder`` holds the shards, the references and the run."""
+    """Return a configuration whose shards, references and run folder lie in ``folder``."""
     small = {"extractor": TINY, "num_images": 100, "cache_dir": str(folder / "references")}
     return Config(
         run=RunConfig(dir=str(folder / "run")),
@@ -39,7 +39,7 @@ def make_config(folder: Path, **settings: object) -> Config:
 
 
 def make_run(folder: Path, steps: tuple[int, ...] = (10, 20), **settings: object) -> Path:
-    """Shards of 130 noise images and a run with a snapshot of another G at each step."""
+    """Write shards of 130 noise images, and a run with the snapshot of another G at each step."""
     if not (folder / "shards").exists():
         write_shards(folder / "shards", [70, 60], (32, 32, 1))
     run, config = folder / "run", make_config(folder, **settings)
@@ -47,7 +47,7 @@ def make_run(folder: Path, steps: tuple[int, ...] = (10, 20), **settings: object
     for step in steps:
         add_snapshot(run, config, step)
     (run / "run.json").write_text('{"id": "run-abc", "precision": "fp32"}')
-    (run / "config.yaml").write_text(dump(config))  # the last: without it nothing is evaluated
+    (run / "config.yaml").write_text(dump(config))  # the last file, as in a training
     return run
 
 
@@ -55,7 +55,7 @@ def generator_of(step: int) -> Generator:
     G = Generator(MODEL)
     init_weights(G, rng(step, "test"))
     with torch.no_grad():
-        G.layers.to_image.weight.mul_(step)  # images that differ more than by noise
+        G.layers.to_image.weight.mul_(step)  # another contrast at each step, so that scores differ
     return G
 
 
@@ -70,6 +70,6 @@ def add_checkpoint(run: Path, step: int) -> Path:
 
 
 def evaluated(*words: object) -> None:
-    """The command, without a process of its own: its errors come as exceptions."""
+    """Run ``evaluate`` in this process. Its errors are raised as exceptions."""
     options = evaluate.parse([str(word) for word in words])
     evaluate.evaluate(options, evaluate.configuration(options))

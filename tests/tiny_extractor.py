@@ -1,6 +1,6 @@
-"""A feature extractor of a user's own: 16 numbers from fixed filters, in milliseconds.
+"""A user's own feature extractor: 16 features from fixed random filters, computed in milliseconds.
 
-``TINY_DELAY`` (seconds per batch) leaves tests the time to interrupt an evaluation.
+The environment variable TINY_DELAY (seconds per batch) slows it down, for tests that interrupt it.
 """
 
 import os

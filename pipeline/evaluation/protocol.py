@@ -25,6 +25,8 @@ SAMPLING = "z-table blocks of 64, standing BatchNorm, round and clamp to uint8: 
 """Name of the way images are generated. Part of the protocol, so a changed way needs a new name."""
 STANDARD_NUM_IMAGES = 50_000
 """Number of images that most published scores are computed from."""
+MIN_IMAGES = 10
+"""Least number of generated and of real images. IS divides the generated ones into 10 parts."""
 KID_SUBSET = 1000
 """Images in each of the random subsets that KID is the mean of."""
 
@@ -124,7 +126,8 @@ def make_protocol(config: EvalConfig, extractor: Extractor, index: Index) -> Pro
         index: of the shards with the real images.
 
     Raises:
-        EvaluationError: ``eval.reference_images`` is more than the shards have.
+        EvaluationError: there are fewer than ``MIN_IMAGES`` generated or real images, or
+            ``eval.reference_images`` is more than the shards have.
     """
     available, wanted = index.num_samples, config.reference_images
     if wanted > available:
@@ -132,6 +135,13 @@ def make_protocol(config: EvalConfig, extractor: Extractor, index: Index) -> Pro
             f"eval.reference_images ({wanted}): data.shards ({index.location}) has {available} "
             f"images. Use at most {available}, or 0 for all."
         )
+    numbers = {"eval.num_images": config.num_images, "eval.reference_images": wanted or available}
+    for field, number in numbers.items():
+        if number < MIN_IMAGES:
+            raise EvaluationError(
+                f"{field} ({number}): IS, precision and recall need at least {MIN_IMAGES} "
+                "generated and as many real images. Use more."
+            )
     reference = ReferenceProtocol(
         data=index.fingerprint,
         image_shape=index.shape,

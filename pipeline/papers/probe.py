@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.runtime import signals
-from pipeline.runtime.arguments import integer, seed
-from pipeline.runtime.errors import CheckpointError, EvaluationError
+from pipeline.runtime.arguments import HelpFormatter, integer, seed
+from pipeline.runtime.errors import CheckpointError, EvaluationError, exit_on_user_error
 from pipeline.runtime.files import exists
 
 if TYPE_CHECKING:
@@ -234,3 +234,12 @@ def main(options: argparse.Namespace) -> None:
             from pipeline.runtime.files import write_results
 
             write_results({options.out: json.dumps(document, indent=1).encode()})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.papers.probe", description=__doc__, formatter_class=HelpFormatter
+    )
+    add_arguments(parser)
+    with exit_on_user_error():
+        main(parser.parse_args())

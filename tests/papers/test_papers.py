@@ -1,4 +1,4 @@
-"""What the papers measure: Parzen windows, the theorems in one dimension, probes, filters."""
+"""Experiments of the papers: Parzen window, the theorems in one dimension, probe and filters."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from pipeline.runtime.errors import DataError, EvaluationError, GenerationError,
 
 
 def test_the_window_is_the_formula_by_hand() -> None:
-    """Three samples, two images, two dimensions: sums of Gaussians written out."""
+    """Three samples, two images and two dimensions, against sums of Gaussians written out."""
     samples = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.5]])
     images = torch.tensor([[0.25, 0.0], [1.0, 1.0]])
     found = log_likelihoods(images, samples, [0.2, 1.0])
@@ -71,7 +71,7 @@ def test_the_window_is_the_formula_by_hand() -> None:
 
 
 def test_nothing_overflows_in_many_dimensions() -> None:
-    """784 dimensions and a narrow window: exp alone would be 0; chunks change nothing."""
+    """Values are finite in 784 dimensions, where exp alone is 0, and do not depend on chunks."""
     images = torch.rand(600, 784, generator=rng(0, "x"))
     found = log_likelihoods(images, images[:50] * 0.5, [0.1])
     assert torch.isfinite(found).all()
@@ -81,8 +81,8 @@ def test_nothing_overflows_in_many_dimensions() -> None:
     torch.testing.assert_close(found, apart, rtol=1e-12, atol=0)
 
 
-def test_more_samples_than_fit_are_taken_in_parts() -> None:
-    """Against the formula on all distances at once; a part far away adds nothing, and no NaN."""
+def test_more_samples_than_fit_are_processed_in_parts() -> None:
+    """The sum over parts equals the formula on all distances, also with a part far away."""
     samples = torch.rand(2 * SAMPLES + 7, 5, generator=rng(0, "s"))
     samples[:SAMPLES] += 1000
     images = torch.rand(30, 5, generator=rng(0, "x"))
@@ -95,22 +95,23 @@ def test_more_samples_than_fit_are_taken_in_parts() -> None:
 
 
 def test_a_known_gaussian_scores_what_calculus_says() -> None:
-    """Many samples of N(0.5, 0.2^2) in 2 dimensions: the window tends to N(0.5, v), v = 0.2^2 +
-    sigma^2, whose mean log-likelihood is -log(2 pi v) - 0.2^2 / v, with deviation 0.2^2 / v.
+    """Samples of N(0.5, 0.2^2) in 2 dimensions have the density N(0.5, v) with v = 0.2^2 + sigma^2.
+
+    Its mean log-likelihood is -log(2 pi v) - 0.2^2 / v, with standard deviation 0.2^2 / v.
     """
     drawn = {
         name: torch.randn(n, 2, generator=rng(0, name)) * 0.2 + 0.5
         for name, n in (("samples", 20_000), ("validation", 200), ("test", 2_000))
     }
     mean, error, sigma = parzen(*drawn.values())
-    assert sigma == SIGMAS[0]  # so many samples: the narrowest
+    assert sigma == SIGMAS[0]  # the smallest, because there are many samples
     v = 0.2**2 + sigma**2
     assert error == pytest.approx(0.2**2 / v / math.sqrt(2_000), rel=0.1)
     assert mean == pytest.approx(-math.log(2 * math.pi * v) - 0.2**2 / v, abs=3 * error)
 
 
 def test_sigma_is_the_best_of_the_range_for_the_validation_images() -> None:
-    """Few samples far apart want a wide window."""
+    """With few samples far apart it is neither the smallest nor the largest value."""
     samples = torch.rand(20, 30, generator=rng(0, "s"))
     validation, test = torch.rand(2, 200, 30, generator=rng(0, "x")).unbind()
     _, _, sigma = parzen(samples, validation, test)
@@ -120,6 +121,7 @@ def test_sigma_is_the_best_of_the_range_for_the_validation_images() -> None:
 
 
 def test_the_best_row_of_a_likelihood_is_the_highest() -> None:
+    """The earliest of equal rows is best; without higher_is_better it is the lowest."""
     rows = [
         {"step": k, "headline": "ll", "scores": {"ll": s}, "higher_is_better": True}
         for k, s in ((1, -5.0), (2, 7.0), (3, 7.0))
@@ -131,7 +133,7 @@ def test_the_best_row_of_a_likelihood_is_the_highest() -> None:
 def test_the_command_scores_a_run_by_its_parzen_window(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The ledger's row is what the functions give for the same images; again, nothing is added."""
+    """The row has the value of ``parzen`` for the same images. A second run adds nothing."""
     run = make_run(tmp_path, steps=(10, 20))
     write_shards(tmp_path / "held-out", [40], (32, 32, 1))
     words = ("--run", run, "--metrics", "parzen", "--pending")
@@ -155,8 +157,8 @@ def test_the_command_scores_a_run_by_its_parzen_window(
     assert next(iter(rows[1]["scores"])) == rows[1]["headline"] == "eval/parzen_100"
 
 
-def said_by(module: str, *words: object, cwd: Path = REPO) -> subprocess.CompletedProcess[str]:
-    """A command in a process of its own."""
+def run_module(module: str, *words: object, cwd: Path = REPO) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m module`` in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", module, *map(str, words)],
         cwd=cwd,
@@ -166,10 +168,10 @@ def said_by(module: str, *words: object, cwd: Path = REPO) -> subprocess.Complet
     )
 
 
-def test_a_sigma_at_the_end_of_the_range_is_said(
+def test_a_sigma_at_the_end_of_the_range_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Held-out images as grey as those of a G that draws nothing: no window is narrow enough."""
+    """Held-out images almost equal to those of a constant G want the smallest sigma."""
     run = make_run(tmp_path, steps=())
     G = generator_of(10)
     with torch.no_grad():
@@ -184,8 +186,7 @@ def test_a_sigma_at_the_end_of_the_range_is_said(
     words = ("--run", run, "--metrics", "parzen", f"eval.parzen_shards={tmp_path / 'grey'}")
     evaluated(*words)
     assert read_rows(run)[0]["scores"]["eval/parzen_sigma_100"] == SIGMAS[0]
-    said = capsys.readouterr()
-    assert "sigma = 0.1 is at the end of the range" in said.out + said.err
+    assert "sigma = 0.1 is at the end of the range" in capsys.readouterr().err
 
 
 # -- what D has learned -------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def test_a_sigma_at_the_end_of_the_range_is_said(
 
 @pytest.fixture
 def labelled_run(tmp_path: Path) -> Path:
-    """A checkpoint, and shards whose classes differ in brightness: any features can tell them."""
+    """A run with a checkpoint, and labelled shards whose classes differ in brightness."""
     run = make_run(tmp_path, steps=())
     add_checkpoint(run, 10)
     for name, count in (("shards", 200), ("test", 100)):
@@ -212,7 +213,7 @@ def labelled_run(tmp_path: Path) -> Path:
 def test_the_probe_compares_d_with_a_random_one_and_with_pixels(
     labelled_run: Path, tmp_path: Path
 ) -> None:
-    """Through ``evaluate probe``: three rows, easy classes found by all, the numbers as JSON."""
+    """``evaluate probe`` prints and writes three rows; these easy classes are all recognised."""
     pytest.importorskip("sklearn", reason="the extra probe is not installed")
     out = tmp_path / "probe.json"
     words = ["probe", "--run", labelled_run, "--test", tmp_path / "test", "--out", out, "--C", "1"]
@@ -225,29 +226,37 @@ def test_the_probe_compares_d_with_a_random_one_and_with_pixels(
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert [one["name"] for one in found["outcomes"]] == ["D", "random D", "pixels"]
-    # 16 places of every feature map: 4, 8 and 16 maps.
+    # 16 positions of every feature map: 4, 8 and 16 maps.
     assert [one["dim"] for one in found["outcomes"]] == [16 * (4 + 8 + 16)] * 2 + [32 * 32]
     assert all(one["accuracy"] == 1 for one in found["outcomes"])
     assert "100.00%" in done.stdout
 
 
 def probed(run: Path, *words: object) -> dict[str, Any]:
-    """The figures of the command, without a process of its own."""
+    """Run ``evaluate probe`` in this process and return its JSON document."""
     pytest.importorskip("sklearn", reason="the extra probe is not installed")
     options = evaluate.parse([str(word) for word in ("probe", "--run", run, "--C", "1", *words)])
     return probe.probe(options)[1]
 
 
+def test_the_probe_is_also_a_module(tmp_path: Path) -> None:
+    """``python -m pipeline.papers.probe`` runs, and answers a mistake with exit code 2."""
+    pytest.importorskip("sklearn", reason="the extra probe is not installed")
+    done = run_module("pipeline.papers.probe", "--run", tmp_path, "--test", tmp_path)
+    assert done.returncode == 2
+    assert f"--run ({tmp_path}): the folder has no config.yaml" in done.stderr
+
+
 def reconfigured(run: Path, section: str, **values: Any) -> Path:
-    """The run, another configuration in its folder."""
+    """Change the configuration in the run folder."""
     config = load(run / "config.yaml")
     changed = replace(config, **{section: replace(getattr(config, section), **values)})
     (run / "config.yaml").write_text(dump(changed))
     return run
 
 
-def test_images_that_were_learned_from_are_no_test(labelled_run: Path, tmp_path: Path) -> None:
-    """Neither the SVM's nor, by the fingerprint in the checkpoint, those that D was trained on."""
+def test_training_images_are_refused_as_test_images(labelled_run: Path, tmp_path: Path) -> None:
+    """Those of the SVM, and those of D, which the checkpoint names by their fingerprint."""
     with pytest.raises(
         EvaluationError, match=r"--test .* these are training images of D or of the SVM"
     ):
@@ -262,6 +271,8 @@ def test_images_that_were_learned_from_are_no_test(labelled_run: Path, tmp_path:
 
 
 def test_mistakes_of_the_probe_are_one_message(labelled_run: Path, tmp_path: Path) -> None:
+    """Each names the option, its value and the remedy."""
+
     def refused(error: type[UserError], message: str, *words: object, run: Path) -> None:
         with pytest.raises(error, match=message):
             probed(run, *words)
@@ -293,9 +304,9 @@ def test_mistakes_of_the_probe_are_one_message(labelled_run: Path, tmp_path: Pat
         run=labelled_run,
     )
     (tmp_path / "x.json").write_text("mine")
-    there = ("--out", tmp_path / "x.json")
-    refused(GenerationError, "x.json.*exists already", *test, *there, run=labelled_run)
-    nowhere = ("--out", "/proc/nowhere/x.json")  # found out before the minutes of work
+    existing = ("--out", tmp_path / "x.json")
+    refused(GenerationError, "x.json.*exists already", *test, *existing, run=labelled_run)
+    nowhere = ("--out", "/proc/nowhere/x.json")  # checked before the run is opened
     refused(GenerationError, "cannot be written", *test, *nowhere, run=tmp_path / "no run")
     mlp = make_config(tmp_path).model
     mlp = replace(mlp, architecture="mlp", ngf=8, ndf=8)
@@ -307,10 +318,10 @@ def test_mistakes_of_the_probe_are_one_message(labelled_run: Path, tmp_path: Pat
         guided_backprop.make_figure(guided_backprop.parse(words))
 
 
-def test_the_pair_is_the_checkpoints_d_and_one_with_first_weights(
+def test_the_discriminators_are_that_of_the_checkpoint_and_a_random_one(
     labelled_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And a damaged checkpoint that is passed over is named."""
+    """A damaged newer checkpoint is skipped and named on stderr."""
     broken = add_checkpoint(labelled_run, 20) / "D.safetensors"
     broken.write_bytes(broken.read_bytes()[:-1] + b"x")
     _, found, trained, random = load_discriminators(labelled_run, None, 5)
@@ -324,8 +335,8 @@ def test_the_pair_is_the_checkpoints_d_and_one_with_first_weights(
     assert not torch.equal(trained.layers[0].weight, random.layers[0].weight)  # type: ignore[index, union-attr]
 
 
-def test_features_are_refused_that_do_not_fit_into_memory() -> None:
-    """configs/dcgan_64.yaml on 60,000 images: 48 GiB, 28 bytes for each of 30,720 numbers."""
+def test_features_that_do_not_fit_into_memory_are_refused() -> None:
+    """60,000 images of configs/dcgan_64.yaml with 30,720 features of 28 bytes are 48 GiB."""
     dim = 16 * (128 + 256 + 512 + 1024)
     with pytest.raises(
         EvaluationError, match=r"take 48 GiB, but this machine has 16 GiB.* most 19972"
@@ -334,12 +345,13 @@ def test_features_are_refused_that_do_not_fit_into_memory() -> None:
     check_memory(19_972, 0, dim, 16 << 30)
 
 
-def test_shards_of_a_url_come_through_the_cache_of_the_configuration(
+def test_shards_of_a_url_are_downloaded_into_data_cache_dir(
     labelled_run: Path,
     tmp_path: Path,
     serve: Callable[[Path], CountingServer],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Once for two commands, and not into the working directory."""
     pytest.importorskip("aiohttp", reason="the extra http is not installed")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -357,7 +369,7 @@ def test_shards_of_a_url_come_through_the_cache_of_the_configuration(
 
 
 def test_the_last_fifth_of_the_training_images_chooses_the_svm() -> None:
-    """Against scikit-learn's own scores; features of any scale and place count alike."""
+    """C and accuracy equal those of scikit-learn, although the features are scaled and shifted."""
     svm = pytest.importorskip("sklearn.svm", reason="the extra probe is not installed")
     draws = np.random.default_rng(0)
     labels = draws.integers(0, 3, 300)
@@ -395,6 +407,7 @@ def test_batchnorm_statistics_of_d_are_the_mean_over_its_batches(labelled_run: P
 
 
 def test_features_are_every_activation_max_pooled_to_four_by_four(labelled_run: Path) -> None:
+    """They equal a max-pooling written out by reshapes, layer after layer."""
     _, _, D, _ = load_discriminators(labelled_run, None, 0)
     images = np.stack([pixels_of(k, (32, 32, 1)) for k in range(70)])
     set_batchnorm_statistics(D, images)
@@ -411,7 +424,7 @@ def test_features_are_every_activation_max_pooled_to_four_by_four(labelled_run: 
 
 
 def test_guided_gradients_pass_active_units_with_a_positive_gradient_only() -> None:
-    """Four units of one pixel, by hand: active or not, a positive gradient or not; one passes."""
+    """Of four units, active or not and with positive gradient or not, one passes its gradient."""
     first, second = torch.nn.Conv2d(1, 4, 1, bias=False), torch.nn.Conv2d(4, 1, 1, bias=False)
     with torch.no_grad():
         first.weight.copy_(torch.tensor([2.0, -3.0, 1.0, -1.0]).view(4, 1, 1, 1))
@@ -424,7 +437,7 @@ def test_guided_gradients_pass_active_units_with_a_positive_gradient_only() -> N
 
 
 def test_first_filters_are_the_weights_around_grey(labelled_run: Path) -> None:
-    """0 is the middle, the largest weight of a filter white or black."""
+    """A weight of 0 is grey, the largest of a filter is white or black."""
     _, _, D, _ = load_discriminators(labelled_run, None, 0)
     weight = next(iter(D.layers)).weight.detach()  # type: ignore[arg-type]
     found = guided_backprop.first_filters(D)
@@ -437,7 +450,10 @@ def test_first_filters_are_the_weights_around_grey(labelled_run: Path) -> None:
 
 
 def test_guided_gradients_of_one_layer_are_its_filter_where_it_responds(labelled_run: Path) -> None:
-    """Nothing before the only layer can shut; shapes and finite numbers through a whole D."""
+    """The gradient of a single layer is its filter, where the response is largest.
+
+    Through a whole D the shapes are right and all values finite.
+    """
     _, _, D, random = load_discriminators(labelled_run, None, 0)
     x = torch.rand(3, 1, 32, 32, generator=rng(0, "x")) * 2 - 1
     set_batchnorm_statistics(D, np.zeros((64, 32, 32, 1), np.uint8))
@@ -455,13 +471,13 @@ def test_guided_gradients_of_one_layer_are_its_filter_where_it_responds(labelled
     for k in range(3):
         assert responses[k] == maps[k].max()
         y, left = divmod(int(maps[k].argmax()), 16)
-        whole = torch.zeros(34, 34)
-        whole[2 * y : 2 * y + 4, 2 * left : 2 * left + 4] = conv.weight[1, 0].detach()
-        torch.testing.assert_close(gradients[k, 0], whole[1:33, 1:33])
+        padded = torch.zeros(34, 34)
+        padded[2 * y : 2 * y + 4, 2 * left : 2 * left + 4] = conv.weight[1, 0].detach()
+        torch.testing.assert_close(gradients[k, 0], padded[1:33, 1:33])
 
 
-def test_the_most_exciting_images_stand_left_of_what_excites(labelled_run: Path) -> None:
-    """A row for each feature, the largest response first, by the definition of a response."""
+def test_top_images_are_drawn_left_of_their_gradients(labelled_run: Path) -> None:
+    """Each feature has a row, with the largest response first."""
     _, _, D, _ = load_discriminators(labelled_run, None, 0)
     images = np.stack([pixels_of(k, (32, 32, 1)) for k in range(70)])
     set_batchnorm_statistics(D, images)
@@ -482,6 +498,7 @@ def test_the_most_exciting_images_stand_left_of_what_excites(labelled_run: Path)
 
 
 def test_filters_are_drawn_beside_those_of_a_random_d(labelled_run: Path, tmp_path: Path) -> None:
+    """The size of the figure is that of two halves, each of filters above rows of pairs."""
     out = tmp_path / "filters.png"
     words = ["--run", str(labelled_run), "--out", str(out), "--num-images", "100", "--count", "2"]
     out.write_bytes(
@@ -492,13 +509,12 @@ def test_filters_are_drawn_beside_those_of_a_random_d(labelled_run: Path, tmp_pa
     with Image.open(out) as picture:
         width, height = picture.size
     assert width == 2 * 4 * 32 + 2 * guided_backprop.GAP
-    assert (
-        height == 14 + guided_backprop.GAP + 3 * 32
-    )  # four filters of 4x4, enlarged and framed, in a row
+    filters = 4 * 3 + 2  # 4x4, enlarged by 3, with a frame of 1
+    assert height == filters + guided_backprop.GAP + 3 * 32
 
 
 def test_mistakes_of_filters_are_one_message(labelled_run: Path, tmp_path: Path) -> None:
-    """A file that exists, shards of another shape, more images in a row than there are."""
+    """An existing file, shards of another shape, and more images in a row than were read."""
     out = tmp_path / "f.png"
     write_shards(tmp_path / "large", [70], (64, 64, 1))
     for words, message in (
@@ -510,7 +526,7 @@ def test_mistakes_of_filters_are_one_message(labelled_run: Path, tmp_path: Path)
                 guided_backprop.parse(["--run", str(labelled_run), "--out", str(out), *words])
             )
     out.write_text("mine")
-    done = said_by("pipeline.papers.guided_backprop", "--run", labelled_run, "--out", out)
+    done = run_module("pipeline.papers.guided_backprop", "--run", labelled_run, "--out", out)
     assert done.returncode == 2
     assert "exists already; give another name" in done.stderr
     assert "Traceback" not in done.stderr
@@ -521,7 +537,7 @@ def test_mistakes_of_filters_are_one_message(labelled_run: Path, tmp_path: Path)
 
 
 def test_a_short_game_shows_the_theorems(tmp_path: Path) -> None:
-    """Proposition 1: D trained alone comes to D*. Theorem 1: C(G) falls to -log 4, V follows."""
+    """D trained alone approaches D* (proposition 1); C(G) and V fall to -log 4 (theorem 1)."""
     torch.set_num_threads(1)
     moments = gan_1d.play(seed=0, steps=400)
     first, alone, moved, last = moments
@@ -532,7 +548,7 @@ def test_a_short_game_shows_the_theorems(tmp_path: Path) -> None:
     assert moved.jsd < alone.jsd
     assert last.jsd < 0.01 < first.jsd
     assert last.value == pytest.approx(-math.log(4), abs=0.02)
-    assert last.off_half < 0.03 < first.off_half  # D ends undecided, and was not at first
+    assert last.off_half < 0.03 < first.off_half  # D ends near 1/2, and did not start there
     for moment in moments:
         assert moment.value <= -math.log(4) + 2 * moment.jsd + 1e-6  # D* is the maximum
         assert moment.p_g.sum() * (gan_1d.RIGHT - gan_1d.LEFT) / gan_1d.BINS == pytest.approx(
@@ -547,15 +563,16 @@ def test_a_short_game_shows_the_theorems(tmp_path: Path) -> None:
 
 
 def fixed(function: Callable[[torch.Tensor], torch.Tensor]) -> torch.nn.Module:
-    """A network that is this function."""
+    """Return a network that computes ``function``."""
     network = torch.nn.Module()
     network.forward = function  # type: ignore[method-assign]
     return network
 
 
 def test_the_value_of_a_d_that_is_sure_is_exact() -> None:
-    """V = -softplus(-l) - softplus(l) of a D with the logit l everywhere, where a float32 sigmoid
-    is 1 already; and p_g outside the range that is integrated is said.
+    """V = -softplus(-l) - softplus(l) for a constant logit l, also where D rounds to 0 or 1.
+
+    The table warns if p_g lies outside the interval of integration.
     """
     for logit in (18.0, 40.0, -40.0):
         D = fixed(lambda x, logit=logit: torch.full_like(x, logit))  # type: ignore[misc]
@@ -569,7 +586,7 @@ def test_the_value_of_a_d_that_is_sure_is_exact() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--out", "x.jpg"], "must end in .png"),
         (["--out", "x.png", "--steps", "0"], "--steps: 0: must be a whole number from 1"),
@@ -577,12 +594,12 @@ def test_the_value_of_a_d_that_is_sure_is_exact() -> None:
         (["--out", "there.png"], "there.json): exists already"),
     ],
 )
-def test_mistakes_of_theory_are_one_message(words: list[str], said: str, tmp_path: Path) -> None:
-    """All of these are found out before the half minute of training."""
+def test_mistakes_of_theory_are_one_message(words: list[str], message: str, tmp_path: Path) -> None:
+    """They are reported before the training, and no file is written."""
     (tmp_path / "there.json").write_text("mine")
-    done = said_by("pipeline.papers.theory", *words, cwd=tmp_path)
+    done = run_module("pipeline.papers.theory", *words, cwd=tmp_path)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["there.json"]
     assert (tmp_path / "there.json").read_text() == "mine"
