@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
-from pipeline.data.remote import FETCH_ATTEMPTS, open_url, with_retries
+from pipeline.data.remote import FETCH_ATTEMPTS, fetch
 from pipeline.data.shards import INDEX_NAME, Index, Shard
 from pipeline.runtime.errors import DataError
 from pipeline.runtime.files import sha256_of
 from pipeline.runtime.locks import FileLock
 from pipeline.runtime.signals import Stopped, never
 
-CHUNK = 1 << 20
-
-
 HASH_ALL_BELOW = 2 << 30
+"""Bytes; a set up to this size is hashed before a run with ``data.verify=auto``."""
 
 
 class Cache:
@@ -84,30 +81,11 @@ class Cache:
                 list(pool.map(self.path, self.index.shards))
 
     def _fetch(self, shard: Shard, target: Path) -> None:
-        """Download under the shard's lock: whatever unfinished copy is found was abandoned."""
-        url = f"{self.index.location}/{shard.url}"
+        """Download a shard, whose lock this process holds: no other download is in progress."""
         for abandoned in self.folder.glob(f"{glob.escape(target.name)}.*.tmp"):
             abandoned.unlink(missing_ok=True)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-
-        def transfer() -> str:
-            digest = hashlib.sha256()
-            with partial.open("wb") as out, open_url(url) as source:
-                while chunk := source.read(CHUNK):
-                    if self.stop():
-                        raise Stopped
-                    digest.update(chunk)
-                    out.write(chunk)
-                if out.tell() < shard.filesize:  # a connection may end early without an error
-                    raise EOFError(f"ended after {out.tell()} of {shard.filesize} bytes")
-            return digest.hexdigest()
-
-        try:
-            if with_retries(url, transfer) != shard.sha256:
-                raise DataError(f"{url}: its checksum differs from the index; upload it again.")
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        url = f"{self.index.location}/{shard.url}"
+        fetch(url, target, shard.sha256, size=shard.filesize, stop=self.stop)
 
     def _make_room(self, needed: int) -> None:
         """Unlink the least recently used shards; a process that maps one keeps reading it."""
