@@ -65,10 +65,6 @@ class Order:
         self._layouts: Cache = OrderedDict()
         self._windows: Cache = OrderedDict()
 
-    def __getstate__(self) -> dict[str, object]:
-        """Workers rebuild the caches; pickling them would copy the whole permutation."""
-        return self.__dict__ | {"_layouts": OrderedDict(), "_windows": OrderedDict()}
-
     def describe(self) -> dict[str, int | str]:
         """What must be equal for two orders to be the same over the same samples."""
         return {

@@ -6,6 +6,7 @@ images in a worker; ``to_square`` is the one path to pixels for every kind of so
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import os
@@ -18,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline.data.codecs import DecodeError, Pixels, flatten, open_pillow, read_npy, reason
 from pipeline.data.shards import NO_LABEL, scan
@@ -31,15 +32,6 @@ SUFFIXES = (
 DEBIAN_FOLDER = "/usr/share/datasets/fashion-mnist"  # of the package dataset-fashion-mnist
 DOWNLOAD_FOLDER = "~/.cache/dcgan-pipeline/fashion-mnist"
 IDX_PREFIX = {"train": "train", "test": "t10k"}
-UPRIGHT = {  # EXIF orientation -> what undoes it
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @dataclass(frozen=True)
@@ -304,12 +296,11 @@ def to_square(
     Upright by EXIF, composited on the background, cropped to the central square, then resized with
     an antialiased Lanczos filter. Only the first frame of an animation is used.
     """
-    image.load()  # Pillow turns TIFF upright itself here, and drops their orientation
-    turn = UPRIGHT.get(_orientation(image))
+    image.load()
+    with contextlib.suppress(Exception):  # damaged metadata: viewers show the image as stored
+        ImageOps.exif_transpose(image, in_place=True)
     # Opaque before the filter: averages of colour and alpha apart would bleed hidden colours.
     image = flatten(image, channels, background)
-    if turn is not None:
-        image = image.transpose(turn)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     if image.size != (side, side):
@@ -317,12 +308,3 @@ def to_square(
     if side != size:
         image = image.resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(image).reshape(size, size, channels), side < size
-
-
-def _orientation(image: Image.Image) -> int:
-    if "exif" not in image.info and "xmp" not in image.info:
-        return 1
-    try:
-        return int(image.getexif().get(0x0112, 1))
-    except Exception:  # damaged metadata of a good image; viewers show such images as stored
-        return 1
