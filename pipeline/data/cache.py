@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
-from pipeline.data.remote import FETCH_ATTEMPTS, open_url, with_retries
+from pipeline.data.remote import FETCH_ATTEMPTS, fetch
 from pipeline.data.shards import INDEX_NAME, Index, Shard
 from pipeline.runtime.errors import DataError
 from pipeline.runtime.files import sha256_of
 from pipeline.runtime.locks import FileLock
 from pipeline.runtime.signals import Stopped, never_stop
 
-CHUNK = 1 << 20
-
-
 HASH_ALL_BELOW = 2 << 30
+"""Bytes; a set up to this size is hashed before a run with ``data.verify=auto``."""
 
 
 class Cache:
-    """Node-local copies of remote shards: one download per node, checked, published atomically.
+    """Node-local copies of remote shards; local shards are used where they are.
 
-    ``stop`` is asked between the pieces of a download; where it says so, ``Stopped`` is raised.
+    The processes of a node share a folder. Each shard is downloaded once per node.
+
+    Args:
+        index: the shard set.
+        folder: where the copies are kept; ``data.cache_dir``.
+        limit_gib: size of the cache in GiB; 0 = unlimited.
+        stop: called during a download; the download raises ``Stopped`` when it returns True.
     """
 
     def __init__(
@@ -42,7 +45,11 @@ class Cache:
         self.limit = int(limit_gib * 2**30)
 
     def path(self, shard: Shard) -> Path:
-        """The local file of a shard, fetched first when it is remote and not yet here."""
+        """Return the local file of a shard; download it first if it is remote and not in the cache.
+
+        Raises:
+            DataError: it cannot be downloaded, or the cache folder cannot be used.
+        """
         if not self.index.is_remote:
             return Path(self.index.location).expanduser() / shard.url
         target = self.folder / f"{shard.sha256[:16]}-{shard.url}"
@@ -51,18 +58,18 @@ class Cache:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with FileLock(self.folder / f"{target.name}.lock") as lock:
                     lock.acquire()
-                    if not target.exists():  # another process of this node was first
+                    if not target.exists():  # another process of this node may have been first
                         self._make_room(shard.filesize)
                         self._fetch(shard, target)
             elif self.limit:
-                with contextlib.suppress(FileNotFoundError):  # evicted just now
+                with contextlib.suppress(FileNotFoundError):  # another process evicted it just now
                     os.utime(target)
         except OSError as error:
             raise DataError(f"data.cache_dir ({self.folder}): cannot be used: {error}.") from None
         return target
 
     def open(self, shard: Shard) -> IO[bytes]:
-        """The shard's file, of the size the index says; fetched again if evicted meanwhile.
+        """Open a shard of the size that the index says; download it again if it was just evicted.
 
         Raises:
             DataError: it is missing, has another size, or cannot be fetched.
@@ -75,47 +82,28 @@ class Cache:
             except (DataError, FileNotFoundError):
                 if path.exists() or not self.index.is_remote:
                     raise
-        raise DataError(f"{path}: evicted as soon as it is fetched: raise data.cache_gib.")
+        raise DataError(f"{path}: evicted as soon as it was downloaded. Raise data.cache_gib.")
 
     def fetch_all(self, threads: int = 8) -> None:
-        """Bring every shard here, in parallel; ranks of one node share the work by the locks."""
+        """Download every shard, in threads; locks keep other ranks from downloading it again."""
         if self.index.is_remote and not self.limit:
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(self.path, self.index.shards))
 
     def _fetch(self, shard: Shard, target: Path) -> None:
-        """Download under the shard's lock: whatever unfinished copy is found was abandoned."""
-        url = f"{self.index.location}/{shard.url}"
+        """Download a shard, whose lock this process holds: no other download is in progress."""
         for abandoned in self.folder.glob(f"{glob.escape(target.name)}.*.tmp"):
             abandoned.unlink(missing_ok=True)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-
-        def transfer() -> str:
-            digest = hashlib.sha256()
-            with partial.open("wb") as out, open_url(url) as source:
-                while chunk := source.read(CHUNK):
-                    if self.stop():
-                        raise Stopped
-                    digest.update(chunk)
-                    out.write(chunk)
-                if out.tell() < shard.filesize:  # a connection may end early without an error
-                    raise EOFError(f"ended after {out.tell()} of {shard.filesize} bytes")
-            return digest.hexdigest()
-
-        try:
-            if with_retries(url, transfer) != shard.sha256:
-                raise DataError(f"{url}: its checksum differs from the index; upload it again.")
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        url = f"{self.index.location}/{shard.url}"
+        fetch(url, target, shard.sha256, size=shard.filesize, stop=self.stop)
 
     def _make_room(self, needed: int) -> None:
-        """Unlink the least recently used shards; a process that maps one keeps reading it."""
+        """Evict the least recently used shards. A process that has one mapped can still read it."""
         if not self.limit:
             return
         kept = []
         for path in self.folder.glob("*.tar"):
-            with contextlib.suppress(FileNotFoundError):  # another process makes room too
+            with contextlib.suppress(FileNotFoundError):  # another process evicts too
                 status = path.stat()
                 kept.append((status.st_mtime, status.st_size, path))
         total = sum(size for _, size, _ in kept)
@@ -127,7 +115,7 @@ class Cache:
 
 
 def check_size(path: Path, shard: Shard) -> None:
-    """Refuse a shard that is missing, truncated or grown since it was indexed."""
+    """Raise ``DataError`` if a shard is missing or has another size than the index says."""
     try:
         found = path.stat().st_size
     except FileNotFoundError:
@@ -137,19 +125,24 @@ def check_size(path: Path, shard: Shard) -> None:
     if found != shard.filesize:
         raise DataError(
             f"{path}: {found} bytes, the index says {shard.filesize}: truncated or changed since "
-            "it was indexed; restore it or prepare the set again."
+            "it was indexed. Restore it, or prepare the set again."
         )
 
 
 def check_shards(index: Index, how: str, stop: Callable[[], bool] = never_stop) -> None:
-    """Check the local shards of an index before a run: ``size``, ``sha256`` or ``auto``.
+    """Check the local shards of an index before a run.
+
+    Args:
+        index: the shard set; remote shards are checked when they are downloaded.
+        how: ``size``; ``sha256``: every byte; or ``auto``: every byte of sets up to 2 GiB.
+        stop: called before each shard; the check ends when it returns True.
 
     Raises:
-        DataError: one is missing, truncated or changed.
-        Stopped: ``stop``, asked before each shard, said so.
+        DataError: a shard is missing, truncated or changed.
+        Stopped: ``stop`` returned True.
     """
     if index.is_remote:
-        return  # the cache checks every byte as it comes
+        return
     folder = Path(index.location).expanduser()
     total = sum(shard.filesize for shard in index.shards)
     every_byte = how == "sha256" or (how == "auto" and total <= HASH_ALL_BELOW)
@@ -160,8 +153,8 @@ def check_shards(index: Index, how: str, stop: Callable[[], bool] = never_stop) 
         check_size(folder / shard.url, shard)
         if every_byte and sha256_of(folder / shard.url) != shard.sha256:
             raise DataError(
-                f"{folder / shard.url}: its checksum differs from the index: changed since it was "
-                f"indexed; list the damage with: python -m pipeline.prepare --verify {folder}"
+                f"{folder / shard.url}: its checksum differs from the index: it was changed "
+                f"since. List the damage with: python -m pipeline.prepare --verify {folder}"
             )
 
     with ThreadPoolExecutor() as pool:

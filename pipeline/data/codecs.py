@@ -1,7 +1,7 @@
-"""One image between its stored bytes and uint8 pixels: the only place that knows the formats.
+"""Encode and decode single images: stored bytes <-> uint8 pixels.
 
-Stored formats are ``npy`` (raw pixels, read at the speed of memcpy), ``png`` and ``jpg`` with the
-fast decoders, and whatever Pillow reads for shards that others wrote. No format is unpickled.
+``npy`` holds raw pixels and is read at the speed of memcpy. ``png`` and ``jpg`` have fast decoders.
+Pillow reads the other formats, for shards of other tools. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 Pixels = NDArray[np.uint8]
 IMAGE_FIELDS = ("npy", "jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")
-# What Pillow may recognise, most frequent first: never EPS, which would run another program.
+# Formats that Pillow may recognise. Not EPS: Pillow would run another program on it.
 PILLOW_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "TGA"]
 if importlib.util.find_spec("PIL.AvifImagePlugin"):
     PILLOW_FORMATS.append("AVIF")
@@ -29,15 +29,15 @@ WHITE = (255, 255, 255)
 
 
 class DecodeError(ValueError):
-    """The bytes are not an image of the expected kind; the message says why."""
+    """The bytes are not an image of the expected format; the message says why."""
 
 
 class WrongShape(DecodeError):
-    """An image, but not of the shape that the index says."""
+    """The image has another shape than the index says."""
 
 
 def encode(pixels: Pixels, field: str) -> bytes:
-    """Stored bytes of an (H, W, C) uint8 image (C = 1 or 3) as ``npy``, ``png`` or ``jpg``."""
+    """Return an (H, W, C) uint8 image, C = 1 or 3, as ``npy``, ``png`` or ``jpg`` bytes."""
     if field == "npy":
         return npy_header(pixels.shape) + pixels.tobytes()
     out = io.BytesIO()
@@ -45,7 +45,7 @@ def encode(pixels: Pixels, field: str) -> bytes:
     if field == "png":
         image.save(out, "PNG", compress_level=6)
     elif field == "jpg":
-        # 4:4:4 keeps the colour edges that small images are made of.
+        # No chroma subsampling: it would blur the colour edges of small images.
         image.save(out, "JPEG", quality=95, subsampling=0)
     else:
         raise ValueError(f"format ({field}) must be npy, png or jpg")
@@ -54,7 +54,7 @@ def encode(pixels: Pixels, field: str) -> bytes:
 
 @lru_cache(maxsize=16)
 def npy_header(shape: tuple[int, ...]) -> bytes:
-    """The exact .npy header of a C-ordered uint8 array: equal headers need no parsing."""
+    """Return the .npy header of a C-ordered uint8 array; an equal header need not be parsed."""
     out = io.BytesIO()
     description = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
     np.lib.format.write_array_header_1_0(out, description)
@@ -64,9 +64,9 @@ def npy_header(shape: tuple[int, ...]) -> bytes:
 def flatten(
     image: Image.Image, channels: int, background: tuple[int, int, int] = WHITE
 ) -> Image.Image:
-    """Any Pillow image as 8-bit ``L`` (channels = 1) or ``RGB`` (3), opaque.
+    """Convert any Pillow image to 8-bit ``L`` (channels = 1) or ``RGB`` (channels = 3).
 
-    Transparent pixels are composited on ``background``; 16-bit gray is scaled, not clipped.
+    Transparent pixels are composited on ``background``. 16-bit gray is scaled to 8 bits.
 
     Raises:
         DecodeError: the pixels have no defined white (32-bit integers, floats).
@@ -88,7 +88,7 @@ def flatten(
 
 
 def shape_of(payload: memoryview, field: str) -> tuple[int, int, int]:
-    """(H, W, C) of stored bytes, C = 1 for gray and 3 for colour; ``DecodeError`` if damaged."""
+    """Return the (H, W, C) of stored bytes, C = 1 or 3; raise ``DecodeError`` if damaged."""
     if field == "npy":
         shape = read_npy(payload).shape
         shape = (*shape, 1) if len(shape) == 2 else shape
@@ -103,9 +103,9 @@ def shape_of(payload: memoryview, field: str) -> tuple[int, int, int]:
 
 
 def decoder(field: str, shape: tuple[int, int, int]) -> Callable[[memoryview, Pixels], None]:
-    """A function that decodes stored bytes into one (H, W, C) uint8 row, in place.
+    """Return a function ``decode(payload, out)`` that decodes bytes into ``out`` (H, W, C) uint8.
 
-    It raises ``DecodeError`` when the bytes are damaged or hold an image of another shape.
+    It raises ``DecodeError`` if the bytes are damaged or hold an image of another shape.
     """
     if field == "npy":
         header = npy_header(shape)
@@ -123,9 +123,9 @@ def decoder(field: str, shape: tuple[int, int, int]) -> Callable[[memoryview, Pi
 
         def decode_jpg(payload: memoryview, out: Pixels) -> None:
             try:
-                # Never past the end of the row: a larger image is refused before it is decoded.
+                # simplejpeg refuses an image larger than the buffer before it decodes.
                 found = simplejpeg.decode_jpeg(payload, space, buffer=out).shape
-            except (ValueError, TypeError) as error:  # CMYK and other rarities, or damage
+            except (ValueError, TypeError) as error:  # CMYK and other rare kinds, or damage
                 try:
                     _decode_pillow(payload, out)
                 except WrongShape:
@@ -155,7 +155,7 @@ def decoder(field: str, shape: tuple[int, int, int]) -> Callable[[memoryview, Pi
 
 def _decode_pillow(payload: memoryview, out: Pixels) -> None:
     with open_pillow(payload) as image:
-        if (image.height, image.width) != out.shape[:2]:  # before a huge one is decoded
+        if (image.height, image.width) != out.shape[:2]:  # before a huge image is decoded
             _refuse_shape((image.height, image.width, out.shape[2]), out.shape)
         pixels = np.asarray(flatten(image, out.shape[2]))
     _copy(pixels, out)
@@ -163,7 +163,7 @@ def _decode_pillow(payload: memoryview, out: Pixels) -> None:
 
 @contextlib.contextmanager
 def open_pillow(payload: memoryview) -> Iterator[Image.Image]:
-    """Pillow's image of stored bytes; whatever its plugins raise on damage is a ``DecodeError``."""
+    """Open stored bytes with Pillow; raise ``DecodeError`` for any error its plugins raise."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -176,14 +176,14 @@ def open_pillow(payload: memoryview) -> Iterator[Image.Image]:
 
 
 def reason(error: Exception) -> str:
-    """Why Pillow refused an image, in one line without the address of a buffer."""
+    """Return why an image was refused, on one line and without the address of a buffer."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image of a known format"
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def read_npy(payload: memoryview) -> Pixels:
-    """A uint8 array from .npy bytes written by any tool; object arrays are refused."""
+    """Return the uint8 array in .npy bytes of any tool; raise ``DecodeError`` for other arrays."""
     try:
         array = np.load(io.BytesIO(payload), allow_pickle=False)
     except (ValueError, OSError, EOFError, SyntaxError) as error:

@@ -1,12 +1,12 @@
-"""Stream position -> sample id: the data order as a pure, versioned, random-access function.
+"""Compute the sample id of any position in the data order, without computing those before it.
 
-A run reads one endless stream. Position p lies in epoch ``p // N``; positions ``[eN, (e+1)N)`` hold
-every sample exactly once. Global batch k of size B is positions ``[kB, (k+1)B)``; ranks and workers
-cut its rows and never influence the order. Hence one integer resumes the stream in O(1) on any
-number of ranks and workers.
+A run reads an endless sequence of positions. Position p lies in epoch ``p // N``, and each epoch
+``[eN, (e+1)N)`` holds every sample exactly once. Global batch k of size B is the positions
+``[kB, (k+1)B)``. Ranks and workers take rows of it, but do not change the order. Hence one integer
+resumes the order in O(1) on any number of ranks and workers.
 
-The algorithm is named "lwb1" (lanes, windows, blocks) and frozen by test vectors: a change of a
-single id is a new name. It uses only raw Philox bits, whose stream numpy guarantees (NEP 19).
+The algorithm is named "lwb1" (lanes, windows, blocks) and frozen by test vectors: if a single id
+changes, the name must change. It uses only raw Philox bits, which numpy guarantees (NEP 19).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Cache = OrderedDict[tuple[int, ...], tuple[Ids, ...]]
 
 
 def permutation(n: int, key: str) -> Ids:
-    """A uniform permutation of ``range(n)``, a function of ``key`` alone; int64, shape (n,)."""
+    """Return a uniform permutation of ``range(n)``, which depends only on ``key``: int64 (n,)."""
     words = np.frombuffer(blake2b(key.encode(), digest_size=16).digest(), "<u8")
     raw = np.random.Philox(key=words).random_raw(n)
     # The index in the low bits makes every word distinct, so the sort needs no tie rule.
@@ -45,9 +45,16 @@ class Order:
     Args:
         sizes: samples per shard, in the order of the index; zeros are allowed.
         seed: the run's seed.
-        block: samples of a shard that stay adjacent (1 = a uniform permutation of everything).
-        window: rows shuffled among each other after the blocks are laid out (0 = none).
-        lanes: stripes dealt round-robin, so that with as many nodes each reads its own shards.
+        block: number of samples of a shard that stay adjacent; the blocks are shuffled. 1 = a
+            uniform permutation of all samples.
+        window: number of consecutive samples that are shuffled among each other after the blocks
+            were shuffled; 0 = none.
+        lanes: number of near-equal parts that an epoch is cut into before positions are dealt to
+            them in turn. Batches are sorted by lane, so a node reads whole shards if the job never
+            uses more nodes than lanes (MosaicML: ``num_canonical_nodes``).
+
+    Raises:
+        ValueError: there are no samples, or a setting is out of range.
     """
 
     def __init__(
@@ -60,17 +67,13 @@ class Order:
         if block < 1 or window < 0 or lanes < 1:
             raise ValueError(f"block ({block}), lanes ({lanes}) >= 1 and window ({window}) >= 0")
         self.seed, self.block, self.window, self.lanes = seed, block, window, lanes
-        if block > 1:  # else every block is one sample and needs no table
+        if block > 1:  # else a block is one sample and needs no table
             self._block_starts, self._block_sizes = _cut(self.sizes, block)
         self._layouts: Cache = OrderedDict()
         self._windows: Cache = OrderedDict()
 
-    def __getstate__(self) -> dict[str, object]:
-        """Workers rebuild the caches; pickling them would copy the whole permutation."""
-        return self.__dict__ | {"_layouts": OrderedDict(), "_windows": OrderedDict()}
-
     def describe(self) -> dict[str, int | str]:
-        """What must be equal for two orders to be the same over the same samples."""
+        """Return the settings; over the same samples, equal settings make equal orders."""
         return {
             "algorithm": ALGORITHM,
             "seed": self.seed,
@@ -80,7 +83,7 @@ class Order:
         }
 
     def ids(self, positions: Ids) -> Ids:
-        """Sample ids in ``[0, N)`` at stream positions; int64, same shape (n,)."""
+        """Return the sample ids in [0, N) at the given positions (n,): int64 (n,)."""
         epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), self.num_samples)
         out = np.empty_like(places)
         for epoch in np.unique(epochs):
@@ -89,7 +92,7 @@ class Order:
         return out
 
     def batch(self, k: int, batch_size: int) -> tuple[Ids, Ids]:
-        """(positions, ids) of global batch k, each int64 (batch_size,), rows grouped by lane."""
+        """Return (positions, ids) of global batch k, int64 (batch_size,) each, sorted by lane."""
         positions = np.arange(k * batch_size, (k + 1) * batch_size, dtype=np.int64)
         if self.lanes > 1:
             lane = positions % self.num_samples % self.lanes
@@ -123,7 +126,7 @@ class Order:
             length = min(self.window, int(sizes[chosen][0]) - start)
             key = f"{ALGORITHM}|{self.seed}|{epoch}|lane {lane}|window {window}"
             (shuffled,) = _remember(
-                # A batch may touch two windows of every lane, in two epochs.
+                # One batch can hold rows of two windows of every lane, in two epochs.
                 self._windows,
                 4 * self.lanes,
                 (epoch, lane, window),
@@ -141,7 +144,7 @@ class Order:
             permuted = permutation(len(self._block_sizes), key)
             return permuted, np.cumsum(self._block_sizes[permuted])
 
-        return _remember(self._layouts, 2, (epoch,), build)  # two epochs meet in one batch
+        return _remember(self._layouts, 2, (epoch,), build)  # one batch can hold rows of two epochs
 
 
 def _remember(
@@ -156,7 +159,7 @@ def _remember(
 
 
 def _cut(sizes: Ids, block: int) -> tuple[Ids, Ids]:
-    """Starts and sizes of each shard's ceil(n / block) near-equal contiguous runs."""
+    """Return (starts, sizes) of the blocks: ceil(n / block) near-equal blocks per shard of n."""
     counts = -(-sizes // block)
     shard = np.repeat(np.arange(len(sizes)), counts)
     index = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

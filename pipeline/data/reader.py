@@ -1,4 +1,4 @@
-"""Samples of an index by id: shards checked, cached on the node when remote, decoded by offset."""
+"""Read samples of a shard set by id: memory-map the shard, decode the image at its offset."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from pipeline.runtime.errors import CorruptSample
 
 
 class Reader:
-    """Random access to the samples of an index, in one process."""
+    """Random access to the samples of an index; each process makes its own.
+
+    Args:
+        index: the shard set.
+        cache: where the files of its shards are.
+    """
 
     def __init__(self, index: Index, cache: Cache) -> None:
         self.index, self.cache = index, cache
@@ -25,10 +30,12 @@ class Reader:
         self._decode = decoder(index.field, index.shape)
 
     def read(self, ids: NDArray[np.int64], out: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """Decode samples into ``out`` (n, H, W, C) uint8; returns their labels, int64 (n,).
+        """Decode the samples of ``ids`` (n,) into ``out`` (n, H, W, C) uint8; return their labels.
+
+        Labels are int64 (n,), -1 = no label.
 
         Raises:
-            CorruptSample: naming shard, key and offset.
+            CorruptSample: a sample cannot be decoded; the message names shard, key and offset.
             DataError: a shard is missing or has another size than the index says.
         """
         rows = self.index.table[ids]
@@ -50,7 +57,7 @@ class Reader:
         with self.cache.open(shard) as file:
             view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         if self.index.is_remote and self.cache.limit and len(self._maps) >= 64:
-            self._maps.clear()  # let go of evicted files
+            self._maps.clear()  # evicted files take room on the disk until they are unmapped
         self._maps[number] = view
         return view
 

@@ -1,52 +1,80 @@
-"""Bytes behind a URL: opened through fsspec, tried again when the network fails."""
+"""Read files behind URLs, and download them, with retries when the network fails."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
+import os
+import socket
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import IO, TypeVar
 
 from pipeline.runtime.errors import DataError
-from pipeline.runtime.signals import Stopped
+from pipeline.runtime.signals import Stopped, never
 
 FETCH_ATTEMPTS = 4
 FETCH_PAUSE = 0.5
+"""Seconds; doubled before each further attempt."""
+IDLE_SECONDS = 30.0
+"""An http connection that brings no byte for so long has failed."""
+CHUNK = 1 << 20
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 T = TypeVar("T")
 
 
 @contextlib.contextmanager
 def open_url(url: str) -> Iterator[IO[bytes]]:
-    """A file to read from, closed with the block.
+    """Open a URL for reading: http(s) with the standard library, other schemes with fsspec.
 
     Raises:
-        DataError: a scheme that is not installed, or nothing there.
-        ConnectionError: the network failed; another try may succeed.
+        DataError: the file does not exist, or the library for the scheme is not installed.
+        OSError: the network failed; another attempt may succeed.
     """
+    scheme = url.split("://")[0]
+    if scheme in ("http", "https"):
+        try:
+            # Quotes spaces and the like in the names of files, but no escapes of the user.
+            quoted = urllib.parse.quote(url, safe="%:/?#[]@!$&'()*+,;=~")
+            response = urllib.request.urlopen(quoted, timeout=IDLE_SECONDS)
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code == 404:
+                raise DataError(f"{url}: not found.") from None
+            raise
+        with response:
+            yield response
+        return
     import fsspec  # only remote data pays for it
 
-    scheme = url.split("://")[0]
     try:
         opened = fsspec.open(url, "rb")
     except (ImportError, ValueError) as error:
         raise DataError(
-            f"{url}: cannot open {scheme}:// ({error}); use http(s), s3 or gs and install the "
-            "extra for it: pip install -e '.[http]', '.[s3]' or '.[gs]'."
+            f"{url}: cannot open {scheme}:// ({error}). Use http(s), s3 or gs; s3 and gs need "
+            "pip install -e '.[s3]' or '.[gs]'."
         ) from None
     try:
         file = opened.open()
-    except FileNotFoundError as error:
-        cause = error.__cause__  # fsspec says "not found" for every failure of http too
-        network = isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp")
-        if network and getattr(cause, "status", 0) != 404:
-            raise ConnectionError(str(cause)) from None
+    except FileNotFoundError:
         raise DataError(f"{url}: not found.") from None
     with file:
         yield file
 
 
 def with_retries(url: str, transfer: Callable[[], T]) -> T:
-    """Try a transfer again when the network fails; a ``DataError`` is final, and so is a stop."""
+    """Return ``transfer()``, which is tried again when the network fails.
+
+    Raises:
+        DataError: ``transfer`` raised it, or all attempts failed.
+        Stopped: ``transfer`` raised it.
+        OSError: the disk is full.
+    """
     for attempt in range(FETCH_ATTEMPTS):
         if attempt:
             time.sleep(FETCH_PAUSE * 2.0**attempt)
@@ -55,5 +83,61 @@ def with_retries(url: str, transfer: Callable[[], T]) -> T:
         except (DataError, Stopped):
             raise
         except Exception as error:  # each scheme has network errors of its own
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise
             reason = repr(error)
     raise DataError(f"{url}: cannot be fetched: {reason}.") from None
+
+
+def fetch(
+    url: str,
+    target: Path,
+    sha256: str,
+    *,
+    size: int | None = None,
+    stop: Callable[[], bool] = never,
+) -> None:
+    """Download a file; ``target`` appears only when all of it is on disk with the right checksum.
+
+    Args:
+        url: where the file is.
+        target: its name here, in a folder that exists. Downloads in progress have names like
+            ``TARGET.*.tmp``.
+        sha256: the hex digest of its bytes.
+        size: its number of bytes; None = unknown.
+        stop: called after each MiB; the download ends when it returns True.
+
+    Raises:
+        DataError: it cannot be fetched, or has another checksum.
+        OSError: it cannot be written.
+        Stopped: ``stop`` returned True.
+    """
+    partial = target.with_name(f"{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+    def transfer() -> str:
+        digest = hashlib.sha256()
+        out.seek(0)
+        out.truncate()
+        with open_url(url) as source:
+            while chunk := source.read(CHUNK):
+                if stop():
+                    raise Stopped
+                digest.update(chunk)
+                out.write(chunk)
+            # A connection may end early without an error; http responses count what is missing.
+            missing = getattr(source, "length", 0) if size is None else size - out.tell()
+        if missing and missing > 0:
+            raise EOFError(f"ended {missing} bytes early")
+        return digest.hexdigest()
+
+    try:
+        with partial.open("wb") as out:
+            found = with_retries(url, transfer)
+        if found != sha256:
+            raise DataError(
+                f"{url}: its sha256 is {found}, must be {sha256}: damaged or another file, so "
+                "nothing was kept. Upload the right file there."
+            )
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,13 +1,11 @@
-"""WebDataset tars with an index: written, scanned, verified, opened by offset, cached per node.
+"""Write and read the index of a shard set: a folder or URL of plain WebDataset tars, plus
 
-A shard set is a folder (or URL) of plain tars that any webdataset tool reads, plus
+* ``index.json``: the wids-shard-index-v1 schema (name, number of samples, size and sha256 of each
+  shard) with the format and shape of the images, and how they were made;
+* ``index.json.samples.npy``: a row of 16 bytes per sample (offset and length of the image in its
+  tar, label). It is memory-mapped, so a sample is read without reading a tar header.
 
-* ``index.json``: the wids-shard-index-v1 schema (name, samples, size and sha256 of each shard) with
-  the image field and shape, and how the images were made;
-* ``index.json.samples.npy``: one row of 16 bytes per sample (payload offset, length, label), memory
-  mapped, so that a sample is found without reading a tar header.
-
-The index is written last and atomically: a folder with an index is complete.
+The index is written last and atomically, so a folder with an index is complete.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ NO_LABEL = -1
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: its name beside the index, and what its bytes must be."""
+    """A tar of a set: its file name, number of samples, size in bytes, and sha256 in hex."""
 
     url: str
     nsamples: int
@@ -49,10 +47,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class Index:
-    """What a shard set holds.
+    """The checked index of a shard set.
 
-    ``shape`` is (H, W, C) of every image; ``table`` has dtype ``ROW`` and one row per sample in
-    shard order; ``made_by`` records how the images were made (crop, resize, source).
+    Args:
+        location: folder or URL of the set.
+        field: extension of the images in the tars, e.g. ``npy``.
+        shape: (H, W, C) of every image.
+        shards: the tars, in the order of the sample ids.
+        table: a row of dtype ``ROW`` for each sample id.
+        made_by: how the images were made: source, crop, resize.
     """
 
     location: str
@@ -68,7 +71,7 @@ class Index:
 
     @property
     def sizes(self) -> list[int]:
-        """Samples of each shard, in order."""
+        """Number of samples of each shard."""
         return [shard.nsamples for shard in self.shards]
 
     @property
@@ -77,20 +80,21 @@ class Index:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the shards' sizes and checksums: equal for every copy of the same data."""
+        """Hex sha256 of the shards' sizes and checksums, equal for every copy of the set."""
         listed = [[shard.nsamples, shard.sha256] for shard in self.shards]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def require_shape(self, wanted: tuple[int, int, int], field: str) -> None:
-        """Refuse images of another shape (H, W, C) than a model takes.
+        """Raise ``DataError`` if the images do not have the shape (H, W, C) that a model takes.
 
-        Raises:
-            DataError: naming ``field``, the option that this set's location came from.
+        Args:
+            wanted: the shape that the model takes.
+            field: the option that named this set, for the message.
         """
         if self.shape != wanted:
             raise DataError(
                 f"{field} ({self.location}): images of {_described(self.shape)}, the model wants "
-                f"{_described(wanted)}: prepare them with --size {wanted[0]} --channels "
+                f"{_described(wanted)}. Prepare them with --size {wanted[0]} --channels "
                 f"{wanted[2]}, give another set, or train with other model.image_size and "
                 "model.channels."
             )
@@ -105,12 +109,12 @@ def _described(shape: tuple[int, int, int]) -> str:
 
 
 def shard_name(number: int) -> str:
-    """The file name of a shard that is written here."""
+    """Return the file name of a shard that this project writes."""
     return f"shard-{number:06d}.tar"
 
 
 def scan(path: Path) -> tuple[Shard, NDArray[np.void], str]:
-    """(shard, table rows, image field) of one tar on disk, from its headers alone.
+    """Return (shard, rows of the table, extension of the images) of a tar, from its headers.
 
     Raises:
         DataError: the tar is compressed, truncated or not a WebDataset shard.
@@ -127,10 +131,10 @@ def scan(path: Path) -> tuple[Shard, NDArray[np.void], str]:
                     raise tarfile.ReadError(f"{member.name} is stored sparse")
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
-                if (here := f"{folder}/{stem}") != key:
+                if (sample := f"{folder}/{stem}") != key:
                     if image is not None:
                         rows.append((*image, label))
-                    key, label, image = here, NO_LABEL, None
+                    key, label, image = sample, NO_LABEL, None
                 extension = extension.lower()
                 if extension in IMAGE_FIELDS and image is None:
                     image = (member.offset_data, member.size)
@@ -144,17 +148,17 @@ def scan(path: Path) -> tuple[Shard, NDArray[np.void], str]:
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
             f"{path}: truncated, damaged or compressed: not readable as a plain tar ({error}). "
-            "Copy it again; unpack a .tar.gz first: samples in it cannot be found by offset."
+            "Copy it again. Samples are read by offset, so unpack a .tar.gz first."
         ) from None
     if rows and end > path.stat().st_size:
         raise DataError(f"{path}: truncated; its last member ends past the end of the file.")
     with path.open("rb") as file:
-        # tarfile takes a damaged header or a cut between two members for the end of the archive.
+        # tarfile reads a damaged header, or a cut between two members, as the end of the archive.
         file.seek(ends_at)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise DataError(
-                f"{path}: truncated or damaged at byte {ends_at}: a tar must have a member "
-                "or its end mark there."
+                f"{path}: truncated or damaged at byte {ends_at}, where a tar must have a member "
+                "or its end mark. Copy it again."
             )
     if len(fields) > 1:
         raise DataError(f"{path}: images must share one extension; found {sorted(fields)}.")
@@ -182,7 +186,17 @@ def write_index(
     shape: tuple[int, int, int],
     made_by: dict[str, Any],
 ) -> Index:
-    """Publish the index of shards that lie complete in ``folder``; the last write of all."""
+    """Write the index of the complete shards in ``folder``.
+
+    Args:
+        folder: where the tars are.
+        scans: what ``scan`` returned for each tar.
+        shape: (H, W, C) of every image.
+        made_by: how the images were made.
+
+    Raises:
+        DataError: there are no images, or images of several formats.
+    """
     fields = {name for _, _, name in scans if name}
     if not fields:
         raise DataError(f"{folder}: the shards hold no images.")
@@ -209,15 +223,15 @@ def write_index(
 
 
 def read_index(location: str, command: str = "", field: str = "data.shards") -> Index:
-    """The checked index of a folder or URL.
+    """Read and check the index of a folder or URL.
 
     Args:
         location: folder or URL of the set.
-        command: what would make the set, for the message when it is missing.
-        field: the key or option that named the place, for the same message.
+        command: the command that makes the set, for the message when the index is missing.
+        field: the option that named the set, for the same message.
 
     Raises:
-        DataError: no index there, damaged, or naming files outside its own folder.
+        DataError: there is no index, it is damaged, or it names files outside its folder.
     """
     location = location.rstrip("/") if "://" in location else location
     document_bytes = _read_beside(location, INDEX_NAME, command=command, field=field)
@@ -238,11 +252,11 @@ def read_index(location: str, command: str = "", field: str = "data.shards") -> 
             raise ValueError(f"shape is {document['shape']}")
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(
-            f"{location}/{INDEX_NAME}: not an index of this project ({error}); "
-            f"make it again: python -m pipeline.prepare {location} --out {location}"
+            f"{location}/{INDEX_NAME}: not an index of this project ({error}). "
+            f"Make it again: python -m pipeline.prepare {location} --out {location}"
         ) from None
     for shard in shards:
-        # "::" would chain a second file system behind a remote one.
+        # fsspec would open a second file system for what follows "::".
         odd = shard.url in ("", ".", "..") or "::" in shard.url or not shard.url.isprintable()
         if odd or Path(shard.url).name != shard.url:
             raise DataError(
@@ -271,22 +285,22 @@ def _open_table(raw: bytes | Path, digest: str, name: str) -> NDArray[np.void]:
         if table.dtype != ROW or table.ndim != 1:
             raise ValueError(f"its dtype is {table.dtype}")
     except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{name}: damaged or not of this index ({error}); index again.") from None
+        raise DataError(f"{name}: damaged or not of this index ({error}). Index again.") from None
     return table
 
 
 def _read_beside(
     location: str, name: str, lazy: bool = False, command: str = "", field: str = "data.shards"
 ) -> Any:
-    """The bytes of a file in the shard folder; a local path instead when ``lazy``."""
+    """Return the bytes of a file beside the shards, or its path if it is local and ``lazy``."""
     if "://" in location:
 
-        def whole() -> bytes:
+        def read() -> bytes:
             with open_url(f"{location}/{name}") as file:
                 content: bytes = file.read()
                 return content
 
-        return with_retries(f"{location}/{name}", whole)
+        return with_retries(f"{location}/{name}", read)
     path = Path(location).expanduser() / name
     try:
         return path if lazy and path.is_file() else path.read_bytes()

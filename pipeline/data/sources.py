@@ -1,11 +1,12 @@
-"""Where images come from: folders, zip archives, IDX files, tars; and the pixels of one image.
+"""List the images of a folder, zip archive, IDX file or set of tars, and read them as squares.
 
-A ``Source`` is a listing in a fixed order that says nothing about pixels yet. ``reader`` reads its
-images in a worker; ``to_square`` is the one path to pixels for every kind of source.
+A ``Source`` is a listing in a fixed order, made without decoding an image. ``reader`` reads the
+images in a worker process; ``to_square`` crops and resizes them, for every kind of source.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import os
@@ -18,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline.data.codecs import DecodeError, Pixels, flatten, open_pillow, read_npy, reason
 from pipeline.data.shards import NO_LABEL, scan
@@ -31,23 +32,23 @@ SUFFIXES = (
 DEBIAN_FOLDER = "/usr/share/datasets/fashion-mnist"  # of the package dataset-fashion-mnist
 DOWNLOAD_FOLDER = "~/.cache/dcgan-pipeline/fashion-mnist"
 IDX_PREFIX = {"train": "train", "test": "t10k"}
-UPRIGHT = {  # EXIF orientation -> what undoes it
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @dataclass(frozen=True)
 class Source:
     """A listing of N images.
 
-    ``names`` are unique and sorted; ``labels`` is int32 (N,), ``NO_LABEL`` where unknown;
-    ``digest`` changes when an image is added, removed, renamed or (by its size) replaced.
+    Args:
+        kind: ``folder``, ``zip``, ``idx`` or ``tars``.
+        location: the path, or ``fashion-mnist``.
+        names: unique names in a fixed order; sorted for folders and zip archives.
+        labels: int32 (N,), ``NO_LABEL`` where unknown.
+        digest: hex sha256 that changes when an image is added, removed or renamed, or replaced by
+            one of another size.
+        classes: names of the classes, by label; empty if unknown.
+        ignored: number of files that are no images, by extension.
+        pixels: all images, uint8 (N, H, W), of an IDX file; None for other kinds.
+        spans: (tar, offset, length, extension) of each image, for tars.
     """
 
     kind: str
@@ -62,10 +63,16 @@ class Source:
 
 
 def find(name: str, *, split: str, idx: str | None, download: bool) -> Source:
-    """The source that a user names: ``fashion-mnist``, a folder or a zip archive.
+    """List the source that a user names: ``fashion-mnist``, a folder or a zip archive.
+
+    Args:
+        name: the source.
+        split: ``train`` or ``test``; which IDX files to read.
+        idx: folder of the IDX files of fashion-mnist; None = the usual places.
+        download: whether fashion-mnist may be downloaded.
 
     Raises:
-        DataError: nothing there, nothing usable in it, or damaged.
+        DataError: the source does not exist, holds no images, or is damaged.
     """
     if name == "fashion-mnist":
         return _idx(_fashion_mnist(split, idx, download), split, name)
@@ -75,7 +82,7 @@ def find(name: str, *, split: str, idx: str | None, download: bool) -> Source:
     if not path.is_dir():
         found = "is not a zip archive" if path.exists() else "no such folder or file"
         raise DataError(
-            f"SOURCE ({name}): {found}; give a folder of images, of IDX files or of tars, a zip "
+            f"SOURCE ({name}): {found}. Give a folder of images, of IDX files or of tars, a zip "
             "archive of images, or the word fashion-mnist."
         )
     if _idx_file(path, split, "images"):
@@ -92,13 +99,13 @@ def _folder(root: Path) -> Source:
 
     def walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> None:
         status = folder.stat()
-        if (here := (status.st_dev, status.st_ino)) in above:
-            return  # a link to a folder that holds it
+        if (inode := (status.st_dev, status.st_ino)) in above:
+            return  # a link to a folder that contains the link
         for entry in os.scandir(folder):
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                walk(folder / entry.name, f"{prefix}{entry.name}/", above | {here})
+                walk(folder / entry.name, f"{prefix}{entry.name}/", above | {inode})
             elif (suffix := PurePosixPath(entry.name).suffix.lower()) in SUFFIXES:
                 names.append(f"{prefix}{entry.name}")
                 sizes.append(entry.stat().st_size if entry.is_file() else -1)  # -1: dangling link
@@ -136,17 +143,17 @@ def _zip(path: Path) -> Source:
 def _listed(
     kind: str, path: Path, names: list[str], sizes: list[int], ignored: Counter[str]
 ) -> Source:
-    """Sorted names with the labels that torchvision's ImageFolder would give them."""
+    """Sort the names, and label them by their top folders as torchvision's ImageFolder does."""
     if not names:
         types = ", ".join(f"{n} {suffix}" for suffix, n in ignored.most_common(5)) or "no files"
         raise DataError(
-            f"SOURCE ({path}): holds no images (found: {types}); known types are "
+            f"SOURCE ({path}): holds no images (found: {types}). Known types are "
             f"{' '.join(SUFFIXES)}."
         )
     order = sorted(range(len(names)), key=names.__getitem__)
     names = [names[i] for i in order]
     parts = [PurePosixPath(name).parts for name in names]
-    # An archive of one folder holds that folder's content: its name is no class.
+    # If all of an archive is in one folder, the name of this folder is no class.
     if kind == "zip" and all(len(p) > 1 and p[0] == parts[0][0] for p in parts):
         parts = [p[1:] for p in parts]
     classes = sorted({p[0] for p in parts}) if all(len(p) > 1 for p in parts) else []
@@ -179,8 +186,8 @@ def _idx(folder: Path, split: str, location: str) -> Source:
     labels = _read_idx(folder, split, "labels", 1)
     if len(pixels) != len(labels) or not pixels.size:
         raise DataError(
-            f"{folder}: {split}-split of {len(pixels)} images and {len(labels)} labels; they must "
-            "be of one number above 0: get both files again."
+            f"{folder}: the {split} split has {len(pixels)} images and {len(labels)} labels. There "
+            "must be as many labels as images, and at least one. Get both files again."
         )
     digest = hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest()
     names = [f"{split}[{i}]" for i in range(len(pixels))]
@@ -195,28 +202,28 @@ def _idx_file(folder: Path, split: str, what: str) -> Path | None:
 
 
 def _read_idx(folder: Path, split: str, what: str, dimensions: int) -> Pixels:
-    """The uint8 array of an IDX file; its header must agree with its length, byte for byte."""
+    """Return the uint8 array of an IDX file, whose length must be exactly that of its header."""
     path = _idx_file(folder, split, what)
     if path is None:
         raise DataError(
-            f"{folder}: no {IDX_PREFIX[split]}-{what}-idx{dimensions}-ubyte[.gz] there."
+            f"{folder}: has no file {IDX_PREFIX[split]}-{what}-idx{dimensions}-ubyte[.gz]."
         )
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}; get the file again.") from None
+        raise DataError(f"{path}: cannot be read: {error}. Get the file again.") from None
     head = 4 + 4 * dimensions
     shape = tuple(np.frombuffer(raw[4:head], ">u4").tolist()) if len(raw) >= head else ()
     if raw[:4] != bytes((0, 0, 8, dimensions)) or len(raw) - head != int(np.prod(shape)):
         raise DataError(
             f"{path}: {len(raw)} bytes do not fit an IDX header of uint8 with {dimensions} "
-            f"dimensions {shape}: damaged or another file; get it again."
+            f"dimensions {shape}: damaged or another file. Get it again."
         )
     return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)
 
 
 def _fashion_mnist(split: str, idx: str | None, download: bool) -> Path:
-    """The folder that holds Fashion-MNIST's IDX files, downloaded when nothing else is there."""
+    """Return the folder of Fashion-MNIST's IDX files; download them if no folder has them."""
     if idx is not None:
         if _idx_file(Path(idx).expanduser(), split, "images") is None:
             raise DataError(
@@ -253,10 +260,10 @@ def _fashion_mnist(split: str, idx: str | None, download: bool) -> Path:
 def reader(
     source: Source, size: int, channels: int, background: tuple[int, int, int]
 ) -> Callable[[int], tuple[Pixels, bool]]:
-    """A function, for one process, from a row of the listing to ``to_square`` of its image.
+    """Return a function that reads the image of a row and returns ``to_square`` of it.
 
-    It raises ``DecodeError`` for this image alone, and ``DataError`` when the source itself fails:
-    a file system that goes away must not pass for a folder of damaged images.
+    Each process makes its own. The function raises ``DecodeError`` if one image cannot be read, and
+    ``DataError`` if the source cannot: if a file system goes away, its images are not damaged.
     """
     if (pixels := source.pixels) is not None:
         return lambda row: to_square(Image.fromarray(pixels[row]), size, channels, background)
@@ -283,7 +290,7 @@ def reader(
             if isinstance(error, FileNotFoundError | PermissionError) and folder.exists():
                 raise DecodeError(str(error.strerror)) from None
             raise DataError(
-                f"{source.names[row]}: cannot be read from {source.location}: {error}; when it can "
+                f"{source.names[row]}: cannot be read from {source.location}: {error}. When it can "
                 "be read again, the same command continues."
             ) from None
         if source.spans and source.spans[row][3] == "npy":
@@ -299,17 +306,16 @@ def reader(
 def to_square(
     image: Image.Image, size: int, channels: int, background: tuple[int, int, int]
 ) -> tuple[Pixels, bool]:
-    """((size, size, channels) uint8 pixels, whether they were enlarged) of any Pillow image.
+    """Return ((size, size, channels) uint8 pixels, whether they were enlarged) of a Pillow image.
 
-    Upright by EXIF, composited on the background, cropped to the central square, then resized with
-    an antialiased Lanczos filter. Only the first frame of an animation is used.
+    The image is turned upright by EXIF, composited on the background, cropped to the central square
+    and resized with an antialiased Lanczos filter. Of an animation the first frame is used.
     """
-    image.load()  # Pillow turns TIFF upright itself here, and drops their orientation
-    turn = UPRIGHT.get(_orientation(image))
-    # Opaque before the filter: averages of colour and alpha apart would bleed hidden colours.
+    image.load()
+    with contextlib.suppress(Exception):  # damaged metadata: viewers show the image as stored
+        ImageOps.exif_transpose(image, in_place=True)
+    # Composite before the filter, which would mix in the colours of transparent pixels.
     image = flatten(image, channels, background)
-    if turn is not None:
-        image = image.transpose(turn)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     if image.size != (side, side):
@@ -317,12 +323,3 @@ def to_square(
     if side != size:
         image = image.resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(image).reshape(size, size, channels), side < size
-
-
-def _orientation(image: Image.Image) -> int:
-    if "exif" not in image.info and "xmp" not in image.info:
-        return 1
-    try:
-        return int(image.getexif().get(0x0112, 1))
-    except Exception:  # damaged metadata of a good image; viewers show such images as stored
-        return 1

@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import socket
-import urllib.request
 from pathlib import Path
 
-from pipeline.runtime.errors import EvaluationError
+from pipeline.data.remote import fetch
+from pipeline.runtime.errors import DataError, EvaluationError
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -21,8 +20,6 @@ INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/" + INCEPTION_FILE
 )
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-CHUNK = 1 << 20
-TIMEOUT = 30.0  # seconds without a byte
 
 
 def find_inception(path: str) -> Path:
@@ -61,37 +58,13 @@ def fetch_inception(folder: Path) -> Path:
     if target.is_file():
         read_verified(target, INCEPTION_SHA256)
         return target
-    return fetch(os.environ.get("INCEPTION_URL", INCEPTION_URL), target, INCEPTION_SHA256)
-
-
-def fetch(url: str, target: Path, sha256: str) -> Path:
-    """Download ``url`` to ``target``, which appears only when its checksum is right.
-
-    Raises:
-        EvaluationError: not reachable, other bytes than expected, or nowhere to write.
-    """
-    partial = target.with_name(f"{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    digest = hashlib.sha256()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as source, partial.open("wb") as out:
-            while chunk := source.read(CHUNK):
-                digest.update(chunk)
-                out.write(chunk)
-        if digest.hexdigest() != sha256:
-            raise EvaluationError(
-                f"{url}: sha256 {digest.hexdigest()}, must be {sha256}: not the file that scores "
-                "are comparable with; nothing was kept."
-            )
-        os.replace(partial, target)
-    except OSError as error:  # URLError is one
-        reason = getattr(error, "reason", error)
+        folder.mkdir(parents=True, exist_ok=True)
+        fetch(os.environ.get("INCEPTION_URL", INCEPTION_URL), target, INCEPTION_SHA256)
+    except (DataError, OSError) as error:
         raise EvaluationError(
-            f"{target.name} is not in {target.parent} and cannot be fetched from {url}: "
-            f"{reason}. {_how_to_get()}"
+            f"{target}: is missing and cannot be downloaded. {error} {_how_to_get()}"
         ) from None
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 

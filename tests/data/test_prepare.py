@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from pipeline.data.cache import Cache
 from pipeline.data.codecs import DecodeError
@@ -113,6 +113,27 @@ def test_exif_orientation_is_undone_once(kind, orientation):
     with Image.open(out) as image:
         expected = np.asarray(ImageOps.exif_transpose(image))
     assert np.array_equal(pixels, expected)
+
+
+def test_orientation_in_the_old_text_chunk_of_png_files_is_undone():
+    """ImageMagick wrote EXIF as hex digits, before PNG had a chunk for it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    profile, text, out = exif.tobytes(), PngImagePlugin.PngInfo(), io.BytesIO()
+    text.add_text("Raw profile type exif", f"\nexif\n{len(profile):8}\n{profile.hex()}\n")
+    array = noise(16, 16, 3)
+    Image.fromarray(array).save(out, "PNG", pnginfo=text)
+    with Image.open(out) as image:
+        assert np.array_equal(to_square(image, 16, 3, WHITE)[0], np.rot90(array, -1))
+
+
+@pytest.mark.parametrize("damaged", [b"", b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\0", b"noise" * 9])
+def test_an_image_with_damaged_metadata_is_shown_as_stored(damaged):
+    """Its pixels are whole; viewers show it too."""
+    array, out = noise(16, 16, 3), io.BytesIO()
+    Image.fromarray(array).save(out, "PNG", exif=damaged)
+    with Image.open(out) as image:
+        assert np.array_equal(to_square(image, 16, 3, WHITE)[0], array)
 
 
 def test_crop_is_central_and_comes_before_the_resize():

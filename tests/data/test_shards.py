@@ -518,7 +518,7 @@ def test_wrong_bytes_are_never_published(remote, own, tmp_path):
     content = bytearray((own / shard.url).read_bytes())
     content[1000] ^= 1
     (own / shard.url).write_bytes(content)
-    with pytest.raises(DataError, match="checksum differs from the index"):
+    with pytest.raises(DataError, match=f"must be {shard.sha256}: damaged .* nothing was kept"):
         Cache(index, str(tmp_path / "c")).path(shard)
     assert server.gets[shard.url] == 1
     assert [path.suffix for path in (tmp_path / "c").iterdir()] == [".lock"]
@@ -568,7 +568,7 @@ def test_missing_remote_files_are_named(remote, own, tmp_path):
 
 def test_an_unknown_scheme_is_refused():
     """With those that work."""
-    with pytest.raises(DataError, match=r"cannot open carrier-pigeon://.*use http\(s\), s3 or gs"):
+    with pytest.raises(DataError, match=r"cannot open carrier-pigeon://.*Use http\(s\), s3 or gs"):
         read_index("carrier-pigeon://host/set")
 
 
@@ -577,6 +577,31 @@ def test_an_unusable_cache_folder_is_named(remote, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"data\.cache_dir \(.*file/c\): cannot be used"):
         Cache(remote[1], str(tmp_path / "file" / "c")).path(remote[1].shards[2])
+
+
+def test_names_with_spaces_and_accents_are_fetched(serve, tmp_path):
+    """A URL holds them quoted; quotes of the user's own are kept as they are."""
+    (tmp_path / "fotos von 1 \u00e4pfel.tar").write_bytes(b"content")
+    url, sha256 = serve(tmp_path).url, hashlib.sha256(b"content").hexdigest()
+    for name in ("fotos von 1 \u00e4pfel.tar", "fotos%20von%201%20%C3%A4pfel.tar"):
+        fetching.fetch(f"{url}/{name}", tmp_path / "copy", sha256)
+        assert (tmp_path / "copy").read_bytes() == b"content"
+
+
+def test_a_full_disk_is_no_fault_of_the_network(remote, tmp_path):
+    """It is named at once; the download is not tried again."""
+    server, index = remote
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999))\n"
+        "from pipeline.data.cache import Cache; from pipeline.data.shards import read_index\n"
+        "index = read_index(sys.argv[1]); Cache(index, sys.argv[2]).path(index.shards[2])"
+    )
+    words = [sys.executable, "-c", code, server.url, str(tmp_path / "c")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert f"DataError: data.cache_dir ({tmp_path / 'c'}): cannot be used" in done.stderr
+    assert "File too large" in done.stderr
+    assert server.gets[index.shards[2].url] == 1
+    assert not list((tmp_path / "c").glob("*.tmp"))
 
 
 def test_what_a_killed_download_left_is_removed(remote, tmp_path):

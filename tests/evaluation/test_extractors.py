@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from pipeline.config.schema import EvalConfig
+from pipeline.data import remote
 from pipeline.evaluation import extractors, pretrained
 from pipeline.evaluation.efficientnet import EfficientNetLite0
 from pipeline.evaluation.extractors import extract, load_extractor, slug
@@ -172,7 +173,8 @@ def test_without_file_and_network_there_is_one_clear_message(
     """It names the URL, the reason and the remedy; no partial file is left."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("INCEPTION_URL", "http://127.0.0.1:9/weights.pth")
-    with pytest.raises(EvaluationError, match=r"cannot be fetched from .*refused.*fetch-weights"):
+    monkeypatch.setattr(remote, "FETCH_PAUSE", 0.0)
+    with pytest.raises(EvaluationError, match=r"cannot be fetched: .*refused.*fetch-weights"):
         load_extractor(EvalConfig(), accelerator)
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -210,15 +212,17 @@ def served(tmp_path: Path) -> Iterator[Callable[[bytes], str]]:
 
 
 def test_a_download_appears_only_when_its_checksum_is_right(
-    served: Callable[[bytes], str], tmp_path: Path
+    served: Callable[[bytes], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A download of other bytes leaves no file."""
-    target, good = tmp_path / "new" / "w.pth", b"weights" * 1000
+    folder, good = tmp_path / "new", b"weights" * 1000
+    monkeypatch.setattr(pretrained, "INCEPTION_SHA256", hashlib.sha256(good).hexdigest())
+    monkeypatch.setenv("INCEPTION_URL", served(b"an error page"))
     with pytest.raises(EvaluationError, match="nothing was kept"):
-        pretrained.fetch(served(b"an error page"), target, hashlib.sha256(good).hexdigest())
-    assert list(target.parent.iterdir()) == []
-    pretrained.fetch(served(good), target, hashlib.sha256(good).hexdigest())
-    assert target.read_bytes() == good
+        pretrained.fetch_inception(folder)
+    assert list(folder.iterdir()) == []
+    monkeypatch.setenv("INCEPTION_URL", served(good))
+    assert pretrained.fetch_inception(folder).read_bytes() == good
 
 
 # -- user's own ----------------------------------------------------------------------------------
