@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 from pipeline.runtime.errors import DataError
-from pipeline.runtime.signals import Stopped, never
+from pipeline.runtime.signals import Stopped, never_stop
 
 FETCH_ATTEMPTS = 4
 FETCH_PAUSE = 0.5
@@ -95,7 +95,7 @@ def fetch(
     sha256: str,
     *,
     size: int | None = None,
-    stop: Callable[[], bool] = never,
+    stop: Callable[[], bool] = never_stop,
 ) -> None:
     """Download a file; ``target`` appears only when all of it is on disk with the right checksum.
 
