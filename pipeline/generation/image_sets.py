@@ -38,7 +38,6 @@ from pipeline.runtime.ranks import gather, on_rank_zero
 from pipeline.runtime.signals import Agreement, received
 from pipeline.runtime.work_folder import WorkFolder
 
-FORMATS = ("png", "npz", "shards")
 RECORD_NAME = "generated.json"
 WORK_FOLDER = ".generate"
 INFORMATIVE = ("snapshot", "torch", "device")
@@ -54,7 +53,7 @@ class ImageSet:
 
     Args:
         out: the folder, or the file of an npz.
-        format: one of ``FORMATS``.
+        format: ``png``, ``npz`` or ``shards``.
         num: number of images; image i is ``images(i, i + 1)``.
         shape: (H, W, C) of each image.
         record: everything that decides the pixels, as JSON; kept with the set.
