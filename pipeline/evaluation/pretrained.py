@@ -48,7 +48,7 @@ def fetch_inception(folder: Path) -> Path:
     """Download Inception's weights into a folder, unless the right file is there.
 
     Raises:
-        EvaluationError: no network, or other bytes than expected.
+        EvaluationError: they cannot be downloaded or written, or have another checksum.
     """
     target = folder / INCEPTION_FILE
     if target.is_file():
