@@ -100,8 +100,8 @@ def index_tars(folder: Path, workers: int) -> str:
             return f"already complete: {index.num_samples} samples in {len(tars)} shards"
         if index.made_by.get("source_kind") != "indexed":
             raise DataError(
-                f"{folder}: its tars changed since they were prepared. Restore them, or use them as "
-                f"they are now: remove {folder / INDEX_NAME} and run the same command."
+                f"{folder}: its tars changed since they were prepared. Restore them, or remove "
+                f"{folder / INDEX_NAME} and run the same command to index them as they are now."
             )
     reports = _audit(tars, workers, "index", None)
     faults = [fault for one in reports for fault in one.faults]
