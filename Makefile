@@ -89,7 +89,7 @@ lock: | $(filter .venv-uv/%,$(UV))  ## requirements*.txt from pyproject.toml; pi
 	$(PIP) compile --quiet $(LOCK) $(RUNTIME) -c requirements.txt --extra dev --extra cluster \
 		--extra probe --extra figures --extra onnx -o requirements-dev.txt pyproject.toml
 # A cluster's image cannot install what it lacks: shards from anywhere (86 MB of 6 GB) belong in.
-RUNTIME := --extra offline-eval --extra http --extra s3 --extra gs
+RUNTIME := --extra offline-eval --extra s3 --extra gs
 LOCK := --universal --generate-hashes --python-version 3.11 --no-header \
 	--no-emit-index-url --no-emit-find-links --annotation-style line
 

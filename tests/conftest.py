@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import webdataset as wds
 from hypothesis import settings
 
-from pipeline.data.codecs import encode
+from pipeline.data.shard_writer import write_shard
 from pipeline.data.shards import Index, scan, write_index
 
 UNEVEN = [1, 17, 400, 3, 0, 211, 97, 268]  # 997 samples, a prime; one shard is empty
@@ -44,10 +43,9 @@ def write_shards(
     scans, ids = [], itertools.count()
     for number, size in enumerate(sizes):
         path = folder / f"shard-{number:06d}.tar"
-        with wds.TarWriter(str(path), encoder=False, mtime=0) as tar:
+        with write_shard(path, field) as tar:
             for sample in itertools.islice(ids, size):
-                image, label = encode(pixels_of(sample, shape), field), b"%d" % label_of(sample)
-                tar.write({"__key__": f"{sample:06d}", field: image, "cls": label})
+                tar.add(f"{sample:06d}", pixels_of(sample, shape), label_of(sample))
         scans.append(scan(path))
     return write_index(folder, scans, shape, {"test": True})
 
@@ -94,13 +92,12 @@ def training_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scans = []
     for number, size in enumerate((150, 1, 180)):
         path = folder / f"shard-{number}.tar"
-        with wds.TarWriter(str(path), encoder=False, mtime=0) as tar:
+        with write_shard(path, "npy") as tar:
             for k in range(size):
                 pixels = np.zeros((32, 32, 1), np.uint8)
                 x, y = rng.integers(4, 20, 2)
                 pixels[y : y + 8, x : x + 8] = rng.integers(100, 255)
-                payload = {"npy": encode(pixels, "npy"), "cls": str(k % 10).encode()}
-                tar.write({"__key__": f"{number}-{k:05d}", **payload})
+                tar.add(f"{number}-{k:05d}", pixels, k % 10)
         scans.append(scan(path))
     write_index(folder, scans, (32, 32, 1), {})
     return folder

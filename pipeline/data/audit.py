@@ -1,6 +1,6 @@
-"""Every sample of tars on disk decoded once: to verify a shard set, or to index someone's tars.
+"""Decode every sample of tars on disk, to verify a shard set or to index tars of another tool.
 
-Faults are collected, never raised at the first: who repairs a data set needs the whole list.
+All faults are collected before an error is raised: to repair a set one needs the whole list.
 """
 
 from __future__ import annotations
@@ -30,47 +30,51 @@ LISTED_FAULTS = 1000
 
 
 @dataclass
-class Found:
-    """What one tar turned out to hold; picklable, sent by a worker."""
+class TarReport:
+    """The content of one tar, as a worker reports it."""
 
     faults: list[str] = field(default_factory=list)
+    """A message for each fault."""
     shapes: Counter[Shape] = field(default_factory=Counter)
+    """Number of images of each (H, W, C); only counted for a tar without an index."""
     examples: dict[Shape, str] = field(default_factory=dict)
+    """The place of one image of each shape, for messages."""
     scanned: tuple[Shard, NDArray[np.void], str] | None = None
+    """The result of ``scan``; None if the tar cannot be read, or has an index."""
 
 
 def verify(folder: Path, workers: int) -> str:
     """Check every checksum and decode every sample of a shard set; returns a one-line summary.
 
     Raises:
-        DataError: listing every fault with shard, key and offset.
+        DataError: there are faults; the message lists each with shard, key and offset.
     """
     if "://" in str(folder):
         raise DataError(
-            f"--verify ({folder}): must be a local folder; shards fetched from a URL are "
-            "checked as they come."
+            f"--verify ({folder}): must be a local folder. Remote shards are checked when they are "
+            "downloaded."
         )
     faults: list[str] = []
     try:
         index = read_index(str(folder))
     except DataError as error:
-        # Without a usable index the tars themselves can still be judged.
+        # Without a usable index the tars themselves can still be checked.
         faults.append(str(error))
         if not (tars := sorted(folder.glob("*.tar"))):
             raise
-        found = _audit(tars, workers, "verify", None)
+        reports = _audit(tars, workers, "verify", None)
     else:
-        found = _audit([folder / s.url for s in index.shards], workers, "verify", index)
+        reports = _audit([folder / s.url for s in index.shards], workers, "verify", index)
         listed = {shard.url for shard in index.shards}
         extra = sorted(path.name for path in folder.glob("*.tar") if path.name not in listed)
         faults += [f"{folder / name}: not in {INDEX_NAME}." for name in extra]
-    faults += [fault for one in found for fault in one.faults]
+    faults += [fault for one in reports for fault in one.faults]
     if faults:
         shown = faults[:LISTED_FAULTS]
         more = [f"... and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
-        bad = sum(bool(one.faults) for one in found)
+        bad = sum(bool(one.faults) for one in reports)
         raise DataError(
-            f"{folder}: {len(faults)} faults, {bad} of {len(found)} shards damaged:\n  "
+            f"{folder}: {len(faults)} faults, {bad} of {len(reports)} shards damaged:\n  "
             + "\n  ".join(shown + more)
         )
     labels = index.table["label"]
@@ -83,10 +87,10 @@ def verify(folder: Path, workers: int) -> str:
 
 
 def index_tars(folder: Path, workers: int) -> str:
-    """Index tars that other tools wrote, where they lie; returns a one-line summary.
+    """Index tars of other tools where they are; returns a one-line summary.
 
     Raises:
-        DataError: an unreadable tar or sample, or images of several shapes; all are listed.
+        DataError: tars or samples cannot be read, or images differ in size; all are listed.
     """
     tars = sorted(folder.glob("*.tar"))
     if (folder / INDEX_NAME).exists():
@@ -96,13 +100,13 @@ def index_tars(folder: Path, workers: int) -> str:
             return f"already complete: {index.num_samples} samples in {len(tars)} shards"
         if index.made_by.get("source_kind") != "indexed":
             raise DataError(
-                f"{folder}: its tars changed since they were prepared; restore them. To take them "
-                f"as they are now: remove {folder / INDEX_NAME} and run the same command."
+                f"{folder}: its tars changed since they were prepared. Restore them, or remove "
+                f"{folder / INDEX_NAME} and run the same command to index them as they are now."
             )
-    found = _audit(tars, workers, "index", None)
-    faults = [fault for one in found for fault in one.faults]
-    shapes: Counter[Shape] = sum((one.shapes for one in found), Counter())
-    examples = {shape: name for one in reversed(found) for shape, name in one.examples.items()}
+    reports = _audit(tars, workers, "index", None)
+    faults = [fault for one in reports for fault in one.faults]
+    shapes: Counter[Shape] = sum((one.shapes for one in reports), Counter())
+    examples = {shape: name for one in reversed(reports) for shape, name in one.examples.items()}
     if len({shape[:2] for shape in shapes}) > 1:
         listed = [
             f"{n} of {h} x {w}, e.g. {examples[h, w, c]}" for (h, w, c), n in shapes.most_common(5)
@@ -113,10 +117,10 @@ def index_tars(folder: Path, workers: int) -> str:
         )
     if faults:
         raise DataError(f"{folder}: cannot be indexed:\n  " + "\n  ".join(faults[:LISTED_FAULTS]))
-    scans = [one.scanned for one in found if one.scanned]
+    scans = [one.scanned for one in reports if one.scanned]
     if not shapes:
         raise DataError(f"{folder}: its {len(tars)} tars hold no images.")
-    shape = max(shapes, key=lambda shape: shape[2])  # gray images among colour ones are colour too
+    shape = max(shapes, key=lambda shape: shape[2])  # gray images among RGB images are read as RGB
     made_by = {"source_kind": "indexed", "note": "tars of another tool, indexed as they are"}
     index = write_index(folder, scans, shape, made_by)
     return (
@@ -125,14 +129,14 @@ def index_tars(folder: Path, workers: int) -> str:
     )
 
 
-def _audit(paths: list[Path], workers: int, doing: str, index: Index | None) -> list[Found]:
-    """What each tar holds, in order; against the index where there is one."""
+def _audit(paths: list[Path], workers: int, doing: str, index: Index | None) -> list[TarReport]:
+    """Check each tar against the index; without an index, report its content."""
 
-    def work(number: int, report: Callable[[int], None]) -> Found:
+    def work(number: int, report: Callable[[int], None]) -> TarReport:
         if index is None:
-            found = _survey(paths[number])
+            result = _survey(paths[number])
             report(1)
-            return found
+            return result
         return _compare(paths[number], number, index, report)
 
     total, unit = (index.num_samples, " images") if index else (len(paths), " tars")
@@ -140,9 +144,9 @@ def _audit(paths: list[Path], workers: int, doing: str, index: Index | None) -> 
         return map_in_processes(work, range(len(paths)), workers, advance)
 
 
-def _survey(path: Path) -> Found:
-    """Scan a tar nobody described yet and decode each image by its own shape."""
-    found, bad = Found(), []
+def _survey(path: Path) -> TarReport:
+    """Scan a tar without an index, and decode each image by its own shape."""
+    found, bad = TarReport(), []
     try:
         found.scanned = scan(path)
     except DataError as error:
@@ -166,9 +170,9 @@ def _survey(path: Path) -> Found:
     return found
 
 
-def _compare(path: Path, number: int, index: Index, report: Callable[[int], None]) -> Found:
-    """Check a tar's size, checksum and headers, and decode what the index says is in it."""
-    found, bad = Found(), []
+def _compare(path: Path, number: int, index: Index, report: Callable[[int], None]) -> TarReport:
+    """Check the size, checksum and headers of a tar, and decode the images that the index lists."""
+    found, bad = TarReport(), []
     shard, first = index.shards[number], sum(index.sizes[:number])
     rows = index.table[first : first + shard.nsamples]
     try:
@@ -176,7 +180,7 @@ def _compare(path: Path, number: int, index: Index, report: Callable[[int], None
         if (digest := sha256_of(path)) != shard.sha256:
             found.faults.append(
                 f"{path}: its checksum is {digest[:12]}..., the index says {shard.sha256[:12]}...: "
-                "its bytes changed since it was indexed."
+                "it was changed since."
             )
         if not np.array_equal(scan(path)[1], rows):
             found.faults.append(f"{path}: its headers and the index place samples differently.")
@@ -213,7 +217,7 @@ def _mapped(path: Path) -> Iterator[memoryview]:
 
 
 def _named(path: Path, bad: list[tuple[int, str]]) -> list[str]:
-    """Faults as text, with the names that the tar's own headers give the samples."""
+    """Return a message for each (offset, reason), with the name of the sample from the tar."""
     names: dict[int, str] = {}
     if bad:
         with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(path, "r:") as tar:

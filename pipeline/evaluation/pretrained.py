@@ -52,7 +52,7 @@ def fetch_inception(folder: Path) -> Path:
     """Download Inception's weights into a folder, unless it already has them.
 
     Raises:
-        EvaluationError: the download failed, or the file in the folder has another sha256.
+        EvaluationError: they cannot be downloaded or written, or have another checksum.
     """
     target = folder / INCEPTION_FILE
     if target.is_file():

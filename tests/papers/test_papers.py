@@ -352,7 +352,6 @@ def test_shards_of_a_url_are_downloaded_into_data_cache_dir(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Once for two commands, and not into the working directory."""
-    pytest.importorskip("aiohttp", reason="the extra http is not installed")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     server = serve(tmp_path / "test")
