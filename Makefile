@@ -25,7 +25,7 @@ export UV_COMPILE_BYTECODE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-faults check wings bench lock clean fashion-mnist test-cluster test-container \
+.PHONY: help setup demo test test-faults coverage check wings bench lock clean fashion-mnist test-cluster test-container \
 	slurm-programs container-programs
 
 help:  ## This list
@@ -46,6 +46,14 @@ test: $(DEV_READY)  ## Every test that needs neither a cluster nor the network n
 
 test-faults: $(DEV_READY)  ## Full disks, damaged files, hopeless settings: what users and machines do
 	$(BIN)/python -m pytest -m faults
+
+# A part: make coverage TESTS="tests/runtime tests/config". A failed test does not stop it: a test that
+# limits the size of files also keeps coverage from writing its own.
+coverage: $(DEV_READY)  ## Lines of pipeline/ that no test reaches, subprocesses included
+	$(BIN)/coverage erase
+	-$(BIN)/coverage run -m pytest -m "not cluster and not container" $(TESTS)
+	-$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 test-cluster: $(DEV_READY) slurm-programs  ## The Slurm scripts on a two-node Slurm started for it (needs root)
 	$(BIN)/python -m pytest -m cluster --durations=0

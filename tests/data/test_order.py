@@ -94,6 +94,13 @@ def test_the_batch_over_an_epoch_end_is_frozen():
     assert ids.tolist() == [688, 26, 954, 964, 146, 219, 210, 214, 281, 987, 984, 986]
 
 
+def test_a_batch_of_two_lanes_is_frozen():
+    """The rows of the first lane come before those of the second."""
+    positions, ids = Order(SIZES, 7, block=16, lanes=2).batch(0, 8)
+    assert positions.tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
+    assert ids.tolist() == [855, 856, 857, 858, 299, 300, 301, 302]
+
+
 def test_the_permutation_is_frozen():
     """The building block, from raw Philox bits whose stream numpy guarantees."""
     assert permutation(10, "lwb1").tolist() == [5, 1, 0, 8, 9, 4, 7, 2, 6, 3]
@@ -167,6 +174,16 @@ def test_any_number_of_ranks_gets_the_same_batch(order, k, rows):
             )
             parts.append(own.batch(k, size)[1][rank * share : (rank + 1) * share])
         assert np.array_equal(np.concatenate(parts), whole)
+
+
+@pytest.mark.parametrize("arrangement", [vector[0] for vector in VECTORS])
+def test_ids_do_not_depend_on_the_dtypes_of_sizes_and_positions(arrangement):
+    """Numbers of one byte are counted in eight, as those of a list are."""
+    sizes, positions = [200, 100], np.arange(250)
+    expected = Order(sizes, 7, **arrangement).ids(positions)
+    ids = Order(np.array(sizes, np.uint8), 7, **arrangement).ids(positions.astype(np.uint8))
+    assert ids.dtype == np.int64
+    assert np.array_equal(ids, expected)
 
 
 def test_ids_keep_the_shape_of_an_empty_request():
@@ -274,13 +291,31 @@ def test_a_batch_over_many_windows_lays_the_blocks_out_once(monkeypatch, arrange
     assert sum(key.endswith("blocks") for key in made) == 1
 
 
+def test_a_batch_over_two_epochs_makes_each_permutation_once(monkeypatch):
+    """Both epochs stay in memory while a batch needs them, and no third one does."""
+    made = []
+
+    def counted(n, key):
+        made.append(key)
+        return permutation(n, key)
+
+    monkeypatch.setattr(order_module, "permutation", counted)
+    order = Order(SIZES, 7, window=400, lanes=2)
+    for _ in range(2):
+        order.batch(0, 2 * N)
+    assert len(made) == len(set(made)) == 2 + 2 * 2 * 2  # epochs; windows of lanes of epochs
+    for k in range(1, 4):
+        order.batch(k, 2 * N)
+    assert (len(order._layouts), len(order._windows)) == (2, 4 * 2)
+
+
 # -- refused ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sizes", [[], [0, 0], [-1, 5]])
 def test_sizes_without_samples_are_refused(sizes):
     """There is no order of nothing, nor of less."""
-    with pytest.raises(ValueError, match="at least one sample"):
+    with pytest.raises(ValueError, match=r"^sizes must hold at least one sample"):
         Order(sizes, 0)
 
 
@@ -289,6 +324,12 @@ def test_settings_without_meaning_are_refused(arrangement):
     """Named, instead of a division by zero later."""
     with pytest.raises(ValueError, match=next(iter(arrangement))):
         Order([5], 0, **arrangement)
+
+
+def test_describe_is_frozen():
+    """Checkpoints hold these keys and values; another default would refuse to resume them."""
+    settings = {"algorithm": "lwb1", "seed": 7, "block": 1, "window": 0, "lanes": 1}
+    assert Order(SIZES, 7).describe() == settings
 
 
 def test_describe_tells_orders_apart():
