@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from pipeline.runtime import signals
@@ -19,11 +19,15 @@ from pipeline.runtime import signals
 SENT = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
 
 
+def unhandled(number: int, _: FrameType | None) -> None:
+    raise AssertionError(f"signal {number} reached the handler from before")
+
+
 @pytest.fixture(autouse=True)
 def _own_handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No signal received yet; the handlers of pytest come back after the test."""
+    """No signal received yet, and a signal that is not handled fails the test, not pytest."""
     monkeypatch.setattr(signals, "_received", [])
-    before = {number: signal.getsignal(number) for number in (*SENT, signal.SIGHUP)}
+    before = {number: signal.signal(number, unhandled) for number in (*SENT, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -162,19 +166,27 @@ def test_ranks_know_the_answer_one_call_later() -> None:
 
 
 @pytest.mark.usefixtures("group")
-def test_ranks_wait_as_long_for_each_other_as_is_asked(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Over gloo, whatever the devices use."""
-    made: list[tuple[str, timedelta]] = []
+def test_ranks_agree_in_a_group_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over gloo, whatever the devices use, beside other collectives, with the time limit given."""
+    made: list[dict[str, object]] = []
+    groups: list[dist.ProcessGroup] = []
+    used: list[dist.ProcessGroup] = []
     new_group: Callable[..., dist.ProcessGroup] = dist.new_group
+    all_reduce: Callable[..., dist.Work] = dist.all_reduce
 
-    def noted(**options: object) -> dist.ProcessGroup:
-        group = new_group(**options)
-        backend = group._get_backend(torch.device("cpu"))
-        made.append((dist.get_backend(group), backend.options._timeout))
-        return group
+    def noted_group(**options: object) -> dist.ProcessGroup:
+        made.append(options)
+        groups.append(new_group(**options))
+        return groups[-1]
 
-    monkeypatch.setattr(dist, "new_group", noted)
-    signals.Agreement(2, timedelta(seconds=77)).close()
-    assert made == [("gloo", timedelta(seconds=77))]
+    def noted_reduce(*arguments: object, **options: object) -> dist.Work:
+        used.append(options["group"])
+        return all_reduce(*arguments, **options)
+
+    monkeypatch.setattr(dist, "new_group", noted_group)
+    monkeypatch.setattr(dist, "all_reduce", noted_reduce)
+    agreement = signals.Agreement(2, timedelta(seconds=77))
+    agreement.agree(True, False)
+    agreement.close()
+    assert made == [{"backend": "gloo", "timeout": timedelta(seconds=77)}]
+    assert used == groups
