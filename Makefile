@@ -25,7 +25,7 @@ export UV_COMPILE_BYTECODE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-faults coverage check wings bench lock clean fashion-mnist test-cluster test-container \
+.PHONY: help setup demo test test-faults coverage mutants check wings bench lock clean fashion-mnist test-cluster test-container \
 	slurm-programs container-programs
 
 help:  ## This list
@@ -54,6 +54,10 @@ coverage: $(DEV_READY)  ## Lines of pipeline/ that no test reaches, subprocesses
 	-$(BIN)/coverage run -m pytest -m "not cluster and not container" $(TESTS)
 	-$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+# Some: make mutants MODULES="data/order runtime/signals".
+mutants: $(DEV_READY)  ## Are changed lines noticed by the tests? Modules of tests/mutants.py, with scores
+	$(BIN)/python tests/mutants.py $(MODULES)
 
 test-cluster: $(DEV_READY) slurm-programs  ## The Slurm scripts on a two-node Slurm started for it (needs root)
 	$(BIN)/python -m pytest -m cluster --durations=0
