@@ -22,9 +22,14 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 MODULES = {
     "data/order": "tests/data/test_order.py",
-    "training/finite_guard": "tests/training/test_finite_guard.py",
+    "data/reader": "tests/data/test_reader.py",
+    "runs/checkpoint": "tests/runs/test_checkpoint.py",
+    "runs/results": "tests/runs/test_results.py",
+    "runs/run_folder": "tests/runs/test_run_folder.py",
     "runtime/signals": "tests/runtime/test_signals.py",
+    "training/finite_guard": "tests/training/test_finite_guard.py",
 }
+"""The modules that hold the promises, and the tests that run for each of their mutants."""
 SETTINGS = """
 [tool.mutmut]
 source_paths = ["pipeline"]
