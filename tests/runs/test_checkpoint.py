@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import platform
+import re
 import resource
 import signal
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from pipeline.config.schema import Config, ModelConfig
-from pipeline.models.dcgan import Generator, init_weights
+from pipeline.config.schema import Config, ModelConfig, TrainConfig
+from pipeline.models.dcgan import Generator, init_weights, make_discriminator
 from pipeline.models.noise import rng, z_rows
 from pipeline.models.sampling import draw_images, make_sampler
 from pipeline.runs import checkpoint
@@ -206,3 +211,193 @@ def test_a_snapshot_of_another_architecture_is_refused(tmp_path: Path) -> None:
         checkpoint.load_snapshot(tmp_path)
     with pytest.raises(ValueError, match="another architecture"):
         make_sampler(replace(MODEL, image_size=64), G.state_dict())
+
+
+def test_a_checkpoint_names_its_folder_and_the_versions_that_wrote_it(tmp_path: Path) -> None:
+    """state.json is text of one value a line; it has the version of each library that computes."""
+    path = save(tmp_path, 1)
+    found = checkpoint.read(path)
+    assert found.path == path
+    libraries = ("torch", "accelerate", "numpy", "webdataset")
+    expected = {"python": platform.python_version()} | {name: version(name) for name in libraries}
+    assert found.state["versions"] == expected
+    assert (path / "state.json").read_text().startswith('{\n "images_seen": 4,\n "step": 1,\n')
+
+
+def test_the_digest_of_the_state_does_not_depend_on_the_order_of_its_keys(tmp_path: Path) -> None:
+    """A tool may sort state.json; a value that it changes is noticed."""
+    path = save(tmp_path, 1)
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(dict(reversed(state.items()))))
+    assert checkpoint.read(path).state["step"] == 1
+    (path / "state.json").write_text(json.dumps(state | {"step": 2}))
+    with pytest.raises(CheckpointError, match=r"state\.json is damaged"):
+        checkpoint.read(path)
+
+
+def test_the_reason_why_optimizers_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
+    """The first line of PyTorch's own error is in the message."""
+    path = save(tmp_path, 1)
+    torch.save({"G": Path("code")}, path / "optimizers.pt")
+    state = json.loads((path / "state.json").read_text())
+    state["files"]["optimizers.pt"] = checkpoint.sha256_of(path / "optimizers.pt")
+    del state["digest"]
+    state["digest"] = checkpoint._digest(state)
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match="not tensors alone: Weights only load failed") as no:
+        checkpoint.read(path)
+    assert len(str(no.value).splitlines()) == 1
+
+
+def test_the_message_about_damaged_checkpoints_has_a_line_for_each(tmp_path: Path) -> None:
+    """Newest first, indented, then the remedy."""
+    for step in (1, 2):
+        (save(tmp_path, step) / "G.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.read_newest(tmp_path)
+    folder = tmp_path / "checkpoints"
+    reason = "G.safetensors is damaged (its checksum differs)"
+    assert str(caught.value).splitlines() == [
+        f"no checkpoint in {folder} is usable:",
+        f"  {folder}/step_00000002: {reason}",
+        f"  {folder}/step_00000001: {reason}",
+        "Move them away to start this run anew, or restore them from a copy.",
+    ]
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    """The second one is read, and neither the first nor a killed writer's folder stays."""
+    torn = tmp_path / "checkpoints" / "step_00000001.tmp"
+    torn.mkdir(parents=True)
+    (torn / "junk").touch()
+    for seed in (0, 1):
+        path = save(tmp_path, 1, seed)
+    found = checkpoint.read(path)
+    expected = small_generator(1)
+    adam(expected)
+    assert all(torch.equal(found.weights["G"][k], v) for k, v in expected.state_dict().items())
+    assert [one.name for one in path.parent.iterdir()] == ["step_00000001"]
+    assert not (path / "junk").exists()
+
+
+def test_pruning_keeps_the_best_and_those_not_yet_evaluated(tmp_path: Path) -> None:
+    """keep=1 of steps 1 to 5: step 2 has the lowest FID, step 4 has no score."""
+    for step in range(1, 6):
+        save(tmp_path, step)
+    scores = {1: 30.0, 2: 20.0, 3: 25.0}
+    rows = [
+        {"step": k, "weights": "ema", "protocol": "p", "headline": "fid", "scores": {"fid": v}}
+        for k, v in scores.items()
+    ]
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    checkpoint.prune(tmp_path, keep=1, keep_every=0, keep_best=True)
+    assert [step_of(p) for p in committed(tmp_path)] == [2, 4, 5]
+    checkpoint.prune(tmp_path, keep=1, keep_every=0)
+    assert [step_of(p) for p in committed(tmp_path)] == [5]
+
+
+def test_what_cannot_be_removed_stops_nothing(tmp_path: Path) -> None:
+    """A run goes on if an old checkpoint cannot be renamed, or a ``.tmp`` is no folder."""
+    for step in range(1, 4):
+        save(tmp_path, step)
+    folder = tmp_path / "checkpoints"
+    (folder / "step_00000001.tmp" / "in the way").mkdir(parents=True)
+    checkpoint.prune(tmp_path, keep=1, keep_every=0)
+    assert [step_of(p) for p in committed(tmp_path)] == [1, 3]
+    (folder / "step_00000009.tmp").touch()
+    torn = tmp_path / "snapshots" / "step_00000002.tmp"
+    torn.mkdir(parents=True)
+    checkpoint.remove_unfinished(tmp_path)
+    assert not torn.exists()
+    assert not (folder / "step_00000001.tmp").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    """With the reason of the system: here a file lies where the folder must be."""
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(RunFolderError, match=r"step_00000001: could not be written: \[Errno \d+\]"):
+        save(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "other words"), "the disk is full"),
+        (SafetensorError("I/O error: No space left on device"), "the disk is full"),
+        (OSError(errno.EACCES, "Permission denied"), "[Errno 13] Permission denied"),
+        (SafetensorError("first line\nsecond line"), "first line"),
+    ],
+)
+def test_a_failed_write_says_why_and_what_to_do(error: Exception, reason: str) -> None:
+    """A full disk is recognized by its number or, from safetensors, by its words."""
+    assert str(checkpoint._unwritable(Path("run"), error)) == (
+        f"run: could not be written: {reason}. Earlier checkpoints are intact; free space or fix "
+        "the folder, then run the same command again."
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*which is a no-op")
+def test_a_snapshot_goes_to_the_device_that_is_asked_for(tmp_path: Path) -> None:
+    """Its file holds its step; the meta device stands for any other than the CPU."""
+    path = checkpoint.export_snapshot(tmp_path, 3, small_generator().state_dict(), CONFIG)
+    with safe_open(path / "generator.safetensors", "pt") as file:
+        assert file.metadata() == {"step": "3"}
+    loaded, _ = checkpoint.load_snapshot(path, "meta")
+    assert {p.device.type for p in loaded.parameters()} == {"meta"}
+
+
+def test_a_folder_for_the_hub_is_loaded_like_a_snapshot(tmp_path: Path) -> None:
+    """Its weights have another file name. Without config.yaml neither is a snapshot."""
+    G = small_generator()
+    path = checkpoint.export_snapshot(tmp_path, 3, G.state_dict(), CONFIG)
+    (path / "generator.safetensors").rename(path / "model.safetensors")
+    loaded, _ = checkpoint.load_snapshot(path)
+    weights = loaded.state_dict()
+    assert all(torch.equal(weights[k], v) for k, v in G.state_dict().items())
+    (path / "config.yaml").unlink()
+    with pytest.raises(CheckpointError, match="not a snapshot"):
+        checkpoint.load_snapshot(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_of_a_run_that_diverged_are_refused(value: float) -> None:
+    """One NaN or infinity in one tensor is enough; the message names the folder."""
+    G = small_generator()
+    checkpoint.check_finite(G, Path("run"))
+    with torch.no_grad():
+        next(G.parameters()).view(-1)[-1] = value
+    with pytest.raises(CheckpointError, match=re.escape("run: its weights are NaN or infinite")):
+        checkpoint.check_finite(G, Path("run"))
+
+
+@pytest.mark.parametrize(
+    ("train", "kept", "snapshots"),
+    [
+        (TrainConfig(total_steps=100, keep=2, keep_every=30, checkpoint_every=15), 2 + 3, 6),
+        (TrainConfig(total_steps=100, keep=2, keep_every=0, checkpoint_every=0), 2, 1),
+    ],
+)
+def test_the_bytes_of_a_run_are_those_of_its_kept_files(
+    train: TrainConfig, kept: int, snapshots: int
+) -> None:
+    """In fp32: G, G_ema, D and two moments each of G and D; a snapshot is one G."""
+    total, one = checkpoint.checkpoint_bytes(Config(model=MODEL, train=train))
+    g, d = (
+        sum(p.numel() for p in network.parameters())
+        for network in (small_generator(), make_discriminator(MODEL))
+    )
+    assert one == 4 * (2 * g + d) + 8 * (g + d)
+    assert total == kept * one + snapshots * 4 * g
+
+
+def test_the_bytes_that_a_run_has_written_are_counted(tmp_path: Path) -> None:
+    """Of its checkpoints and snapshots, and of no other file."""
+    folders = [
+        save(tmp_path, 1),
+        checkpoint.export_snapshot(tmp_path, 1, small_generator().state_dict(), CONFIG),
+    ]
+    (tmp_path / "metrics.jsonl").write_text("row")
+    (folders[0] / "folder").mkdir()
+    files = [path for folder in folders for path in folder.iterdir() if path.is_file()]
+    assert len(files) == 3 + 2
+    assert checkpoint.written_bytes(tmp_path) == sum(path.stat().st_size for path in files)

@@ -1,0 +1,112 @@
+"""Reading samples by id: the right image of the right shard, few maps, and named damage."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import label_of, pixels_of
+
+from pipeline.data.cache import Cache
+from pipeline.data.reader import Reader
+from pipeline.data.shards import read_index
+from pipeline.runtime.errors import CorruptSample
+
+SHAPE = (8, 8, 3)
+
+
+@pytest.fixture
+def small(make_shards, tmp_path):
+    """Five samples in three shards, of which the second is empty."""
+    return make_shards(tmp_path / "set", [2, 0, 3])
+
+
+def reader_of(index, folder="", limit_gib=0.0):
+    return Reader(index, Cache(index, str(folder), limit_gib))
+
+
+def read(reader, *ids):
+    out = np.zeros((len(ids), *SHAPE), np.uint8)
+    return reader.read(np.array(ids), out), out
+
+
+def damage(path, offset):
+    """Overwrite the start of an image in its tar, in place."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\x93BROKEN\0")
+
+
+def test_samples_are_read_in_the_order_of_the_ids(small):
+    """Each row of ``out`` is the image of its id, across shards and repeats; labels are int64."""
+    ids = [4, 0, 2, 1, 3, 4]
+    labels, out = read(reader_of(small), *ids)
+    assert labels.dtype == np.int64
+    assert labels.tolist() == [label_of(sample) for sample in ids]
+    for row, sample in zip(out, ids, strict=True):
+        assert np.array_equal(row, pixels_of(sample, SHAPE))
+
+
+def test_a_shard_is_opened_once(small):
+    """After the first read of a shard its samples come from the map; its file may be gone."""
+    reader = reader_of(small)
+    read(reader, 2)
+    for shard in small.shards:
+        Path(small.location, shard.url).unlink()
+    assert np.array_equal(read(reader, 3)[1][0], pixels_of(3, SHAPE))
+
+
+def test_a_damaged_sample_is_named_with_the_command_that_checks_the_set(small):
+    """The message gives path, key, offset, reason and remedy; other samples are still read."""
+    path, offset = Path(small.location, small.shards[2].url), int(small.table["offset"][3])
+    damage(path, offset)
+    reader = reader_of(small)
+    read(reader, 2, 4)
+    with pytest.raises(CorruptSample) as caught:
+        read(reader, 2, 3)
+    start, _, end = str(caught.value).partition(" is damaged: ")
+    assert start == f"{path}: sample 000003.npy at offset {offset}"
+    reason, _, remedy = end.partition(". Check ")
+    assert "npy" in reason
+    assert remedy == (f"the whole set with: python -m pipeline.prepare --verify {small.location}")
+
+
+def test_the_key_of_a_damaged_sample_may_be_unknown(small):
+    """No member at the offset, an unreadable tar or one that is gone: damage is reported."""
+    table = np.array(small.table)
+    table["offset"][0] += 1
+    with pytest.raises(CorruptSample, match="sample unknown at offset"):
+        read(reader_of(replace(small, table=table)), 0)
+    path, offset = Path(small.location, small.shards[0].url), int(small.table["offset"][0])
+    damage(path, offset)
+    damage(path, 0)
+    reader = reader_of(small)
+    with pytest.raises(CorruptSample, match=f"sample unknown at offset {offset} is"):
+        read(reader, 0)
+    path.unlink()
+    with pytest.raises(CorruptSample, match=f"sample unknown at offset {offset} is"):
+        read(reader, 0)
+
+
+def mapped(folder):
+    """Number of shards below a folder that this process has mapped."""
+    return sum(f"{folder}/" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_at_most_64_shards_of_a_limited_cache_stay_mapped(make_shards, serve, tmp_path):
+    """An evicted file takes room until it is unmapped. Without a limit, or local, all stay."""
+    local = make_shards(tmp_path / "set", [1] * 65)
+    remote = read_index(serve(tmp_path / "set").url)
+    for index, folder, limit_gib, left in (
+        (remote, tmp_path / "limited", 1.0, 1),
+        (remote, tmp_path / "unlimited", 0.0, 65),
+        (local, tmp_path / "set", 1.0, 65 + 1),  # the table is mapped too
+    ):
+        reader = reader_of(index, folder, limit_gib)
+        for sample in range(65):
+            assert np.array_equal(read(reader, sample)[1][0], pixels_of(sample, SHAPE))
+            if sample == 63:
+                assert mapped(folder) == 64 + (index is local)
+        assert mapped(folder) == left
