@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -16,7 +18,8 @@ import torch.distributed as dist
 
 from pipeline.runtime import signals
 
-SENT = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
+SENT = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP]
+PR_GET_PDEATHSIG = 2
 
 
 def unhandled(number: int, _: FrameType | None) -> None:
@@ -27,7 +30,7 @@ def unhandled(number: int, _: FrameType | None) -> None:
 def _own_handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No signal received yet, and a signal that is not handled fails the test, not pytest."""
     monkeypatch.setattr(signals, "_received", [])
-    before = {number: signal.signal(number, unhandled) for number in (*SENT, signal.SIGHUP)}
+    before = {number: signal.signal(number, unhandled) for number in SENT}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -56,7 +59,75 @@ def test_the_second_interrupt_from_the_keyboard_is_immediate() -> None:
         send(signal.SIGINT)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_hang_up_stays_ignored_under_nohup(capsys: pytest.CaptureFixture[str]) -> None:
+    """By the flag and by a command's work."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signals.install()
+    send(signal.SIGHUP)
+    with signals.exit_on_interrupt("unused"):
+        send(signal.SIGHUP)
+    assert signals.received() is None
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert capsys.readouterr().err == ""
+
+
+def signal_at_the_parents_death() -> int:
+    """What the kernel has been asked for; asks it to forget that."""
+    number = ctypes.c_int()
+    ctypes.CDLL(None).prctl(PR_GET_PDEATHSIG, ctypes.byref(number))
+    ctypes.CDLL(None).prctl(signals.PR_SET_PDEATHSIG, 0)
+    return number.value
+
+
+@pytest.fixture
+def parent(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The id of a process with the words of a launcher (or others), which passes for our parent."""
+    words = [sys.executable, "-c", "print(flush=True); input()", *request.param]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # it has its own words now, no longer ours
+        monkeypatch.setattr(os, "getppid", lambda: process.pid)
+        yield process.pid
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("parent", "number"),
+    [
+        (["-m", "torch.distributed.run", "--nproc_per_node=2", "x.py"], signal.SIGTERM),
+        (["/usr/bin/accelerate", "launch", "x.py"], signal.SIGTERM),
+        (["bash", "torchrun.txt", "no torchrun"], 0),
+    ],
+    indirect=["parent"],
+)
+@pytest.mark.usefixtures("parent")
+def test_the_kernel_is_asked_for_a_signal_when_a_launcher_dies(number: int) -> None:
+    """Of no other parent: a shell may end."""
+    signals.install()
+    assert signal_at_the_parents_death() == number
+    assert signals.received() is None
+
+
+@pytest.mark.parametrize("parent", [["torchrun"]], indirect=True)
+def test_a_launcher_that_died_at_once_is_noticed(
+    parent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the kernel was asked: the process has another parent by then."""
+    ids = iter([parent, 1])
+    monkeypatch.setattr(os, "getppid", lambda: next(ids))
+    signals.install()
+    signal_at_the_parents_death()
+    assert signals.received() == "SIGTERM"
+
+
+def test_a_parent_that_cannot_be_looked_at_is_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where /proc is hidden or missing."""
+    monkeypatch.setattr(os, "getppid", lambda: -1)
+    signals.install()
+    assert (signal_at_the_parents_death(), signals.received()) == (0, None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_command_exits_with_one_line(
     number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,6 +217,7 @@ def group(tmp_path: Path) -> Iterator[None]:
 def test_one_process_agrees_with_itself_at_once() -> None:
     """Without a process group, in the same call."""
     agreement = signals.Agreement(1)
+    assert agreement.agree(True) == (True, False)
     for stop in (False, True):
         for also in (True, False):
             assert agreement.agree(stop, also) == (stop, also)

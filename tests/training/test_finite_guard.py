@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import on_ranks
 from torch import Tensor, nn, optim
 
@@ -129,6 +130,67 @@ def test_the_first_fault_is_the_one_named() -> None:
     for name, step in (("G", 2**24 + 1), ("D", 2**24 + 2)):  # a float32 would round it
         with pytest.raises(NonFiniteLoss, match=r"loss/G .* at step 16777217 on rank 3;"):
             guard.check(torch.tensor(float("inf")), name, step)
+
+
+def test_the_first_step_of_all_is_named_too() -> None:
+    """Step 0 is a step, and D is a network: a later fault does not replace them."""
+    guard = FiniteGuard([], torch.device("cpu"), 0, 1)
+    for name, step in (("D", 0), ("G", 1)):
+        with pytest.raises(NonFiniteLoss, match=r"^loss/D .* at step 0 on rank 0;"):
+            guard.check(torch.tensor(float("nan")), name, step)
+
+
+def test_the_message_says_where_and_what_to_do() -> None:
+    """The rank of the fault names the place; the others, which see only the flag, name no place."""
+    remedy = (
+        "; no optimizer step was taken with it and the last checkpoint is intact. "
+        "Lower optim.d_lr and optim.g_lr, or try train.precision=fp32, in a new run.dir."
+    )
+    guard = FiniteGuard([], torch.device("cpu"), 2, 1)
+    with pytest.raises(NonFiniteLoss) as here:
+        guard.check(torch.tensor(float("nan")), "G", 5)
+    assert str(here.value) == f"loss/G became NaN or infinite at step 5 on rank 2{remedy}"
+
+    adam = optim.Adam([nn.Parameter(torch.ones(1))], fused=True)
+    guard = FiniteGuard([adam], torch.device("cpu"), 2, 1)
+    adam.found_inf.fill_(1)  # as the all-reduce leaves it when another rank has the fault
+    with pytest.raises(NonFiniteLoss) as elsewhere:
+        guard.raise_if_tripped()
+    assert str(elsewhere.value) == f"a loss became NaN or infinite on another rank{remedy}"
+
+
+def test_only_a_cpu_is_waited_for() -> None:
+    """A tensor of the meta device has no value: reading one, as waiting for a GPU does, fails."""
+    adam = optim.Adam([nn.Parameter(torch.ones(1, device="meta"))])
+    guard = FiniteGuard([adam], torch.device("meta"), 0, 1)
+    guard.check(torch.tensor(float("nan"), device="meta"), "D", 1)
+    assert adam.found_inf.device.type == "meta"
+    with pytest.raises(RuntimeError):
+        guard.raise_if_tripped()
+
+
+def test_the_flag_of_several_ranks_is_their_maximum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not their sum: the fused kernel skips the update only where the flag is exactly 1."""
+    reduced: list[tuple[Tensor, dist.ReduceOp]] = []
+    all_reduce = dist.all_reduce
+
+    def noted(tensor: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> None:
+        reduced.append((tensor, op))
+        all_reduce(tensor, op)
+
+    monkeypatch.setattr(dist, "all_reduce", noted)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        adam = optim.Adam([nn.Parameter(torch.ones(1))], fused=True)
+        FiniteGuard([adam], torch.device("cpu"), 0, 2).check(torch.tensor(1.0), "D", 1)
+        FiniteGuard([], torch.device("cpu"), 0, 1).check(torch.tensor(1.0), "D", 1)
+    finally:
+        dist.destroy_process_group()
+    ((tensor, op),) = reduced
+    assert tensor is adam.found_inf
+    assert op == dist.ReduceOp.MAX
 
 
 def _fault_on_rank_1(folder: str) -> None:
