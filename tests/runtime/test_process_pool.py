@@ -75,7 +75,8 @@ def test_an_error_ends_the_tasks_under_way(tmp_path: Path, kind: type[Exception]
 
     def work(task: int, _: Report) -> None:
         if task:
-            (tmp_path / "begun").write_text(str(os.getpid()))
+            (tmp_path / "pid").write_text(str(os.getpid()))
+            (tmp_path / "begun").touch()
             time.sleep(120)
             (tmp_path / "finished").touch()
         wait_for((tmp_path / "begun").exists)
@@ -83,7 +84,7 @@ def test_an_error_ends_the_tasks_under_way(tmp_path: Path, kind: type[Exception]
 
     with pytest.raises(kind, match="task 0 failed"):
         map_in_processes(work, range(3), 2)
-    assert not psutil.pid_exists(int((tmp_path / "begun").read_text()))
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
     assert not (tmp_path / "finished").exists()
 
 
