@@ -26,7 +26,7 @@ from typing import NamedTuple
 from loader import machine
 
 from pipeline.data.shards import read_index
-from pipeline.runs.run_folder import committed
+from pipeline.runs.step_folders import committed
 
 REPO = Path(__file__).resolve().parents[1]
 CONFIG = "configs/demo.yaml"

@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.loading import load
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.papers import probe
-from pipeline.runs.run_folder import SNAPSHOTS, committed
+from pipeline.runs.step_folders import SNAPSHOTS, committed
 from pipeline.runtime.arguments import HelpFormatter, number
 from pipeline.runtime.errors import EvaluationError, exit_on_user_error
 from pipeline.runtime.files import exists

@@ -37,7 +37,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.runs.run_folder import SNAPSHOTS, committed
+from pipeline.runs.step_folders import SNAPSHOTS, committed
 from pipeline.runtime.arguments import HelpFormatter, file_ending_in, integer, number, seed
 from pipeline.runtime.errors import GenerationError, exit_on_user_error
 from pipeline.runtime.files import check_output_path

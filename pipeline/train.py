@@ -31,6 +31,7 @@ from pipeline.config.loading import load
 from pipeline.config.schema import Config, micro_batch_advice, micro_batching
 from pipeline.runtime.arguments import HelpFormatter
 from pipeline.runtime.errors import exit_on_user_error
+from pipeline.runtime.log_file import Recorder
 
 
 def train(config: Config) -> bool:
@@ -110,7 +111,8 @@ def main() -> None:
         help="values that replace those of the file, e.g. optim.g_lr=1e-4",
     )
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    handlers = (logging.StreamHandler(), Recorder())
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers)
     with exit_on_user_error():
         config = load(arguments.config, arguments.overrides)
     with exit_on_user_error(micro_batch_advice(config, int(os.environ.get("WORLD_SIZE", "1")))):

@@ -32,7 +32,7 @@ from launching import (
 from PIL import Image
 
 from pipeline.data.shards import Index
-from pipeline.runs.run_folder import committed, step_of
+from pipeline.runs.step_folders import committed, step_of
 
 pytestmark = pytest.mark.slow
 STEPS = 24

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ CONFIGS = (PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent) / "con
 
 PATH_KEYS = (
     "run.dir",
+    "run.fork",
     "data.shards",
     "data.cache_dir",
     "eval.extractor_weights",
@@ -56,6 +58,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: a list of all faults, each with field, value, requirement and remedy.
     """
     path, base_of_file = _find_file(Path(path))
+    file_tree = _read_yaml(path)
+    if (folder := _run_folder_of(path)) is not None:
+        _use_folder(file_tree, folder)
     schema = OmegaConf.structured(Config)
     _make_writable(schema)
     faults: list[str] = []
@@ -64,7 +69,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     defaults = OmegaConf.from_dotlist([f"{key}={path}" for key, path in paths.items() if path])
     for source, tree, base in (
         ("defaults", defaults, Path.cwd()),
-        (str(path), _read_yaml(path), base_of_file),
+        (str(path), file_tree, base_of_file),
         ("command line", _read_overrides(overrides, faults), Path.cwd()),
     ):
         for key, value in _flatten_tree(tree):
@@ -168,6 +173,26 @@ def _find_file(path: Path) -> tuple[Path, Path]:
     if os.environ.get("RANK", "0") == "0":
         say(f"--config {path}: no such file; using {carried}, which the package carries.")
     return carried, Path.cwd()
+
+
+def _run_folder_of(path: Path) -> Path | None:
+    """Return the run folder whose config.yaml a file is; None if it is another file."""
+    folder = path.resolve().parent
+    return folder if path.name == "config.yaml" and (folder / "run.json").is_file() else None
+
+
+def _use_folder(tree: DictConfig, folder: Path) -> None:
+    """Set ``run.dir`` to the run folder that the file lies in; it may have been moved or copied."""
+    before = OmegaConf.select(tree, "run.dir", default=None)
+    OmegaConf.update(tree, "run.dir", _escape(str(folder)))
+    if isinstance(before, str) and Path(before).expanduser().resolve() != folder:
+        _say_once(f"run.dir: {folder}, where the configuration lies; it says {before}")
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        say(text)
 
 
 def _make_absolute(value: str, base: Path) -> str:

@@ -7,6 +7,7 @@ the reference of its key.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -29,6 +30,9 @@ class RunConfig:
     it."""
     seed: int = 0
     """Seed of the initial weights, the data order, z and the sample grids; 0 to 2**63 - 1."""
+    fork: str = _may_change("")
+    """Folder of another run whose newest checkpoint a new run starts from. It keeps the step and
+    the networks of that run; every key outside ``model`` may differ. "" = new weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,18 +267,24 @@ def flatten(config: Config) -> dict[str, Any]:
     }
 
 
-def fixed_differences(old: Config, new: Config) -> list[str]:
-    """Return a line ``key: old -> new`` for each changed key that a resume may not change."""
+def fixed_differences(old: Mapping[str, Any], new: Config) -> list[str]:
+    """Return a line ``key: old -> new`` for each changed key that a resume may not change.
+
+    Args:
+        old: what ``flatten`` returned when the run was saved. A key that did not exist then has
+            today's default.
+        new: the configuration of the resume.
+    """
     free = {
         f"{section.name}.{entry.name}"
-        for section in dataclasses.fields(old)
-        for entry in dataclasses.fields(getattr(old, section.name))
+        for section in dataclasses.fields(new)
+        for entry in dataclasses.fields(getattr(new, section.name))
         if entry.metadata.get("may_change")
     }
-    before, after = flatten(old), flatten(new)
+    before, after = flatten(Config()) | dict(old), flatten(new)
     return [
         f"{key}: {before[key]} -> {after[key]}"
-        for key in before
+        for key in after
         if key not in free and before[key] != after[key]
     ]
 

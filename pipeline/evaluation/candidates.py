@@ -25,7 +25,7 @@ from pipeline.evaluation.protocol import PURPOSE
 from pipeline.models.noise import z_rows
 from pipeline.models.sampling import Images, draw_images, make_sampler
 from pipeline.runs import checkpoint
-from pipeline.runs.run_folder import SNAPSHOTS, committed, step_of
+from pipeline.runs.step_folders import SNAPSHOTS, committed, step_of
 from pipeline.runtime.errors import CheckpointError, DataError, EvaluationError
 
 NETWORK = {"ema": "G_ema", "raw": "G"}

@@ -6,7 +6,6 @@ A row is written to the ledger first and logged to W&B later. The ledger is comp
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,6 +22,7 @@ from pipeline.evaluation import candidates
 from pipeline.evaluation.candidates import Candidate
 from pipeline.evaluation.scorer import Scorer
 from pipeline.models.sampling import sample_grid
+from pipeline.runs import checkpoint, identity
 from pipeline.runs.results import Key, Ledger, Row, best, key_of
 from pipeline.runs.wandb_log import STEP_KEY, Picture, WandbLog, wandb_mode
 from pipeline.runtime.console import say
@@ -237,10 +237,7 @@ class RunScores:
 
     def _open_wandb(self) -> WandbLog:
         assert self.ledger is not None
-        try:
-            run_id = str(json.loads((self.run_dir / "run.json").read_text())["id"])
-        except (OSError, ValueError, KeyError, TypeError):
-            run_id = self.run_dir.resolve().name
+        run_id = identity.settle(self.run_dir, checkpoint.newest_state(self.run_dir)).id
         # The first protocol has the W&B run <id>-eval; every other one has a W&B run of its own.
         first = next((key.protocol for key in self.ledger.sent()), self.protocol.id)
         job = "eval" if first == self.protocol.id else f"eval-{self.protocol.id}"

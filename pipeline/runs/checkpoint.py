@@ -4,7 +4,8 @@
     snapshots/step_00010000/    generator.safetensors  config.yaml
 
 Each is written to ``step_N.tmp``, synced and renamed: a folder without ``.tmp`` is complete.
-``state.json`` holds a SHA-256 of every file and of itself. No file depends on the number of ranks.
+``state.json`` holds a SHA-256 of every file and of itself, its step, the id and folder of the run,
+the precision and the whole configuration. No file depends on the number of ranks.
 A resume reproduces weights, optimizers, data order, noise and grids exactly; only the running means
 between two log rows start anew.
 """
@@ -36,7 +37,7 @@ from pipeline.config.schema import Config
 from pipeline.models.dcgan import make_discriminator, make_generator
 from pipeline.models.sampling import make_sampler
 from pipeline.runs.results import kept_steps
-from pipeline.runs.run_folder import CHECKPOINTS, SNAPSHOTS, committed, folder_of, step_of
+from pipeline.runs.step_folders import CHECKPOINTS, SNAPSHOTS, committed, folder_of, step_of
 from pipeline.runtime.errors import CheckpointError, RunFolderError, is_out_of_memory
 from pipeline.runtime.files import sha256_of, sync_folder
 
@@ -82,7 +83,7 @@ def save(
     weights = {name: to_cpu_contiguous(net.state_dict()) for name, net in networks.items()}
     content = io.BytesIO()
     torch.save({name: one.state_dict() for name, one in optimizers.items()}, content)
-    with _new_folder(final) as partial:
+    with new_folder(final) as partial:
         for name, tensors in weights.items():
             save_file(tensors, partial / f"{name}.safetensors")
         (partial / OPTIMIZERS).write_bytes(content.getbuffer())
@@ -113,7 +114,7 @@ def export_snapshot(
     """
     final = folder_of(run_dir, SNAPSHOTS, step)
     tensors = to_cpu_contiguous(make_sampler(config.model, weights, device).state_dict())
-    with _new_folder(final) as partial:
+    with new_folder(final) as partial:
         save_file(tensors, partial / GENERATOR, metadata={"step": str(step)})
         (partial / "config.yaml").write_text(dump(config))
     return final
@@ -151,26 +152,57 @@ def weights_file(path: Path) -> Path:
     return hub if hub.is_file() else path / GENERATOR
 
 
-def read_newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest undamaged checkpoint (None without any), and a line per damaged newer one.
+def read_newest(run_dir: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """Return the newest undamaged checkpoint (None without any), and the damaged newer ones.
+
+    The message of the damage comes with the path of each.
 
     Raises:
         CheckpointError: there are checkpoints, but all are damaged.
     """
-    damaged: list[str] = []
+    damaged: dict[Path, str] = {}
     candidates = committed(run_dir)
     for path in reversed(candidates):
         try:
             return read(path), damaged
         except CheckpointError as error:
-            damaged.append(str(error))
+            damaged[path] = str(error)
     if candidates:
         raise CheckpointError(
             f"no checkpoint in {run_dir / CHECKPOINTS} is usable:\n  "
-            + "\n  ".join(damaged)
-            + "\nMove them away to start this run anew, or restore them from a copy."
+            + "\n  ".join(damaged.values())
+            + f"\nRestore them from a copy; or move them and {run_dir / 'progress'} away to start "
+            "this run anew."
         )
     return None, damaged
+
+
+def newest_state(run_dir: Path) -> dict[str, Any] | None:
+    """Return state.json of the newest checkpoint whose state.json is whole; None without any."""
+    for path in reversed(committed(run_dir)):
+        with suppress(CheckpointError):
+            return read_state(path)
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read and verify state.json of a checkpoint, and that it is of the step in the folder's name.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another step.
+    """
+    try:
+        state: dict[str, Any] = json.loads((path / STATE).read_text())
+        digest = state.pop("digest")
+        if digest != _digest(state):
+            raise ValueError(f"{STATE} is damaged")
+        if state["step"] != step_of(path):
+            raise ValueError(f"{STATE} is of step {state['step']}")
+    except PermissionError:
+        raise _unreadable(path / STATE) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return state
 
 
 def read(path: Path) -> Checkpoint:
@@ -178,12 +210,10 @@ def read(path: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: a file is missing or its checksum differs.
+        RunFolderError: a file may not be read, which is no damage.
     """
+    state = read_state(path)
     try:
-        state = json.loads((path / STATE).read_text())
-        digest = state.pop("digest")
-        if digest != _digest(state):
-            raise ValueError(f"{STATE} is damaged")
         for name, expected in state["files"].items():
             if Path(name).name != name or sha256_of(path / name) != expected:
                 raise ValueError(f"{name} is damaged (its checksum differs)")
@@ -193,6 +223,8 @@ def read(path: Path) -> Checkpoint:
             if name.endswith(".safetensors")
         }
         optimizers = torch.load(path / OPTIMIZERS, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise _unreadable(Path(error.filename or path)) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: {error}") from None
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
@@ -203,16 +235,17 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(path, state, weights, optimizers)
 
 
-def prune(run_dir: Path, keep: int, keep_every: int, keep_best: bool = False) -> None:
-    """Remove old checkpoints. Call it after ``save``, so that a good checkpoint always exists.
+def prune(run_dir: Path, saved: int, keep: int, keep_every: int, keep_best: bool = False) -> None:
+    """Remove old checkpoints, but never the one that was just saved.
 
     Args:
         run_dir: the run's folder.
+        saved: the step that was just saved; later ones can only be left-overs and stay.
         keep: number of newest checkpoints to keep, at least 1.
         keep_every: also keep multiples of this many steps; 0 = none.
         keep_best: also keep the best checkpoint by each protocol, and all not yet evaluated.
     """
-    folders = committed(run_dir)
+    folders = [path for path in committed(run_dir) if step_of(path) <= saved]
     kept = kept_steps(run_dir, [step_of(path) for path in folders]) if keep_best else set()
     for path in folders[:-keep]:
         step = step_of(path)
@@ -237,7 +270,7 @@ def to_cpu_contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _new_folder(final: Path) -> Iterator[Path]:
+def new_folder(final: Path) -> Iterator[Path]:
     """Yield a temporary folder; rename it to ``final`` after the block, remove it on an error.
 
     Raises:
@@ -277,6 +310,12 @@ def _versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that compute."""
     names = ("torch", "accelerate", "numpy", "webdataset")
     return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def _unreadable(path: Path) -> RunFolderError:
+    return RunFolderError(
+        f"{path}: may not be read. Give read permission, then run the same command again."
+    )
 
 
 def _unwritable(path: Path, error: Exception) -> RunFolderError:

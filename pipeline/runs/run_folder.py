@@ -1,62 +1,76 @@
 """The folder of a run: locked by one process, tied to one configuration, with marker files.
 
-runs/<name>/ config.yaml  run.json (id, precision)  metrics.jsonl  samples/  checkpoints/
-             snapshots/  wandb/  progress (step of the last checkpoint)  FINISHED | PREEMPTED
+runs/<name>/ config.yaml  run.json (id, place, origin)  metrics.jsonl  log.txt  samples/
+             checkpoints/  snapshots/  wandb/  progress (step of the last checkpoint)
+             FINISHED | PREEMPTED
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import secrets
+import shutil
 import socket
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.loading import dump, load
-from pipeline.config.schema import Config, fixed_differences
-from pipeline.runtime.errors import ConfigError, RunFolderError
+from pipeline.config.schema import Config, fixed_differences, flatten
+from pipeline.runs import checkpoint
+from pipeline.runs.identity import identify, new_identity, read_identity
+from pipeline.runs.step_folders import CHECKPOINTS, committed, folder_of, steps_set_aside
+from pipeline.runtime.console import say
+from pipeline.runtime.errors import CheckpointError, ConfigError, RunFolderError
 from pipeline.runtime.files import write_atomic
 from pipeline.runtime.locks import FileLock
 
-IDENTITY = "run.json"
+WRITTEN = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "progress")
+"""Files of a run folder that a run replaces or cuts: none may be there before run.json is."""
 
 
 def saved_precision(config: Config) -> str | None:
-    """Return the configured precision; for ``auto`` the one the run started with, None if new.
+    """Return the configured precision; for ``auto`` the one of the newest checkpoint, or None.
 
     A run that started in bf16 must not continue in fp32 because it was requeued on another machine.
     """
     if config.train.precision != "auto":
         return config.train.precision
-    try:
-        identity = json.loads((Path(config.run.dir).expanduser() / IDENTITY).read_text())
-        return str(identity["precision"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    for folder in filter(None, (config.run.dir, config.run.fork)):
+        if (state := checkpoint.newest_state(Path(folder).expanduser())) is not None:
+            return str(state["precision"])
+    return None
 
 
 class RunFolder:
     """The open folder of a run, locked until this process ends; rank 0 only.
 
-    ``id`` is the run's W&B id, ``path`` the folder.
+    ``identity.id`` is the run's W&B id, ``path`` the folder.
 
     Args:
         config: the run's configuration; it is written to ``config.yaml``.
-        precision: the resolved precision; it is written to ``run.json``.
 
     Raises:
-        RunFolderError: the folder cannot be written, or another process has locked it.
+        RunFolderError: the folder cannot be written, another process has locked it, or it holds
+            files that no run wrote.
         ConfigError: the folder has checkpoints of another configuration.
+        CheckpointError: ``run.fork`` has no checkpoint that can be read.
     """
 
-    def __init__(self, config: Config, precision: str) -> None:
+    def __init__(self, config: Config) -> None:
         self.path = Path(config.run.dir).expanduser()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._acquire_lock()
-            self._write_config(config)
-            self.id = self._write_identity(config, precision)
+            self._refuse_files_of_others()
+            checkpoint.remove_unfinished(self.path)
+            if config.run.fork:
+                self._fork(config)
+            state = checkpoint.newest_state(self.path)
+            self.identity = identify(self.path, state)
+            if state is not None:
+                self._check_configuration(config, state)
+            self.identity.write()
+            write_atomic(self.path / "config.yaml", dump(config).encode())
             self.unmark("PREEMPTED")
         except OSError as error:
             raise RunFolderError(
@@ -72,6 +86,41 @@ class RunFolder:
         """Remove a marker file."""
         (self.path / name).unlink(missing_ok=True)
 
+    def progress(self) -> int:
+        """Return the step of the last checkpoint that was saved, as the file ``progress`` says."""
+        try:
+            return int((self.path / "progress").read_text())
+        except (OSError, ValueError):
+            return 0
+
+    def require_progress(self, step: int) -> None:
+        """Raise if a checkpoint above ``step``, the newest that is there, was saved and is gone.
+
+        Raises:
+            CheckpointError: say, the file system of ``checkpoints/`` is not mounted.
+        """
+        saved, there = self.progress(), max([step, *steps_set_aside(self.path)])
+        if saved > there:
+            found = f"the newest checkpoint is of step {step}" if step else "there is none"
+            raise CheckpointError(
+                f"{self.path}: step {saved} was saved (says the file progress), but in "
+                f"{self.path / CHECKPOINTS} {found}. Mount or restore that folder; or, to go on "
+                f"from step {step}, remove {self.path / 'progress'}."
+            )
+
+    def require_own(self, found: checkpoint.Checkpoint) -> None:
+        """Raise if a checkpoint is of another run than this folder's and those it comes from.
+
+        Raises:
+            CheckpointError: it was copied or moved here.
+        """
+        if (run_id := found.state["run_id"]) not in self.identity.ids:
+            raise CheckpointError(
+                f"{found.path}: is of run {run_id}, but this folder is of run {self.identity.id}. "
+                "Move it away; to train on from another run, start a new one with run.dir=... and "
+                "run.fork=THAT_RUN."
+            )
+
     def _acquire_lock(self) -> FileLock:
         lock = FileLock(self.path / ".lock")
         if not lock.acquire(wait=False):
@@ -84,60 +133,76 @@ class RunFolder:
         lock.write_holder(f"process {os.getpid()} on {socket.gethostname()}\n")
         return lock
 
-    def _write_identity(self, config: Config, precision: str) -> str:
-        """Write run.json with the id that it holds already, or with a new one; return the id."""
-        path = self.path / IDENTITY
-        try:
-            name = str(json.loads(path.read_text())["id"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            name = make_run_id(config)
-        write_atomic(path, json.dumps({"id": name, "precision": precision}).encode())
-        return name
+    def _refuse_files_of_others(self) -> None:
+        """Raise if the folder is no run's, but has files that a run would overwrite."""
+        if (self.path / "run.json").exists() or committed(self.path):
+            return
+        theirs = [name for name in WRITTEN if (self.path / name).exists()]
+        if theirs:
+            raise RunFolderError(
+                f"run.dir ({self.path}): has no run in it (run.json is missing), but the run would "
+                f"overwrite its {' and '.join(theirs)}; choose another folder with run.dir=..."
+            )
 
-    def _write_config(self, config: Config) -> None:
-        """Write config.yaml; raise if the folder's checkpoints have another configuration."""
-        path = self.path / "config.yaml"
-        if path.exists() and committed(self.path):
-            try:
-                changed = fixed_differences(load(path), config)
-            except ConfigError as error:
-                raise RunFolderError(
-                    f"{path}: the configuration this run was started with cannot be read: {error}"
-                ) from None
-            if changed:
-                listed = "\n  ".join(changed)
+    def _fork(self, config: Config) -> None:
+        """Copy the newest checkpoint of ``run.fork`` into a folder that has none."""
+        source = Path(config.run.fork).expanduser()
+        parent, own = read_identity(source), read_identity(self.path)
+        if committed(self.path):
+            if parent is None or own is None or parent.id not in own.ids:
                 raise ConfigError(
-                    f"run.dir ({self.path}) belongs to a run with another configuration:\n  "
-                    f"{listed}\nSet the values back to resume it, or start a new run with "
-                    "run.dir=..."
+                    f"run.fork ({source}): run.dir ({self.path}) has checkpoints that do not come "
+                    "from there; leave run.fork out to resume them, or choose another run.dir."
                 )
-        write_atomic(path, dump(config).encode())
+            return
+        found, _ = checkpoint.read_newest(source)
+        if parent is None or found is None:
+            raise ConfigError(f"run.fork ({source}): must be the folder of a run with checkpoints.")
+        _check_networks(config, found.state, f"run.fork ({source})")
+        self.identity = own or new_identity(self.path, parent)
+        self.identity.write()  # first: a checkpoint of another run must not come alone
+        final = folder_of(self.path, CHECKPOINTS, found.state["step"])
+        with checkpoint.new_folder(final) as partial:
+            shutil.copytree(found.path, partial, dirs_exist_ok=True)
+
+    def _check_configuration(self, config: Config, state: Mapping[str, Any]) -> None:
+        """Raise if the newest checkpoint has another configuration.
+
+        The first checkpoint of a copy is its original's. There every key outside ``model`` may
+        change, with a line.
+        """
+        before = state.get("config") or self._configuration_of_an_old_run()
+        changed = fixed_differences(before, config)
+        if not changed:
+            return
+        listed = "\n  ".join(changed)
+        if state["run_id"] != self.identity.id:
+            _check_networks(config, state, f"run.dir ({self.path})")
+            say(f"{self.path}: changed from step {state['step']} on:\n  {listed}")
+            return
+        raise ConfigError(
+            f"run.dir ({self.path}) belongs to a run with another configuration:\n  {listed}\n"
+            "Set the values back to resume it, or start a new run with run.dir=... "
+            f"(with run.fork={self.path} from this one's newest checkpoint)."
+        )
+
+    def _configuration_of_an_old_run(self) -> dict[str, Any]:
+        """Return the keys of config.yaml: early checkpoints have no configuration."""
+        path = self.path / "config.yaml"
+        try:
+            return flatten(load(path))
+        except ConfigError as error:
+            raise RunFolderError(
+                f"{path}: the configuration this run was started with cannot be read: {error}"
+            ) from None
 
 
-def make_run_id(config: Config) -> str:
-    """Return a new W&B run id: the folder's name and six random characters, ``first-3fa9c1``.
-
-    ``WANDB_RUN_ID``, which a sweep agent sets, takes precedence. A resume must use the same id to
-    continue the same W&B run.
-    """
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(config.run.dir).name)[:64].strip("-") or "run"
-    return os.environ.get("WANDB_RUN_ID") or f"{name}-{secrets.token_hex(3)}"
-
-
-CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
-
-
-def committed(run_dir: Path, kind: str = CHECKPOINTS) -> list[Path]:
-    """Return the complete folders of a run by step; ``kind`` is CHECKPOINTS or SNAPSHOTS."""
-    folders = (run_dir / kind).glob("step_*")
-    return sorted((p for p in folders if p.name.removeprefix("step_").isdecimal()), key=step_of)
-
-
-def step_of(path: Path) -> int:
-    """Return the step in a folder's name."""
-    return int(path.name.removeprefix("step_"))
-
-
-def folder_of(run_dir: Path, kind: str, step: int) -> Path:
-    """Return the folder of a step's checkpoint or snapshot, which need not exist."""
-    return run_dir / kind / f"step_{step:08d}"
+def _check_networks(config: Config, state: Mapping[str, Any], field: str) -> None:
+    """Raise if a checkpoint is of other networks than the configuration."""
+    changed = fixed_differences(state.get("config", {}) or flatten(config), config)
+    if listed := [line for line in changed if line.startswith("model.")]:
+        raise ConfigError(
+            f"{field}: its checkpoint is of other networks:\n  "
+            + "\n  ".join(listed)
+            + "\nSet the values back, or start without run.fork."
+        )

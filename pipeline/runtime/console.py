@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
+from pipeline.runtime.log_file import write_line
+
 
 def say(text: str) -> None:
-    """Print a line to stderr, above the progress bar if one is shown."""
+    """Print a line to stderr, above the progress bar if one is shown, and to the run's log.txt."""
+    write_line(text)
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
 

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipeline.runtime.log_file import write_line
+
 USER_ERROR_EXIT_CODE = 2
 
 
@@ -85,17 +87,22 @@ def exit_on_user_error(memory_advice: str = "") -> Iterator[None]:
             elif error.raised_on_all or isinstance(error, SEEN_BY_ALL_RANKS):
                 speaker = os.environ.get("RANK", "0")
         if speaker == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            _tell(str(error))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         advice = memory_advice or "Start fewer processes, or use a machine with more memory."
         detail = str(error).partition("\n")[0] or "no more memory for Python"
         rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
-        print(f"error: out of memory{rank}: {detail}. {advice}", file=sys.stderr, flush=True)
+        _tell(f"out of memory{rank}: {detail}. {advice}")
     else:
         return
     sys.exit(USER_ERROR_EXIT_CODE)
+
+
+def _tell(message: str) -> None:
+    write_line(f"error: {message}")
+    print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

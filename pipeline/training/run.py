@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, flatten
 from pipeline.data.order import Order
 from pipeline.data.shards import Index
 from pipeline.models.sampling import make_sampler, sample_grid
-from pipeline.runs import checkpoint
+from pipeline.runs import announce, checkpoint
 from pipeline.runs.metrics_log import MetricsLog, NullMetricsLog
-from pipeline.runs.run_folder import SNAPSHOTS, RunFolder, committed, step_of
-from pipeline.runtime import signals
+from pipeline.runs.run_folder import RunFolder
+from pipeline.runs.step_folders import SNAPSHOTS, committed, set_aside, step_of
+from pipeline.runtime import log_file, signals
 from pipeline.runtime.errors import CheckpointError
 from pipeline.runtime.ranks import on_every_rank, on_rank_zero, same_on_all_ranks
 from pipeline.training.gan import GAN
@@ -34,10 +36,10 @@ class Run:
     Args:
         config: the whole configuration.
         accelerator: the ranks that share the run.
-        precision: ``fp32``, ``bf16`` or ``fp16``; a run keeps it for its whole life.
+        precision: ``fp32``, ``bf16`` or ``fp16``; a run keeps that of its first checkpoint.
 
     Raises:
-        RunFolderError: the folder is in use or cannot be written.
+        RunFolderError: the folder is in use, cannot be written or has files of something else.
         ConfigError: the folder belongs to another configuration.
     """
 
@@ -51,11 +53,13 @@ class Run:
         self._agreement = signals.Agreement(accelerator.num_processes)
         self._stop, self._save_by_clock = False, False
         self._saved_step, self._saved_at = -1, time.monotonic()
+        self._started_at = 0
 
     def _open_folder(self) -> str:
-        self.folder = RunFolder(self.config, self.precision)
-        checkpoint.remove_unfinished(self.dir)
-        return self.folder.id
+        self.folder = RunFolder(self.config)
+        log_file.open_log(self.dir / "log.txt")
+        announce.record_start(self.accelerator.num_processes)
+        return self.folder.identity.id
 
     # -- resume -----------------------------------------------------------------------------
 
@@ -74,8 +78,20 @@ class Run:
         self._data_identity = order.describe() | {"fingerprint": index.fingerprint}
         self._micro_batch = micro_batch
         path = on_rank_zero(self.accelerator, self._newest)
-        if path is None:
-            return 0
+        if path is not None:
+            self._load(gan, path)
+        if self.folder is not None:
+            announce.say_start(
+                *(self.config, self.folder.identity, index, max(0, self._saved_step)),
+                device=self.accelerator.device,
+                precision=self.precision,
+                ranks=self.accelerator.num_processes,
+                micro_batch=micro_batch,
+            )
+        return max(0, self._saved_step)
+
+    def _load(self, gan: GAN, path: Path) -> None:
+        micro_batch = self._micro_batch
         found = on_every_rank(self.accelerator, lambda: self._read(path))
         if self.is_main and (before := found.state["micro_batch"]) != micro_batch:
             log.warning(
@@ -86,10 +102,11 @@ class Run:
         gan.load(found.weights, found.optimizers)
         self._saved_step = int(found.state["step"])
         on_rank_zero(self.accelerator, lambda: self._export_missing_snapshot(gan))
-        return self._saved_step
 
     def _read(self, path: Path) -> checkpoint.Checkpoint:
         found = checkpoint.read(path)
+        if found.state["run_id"] != self.id:  # a copy or fork, which may train on other data
+            return found
         for key, value in self._data_identity.items():
             if (before := found.state["stream"][key]) != value:
                 raise CheckpointError(
@@ -107,10 +124,19 @@ class Run:
             self._export(step, gan)
 
     def _newest(self) -> Path | None:
+        """Return the newest undamaged checkpoint of this run, and set damaged newer ones aside."""
+        assert self.folder is not None
         found, damaged = checkpoint.read_newest(self.dir)
-        for line in damaged:
-            log.warning("damaged checkpoint passed over: %s", line)
-        return found.path if found else None
+        for path, reason in damaged.items():
+            log.warning("damaged checkpoint set aside as %s: %s", set_aside(path).name, reason)
+        step = int(found.state["step"]) if found else 0
+        self.folder.require_progress(step)
+        if found is None:
+            return None
+        self.folder.require_own(found)
+        if damaged:
+            self._mark("progress", str(step))
+        return found.path
 
     # -- while training ---------------------------------------------------------------------
 
@@ -120,6 +146,7 @@ class Run:
         Call it after the data workers were forked, so that they do not inherit open files. The
         marker FINISHED is removed if steps are left to do.
         """
+        self._started_at = step
         if self.folder is not None and step < self.config.train.total_steps:
             self.folder.unmark("FINISHED")
         self.tracker = (
@@ -190,6 +217,9 @@ class Run:
         train, images_seen = self.config.train, step * self.config.images_per_step
         state = {
             "run_id": self.id,
+            "run_dir": str(self.dir.resolve()),
+            "inode": self.dir.stat().st_ino,
+            "config": flatten(self.config),
             "images_seen": images_seen,
             "stream": self._data_identity | {"position": images_seen},
             "micro_batch": self._micro_batch,
@@ -198,7 +228,7 @@ class Run:
         }
         checkpoint.save(self.dir, step, gan.networks(), gan.optimizers(), state)
         self._mark("progress", str(step))
-        checkpoint.prune(self.dir, train.keep, train.keep_every, self.config.eval.keep_best)
+        checkpoint.prune(self.dir, step, train.keep, train.keep_every, self.config.eval.keep_best)
         if self.due(step, train.checkpoint_every):
             self._export(step, gan)
 
@@ -209,8 +239,12 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Close the metrics log and W&B, however the loop ended."""
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
+        """Close the metrics log and W&B, however the loop ended; keep a traceback in log.txt."""
+        if error is not None:
+            log_file.write_line("".join(traceback.format_exception(error)).rstrip())
         self.tracker.close(failed=kind is not None)
 
     def finish(self, step: int) -> None:
@@ -221,6 +255,8 @@ class Run:
             if not finished and self.folder is not None:
                 self.folder.unmark("FINISHED")
             self._mark("FINISHED" if finished else "PREEMPTED", str(step))
+            if finished and step == self._saved_step > self._started_at:
+                announce.say_end(self.config, step)
             if not finished:
                 log.warning(
                     "stopped by %s at step %s; run the same command again to go on",
@@ -230,17 +266,12 @@ class Run:
 
     def leave_early(self) -> bool:
         """Leave before the first step, on a stop request; return whether the run had finished."""
-        step = on_rank_zero(self.accelerator, self._progress)
+        folder = self.folder
+        step = on_rank_zero(self.accelerator, lambda: folder.progress() if folder else 0)
         self.finish(step)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return step >= self.config.train.total_steps
-
-    def _progress(self) -> int:
-        try:
-            return int((self.dir / "progress").read_text())
-        except (OSError, ValueError):
-            return 0
 
     def _mark(self, name: str, content: str) -> None:
         assert self.folder is not None

@@ -115,7 +115,8 @@ words = []
 for word in sweep["command"]:
     macro = word.startswith("${") and word.endswith("}")
     words += macros[word[2:-1]] if macro else [word]
-env = os.environ | {"WANDB_RUN_ID": "run" + os.environ["SLURM_ARRAY_TASK_ID"]}
+run_id = "run" + os.environ["SLURM_ARRAY_TASK_ID"]
+env = os.environ | {"WANDB_RUN_ID": run_id, "WANDB_SWEEP_ID": "s"}
 sys.exit(subprocess.call(words, env=env))
 """
 

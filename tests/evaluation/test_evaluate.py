@@ -34,7 +34,7 @@ from pipeline import evaluate
 from pipeline.evaluation import candidates, run_scores
 from pipeline.runs import checkpoint
 from pipeline.runs.results import Key, Ledger, kept_steps, read_rows
-from pipeline.runs.run_folder import committed, step_of
+from pipeline.runs.step_folders import committed, step_of
 from pipeline.runtime.errors import CheckpointError, DataError, EvaluationError, RunFolderError
 
 
@@ -505,10 +505,10 @@ def test_keep_best_keeps_the_best_and_the_unscored_checkpoints(tmp_path: Path) -
         ledger.append(row(step, fid))
     ledger.append(row(3, 1.0, "q"))
     ledger.close()
-    checkpoint.prune(tmp_path, keep=1, keep_every=0, keep_best=True)
+    checkpoint.prune(tmp_path, 7, keep=1, keep_every=0, keep_best=True)
     assert [step_of(p) for p in committed(tmp_path)] == [2, 3, 4, 6, 7]
     assert kept_steps(tmp_path, [1, 5]) == {5}  # the best of those that are left
-    checkpoint.prune(tmp_path, keep=1, keep_every=0)
+    checkpoint.prune(tmp_path, 7, keep=1, keep_every=0)
     assert [step_of(p) for p in committed(tmp_path)] == [7]
 
 

@@ -47,7 +47,7 @@ from pipeline.papers.probe import load_discriminators
 from pipeline.runs import checkpoint
 from pipeline.runs.checkpoint import load_snapshot
 from pipeline.runs.results import best, read_rows
-from pipeline.runs.run_folder import step_of
+from pipeline.runs.step_folders import step_of
 from pipeline.runtime.errors import DataError, EvaluationError, GenerationError, UserError
 
 # -- Parzen window ------------------------------------------------------------------------------

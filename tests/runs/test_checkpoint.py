@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import signal
 from dataclasses import replace
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from pipeline.models.dcgan import Generator, init_weights, make_discriminator
 from pipeline.models.noise import rng, z_rows
 from pipeline.models.sampling import draw_images, make_sampler
 from pipeline.runs import checkpoint
-from pipeline.runs.run_folder import committed, step_of
+from pipeline.runs.step_folders import committed, step_of
 from pipeline.runtime.errors import CheckpointError, RunFolderError
 
 MODEL = ModelConfig(image_size=32, channels=1, z_dim=8, ngf=4, ndf=4)
@@ -80,8 +81,8 @@ def test_one_flipped_bit_anywhere_is_noticed_and_the_previous_one_used(
             continue  # white space
         assert found is not None
         assert found.state["step"] == 1
-        assert len(messages) == 1
-        assert "step_00000002" in messages[0]
+        assert list(messages) == [newest]
+        assert "step_00000002" in messages[newest]
 
 
 def try_json(content: bytes) -> object:
@@ -95,7 +96,7 @@ def test_all_damaged_is_an_error_that_names_each(tmp_path: Path) -> None:
     """A run is never silently started anew over damaged checkpoints."""
     for step in (1, 2):
         (save(tmp_path, step) / "G.safetensors").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match=r"(?s)step_00000002.*step_00000001.*Move them away"):
+    with pytest.raises(CheckpointError, match=r"(?s)step_00000002.*step_00000001.*Restore them"):
         checkpoint.read_newest(tmp_path)
 
 
@@ -115,8 +116,41 @@ def test_pruning_keeps_the_newest_and_every_mth(tmp_path: Path) -> None:
     """keep=2, keep_every=4 of steps 1 to 9."""
     for step in range(1, 10):
         save(tmp_path, step)
-    checkpoint.prune(tmp_path, keep=2, keep_every=4)
+    checkpoint.prune(tmp_path, 9, keep=2, keep_every=4)
     assert [step_of(p) for p in committed(tmp_path)] == [4, 8, 9]
+
+
+def test_pruning_never_removes_what_was_just_saved(tmp_path: Path) -> None:
+    """A folder of a later step, left by something else, is not counted as the newest."""
+    for step in (4, 8, 9, 10):
+        save(tmp_path, step)
+    checkpoint.prune(tmp_path, 9, keep=1, keep_every=4)
+    assert [step_of(p) for p in committed(tmp_path)] == [4, 8, 9, 10]
+
+
+@pytest.mark.parametrize("how", ["copied", "linked"])
+def test_a_folder_of_another_step_is_no_checkpoint_of_its_name(how: str, tmp_path: Path) -> None:
+    """A copy under another name is named as damaged; a link is not even listed."""
+    path = save(tmp_path, 3)
+    other = path.with_name("step_00000009")
+    if how == "copied":
+        shutil.copytree(path, other)
+    else:
+        other.symlink_to(path)
+    found, damaged = checkpoint.read_newest(tmp_path)
+    assert found is not None
+    assert found.state["step"] == 3
+    wanted = {other: f"{other}: state.json is of step 3"} if how == "copied" else {}
+    assert damaged == wanted
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+def test_a_checkpoint_that_may_not_be_read_is_not_damaged(tmp_path: Path) -> None:
+    """An older one is not used in its place."""
+    save(tmp_path, 1)
+    (save(tmp_path, 2) / "G.safetensors").chmod(0)
+    with pytest.raises(RunFolderError, match="may not be read"):
+        checkpoint.read_newest(tmp_path)
 
 
 def test_a_pickle_is_refused_even_with_right_checksums(tmp_path: Path) -> None:
@@ -261,7 +295,8 @@ def test_the_message_about_damaged_checkpoints_has_a_line_for_each(tmp_path: Pat
         f"no checkpoint in {folder} is usable:",
         f"  {folder}/step_00000002: {reason}",
         f"  {folder}/step_00000001: {reason}",
-        "Move them away to start this run anew, or restore them from a copy.",
+        f"Restore them from a copy; or move them and {tmp_path / 'progress'} away to start this "
+        "run anew.",
     ]
 
 
@@ -290,9 +325,9 @@ def test_pruning_keeps_the_best_and_those_not_yet_evaluated(tmp_path: Path) -> N
         for k, v in scores.items()
     ]
     (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    checkpoint.prune(tmp_path, keep=1, keep_every=0, keep_best=True)
+    checkpoint.prune(tmp_path, 5, keep=1, keep_every=0, keep_best=True)
     assert [step_of(p) for p in committed(tmp_path)] == [2, 4, 5]
-    checkpoint.prune(tmp_path, keep=1, keep_every=0)
+    checkpoint.prune(tmp_path, 5, keep=1, keep_every=0)
     assert [step_of(p) for p in committed(tmp_path)] == [5]
 
 
@@ -302,7 +337,7 @@ def test_what_cannot_be_removed_stops_nothing(tmp_path: Path) -> None:
         save(tmp_path, step)
     folder = tmp_path / "checkpoints"
     (folder / "step_00000001.tmp" / "in the way").mkdir(parents=True)
-    checkpoint.prune(tmp_path, keep=1, keep_every=0)
+    checkpoint.prune(tmp_path, 3, keep=1, keep_every=0)
     assert [step_of(p) for p in committed(tmp_path)] == [1, 3]
     (folder / "step_00000009.tmp").touch()
     torn = tmp_path / "snapshots" / "step_00000002.tmp"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,18 +14,20 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.loading import dump, load
-from pipeline.config.schema import Config
-from pipeline.runs.run_folder import (
+from pipeline.config.schema import Config, flatten
+from pipeline.runs import checkpoint
+from pipeline.runs.identity import make_run_id
+from pipeline.runs.run_folder import RunFolder, saved_precision
+from pipeline.runs.step_folders import (
     CHECKPOINTS,
     SNAPSHOTS,
-    RunFolder,
     committed,
     folder_of,
-    make_run_id,
-    saved_precision,
+    set_aside,
     step_of,
+    steps_set_aside,
 )
-from pipeline.runtime.errors import ConfigError, RunFolderError
+from pipeline.runtime.errors import CheckpointError, ConfigError, RunFolderError
 
 DAMAGED = ["", "{", "[]", "{}", "null"]
 
@@ -37,6 +40,18 @@ def outside_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def config_in(folder: Path | str, *overrides: str) -> Config:
     return load("demo.yaml", [f"run.dir={folder}", *overrides])
+
+
+def save(folder: RunFolder, step: int, config: Config | None, **state: object) -> Path:
+    """Save a checkpoint without networks, with what a run writes into state.json."""
+    values = {
+        "run_id": folder.identity.id,
+        "run_dir": folder.identity.path,
+        "inode": folder.identity.inode,
+        "config": flatten(config) if config else None,
+        "precision": "bf16",
+    }
+    return checkpoint.save(folder.path, step, {}, {}, values | state)
 
 
 def hold(folder: Path, holder: str) -> subprocess.Popen[bytes]:
@@ -58,33 +73,36 @@ def test_a_new_folder_holds_the_configuration_and_the_identity(tmp_path: Path) -
     """Its parents are created. The configuration reads back as it was."""
     path = tmp_path / "a" / "first"
     config = config_in(path)
-    folder = RunFolder(config, "bf16")
+    folder = RunFolder(config)
     assert folder.path == path
     assert (path / "config.yaml").read_text() == dump(config)
     assert load(path / "config.yaml") == config
-    assert json.loads((path / "run.json").read_text()) == {"id": folder.id, "precision": "bf16"}
-    assert re.fullmatch("first-[0-9a-f]{6}", folder.id)
+    assert json.loads((path / "run.json").read_text()) == {
+        "id": folder.identity.id,
+        "path": str(path),
+        "inode": path.stat().st_ino,
+        "origin": None,
+    }
+    assert re.fullmatch("first-[0-9a-f]{6}", folder.identity.id)
     owner = f"process {os.getpid()} on {socket.gethostname()}\n"
     assert (path / ".lock").read_text() == owner
 
 
 def test_a_resumed_run_keeps_its_id_and_is_not_preempted(tmp_path: Path) -> None:
-    """The precision is the new one. Other markers stay."""
+    """Other markers stay."""
     config = config_in(tmp_path / "run")
-    folder = RunFolder(config, "fp32")
+    folder = RunFolder(config)
     folder.mark("PREEMPTED", "")
     folder.mark("progress", "300 \u00e9\n")
-    again = RunFolder(config, "bf16")
-    assert again.id == folder.id
+    again = RunFolder(config)
+    assert again.identity.id == folder.identity.id
     assert not (tmp_path / "run" / "PREEMPTED").exists()
     assert (tmp_path / "run" / "progress").read_text("utf-8") == "300 \u00e9\n"
-    identity = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert identity == {"id": folder.id, "precision": "bf16"}
 
 
 def test_a_marker_is_removed_and_its_absence_is_no_error(tmp_path: Path) -> None:
     """A marker that is removed twice is gone."""
-    folder = RunFolder(config_in(tmp_path / "run"), "fp32")
+    folder = RunFolder(config_in(tmp_path / "run"))
     folder.mark("FINISHED", "300")
     folder.unmark("FINISHED")
     folder.unmark("FINISHED")
@@ -97,21 +115,35 @@ def test_a_damaged_identity_is_replaced(tmp_path: Path, content: str) -> None:
     config = config_in(tmp_path)
     (tmp_path / "run.json").write_text(content)
     assert saved_precision(config) is None
-    folder = RunFolder(config, "fp32")
-    assert json.loads((tmp_path / "run.json").read_text())["id"] == folder.id
+    folder = RunFolder(config)
+    assert json.loads((tmp_path / "run.json").read_text())["id"] == folder.identity.id
 
 
-def test_the_precision_of_auto_is_that_of_the_first_start(
+def test_a_missing_identity_is_that_of_the_checkpoint(tmp_path: Path) -> None:
+    """state.json of the newest checkpoint has the id too."""
+    config = config_in(tmp_path)
+    folder = RunFolder(config)
+    save(folder, 10, config)
+    (tmp_path / "run.json").unlink()
+    assert RunFolder(config).identity == folder.identity
+
+
+def test_the_precision_of_auto_is_that_of_the_newest_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A configured precision takes precedence, and ``~`` is the home folder."""
+    """A start without a checkpoint decides nothing. A configured precision takes precedence, and
+    ``~`` is the home folder.
+    """
     monkeypatch.setenv("HOME", str(tmp_path))
     auto = Config()
     auto = auto.__class__(run=type(auto.run)(dir="~/run"))
     assert auto.train.precision == "auto"
     assert saved_precision(auto) is None
-    folder = RunFolder(auto, "bf16")
+    folder = RunFolder(auto)
     assert folder.path == tmp_path / "run"
+    assert saved_precision(auto) is None
+    save(folder, 7, auto)
+    (tmp_path / "run" / "run.json").unlink()
     assert saved_precision(auto) == "bf16"
     assert saved_precision(config_in(tmp_path / "run", "train.precision=fp32")) == "fp32"
 
@@ -124,7 +156,7 @@ def test_a_folder_in_use_is_a_user_error(tmp_path: Path, holder: str, name: str)
     path = tmp_path / "run"
     with hold(path, holder) as process:
         with pytest.raises(RunFolderError) as caught:
-            RunFolder(config_in(path), "fp32")
+            RunFolder(config_in(path))
         process.communicate()
     assert str(caught.value) == (
         f"run.dir ({path}): in use by {name}; "
@@ -140,7 +172,7 @@ def test_a_refused_folder_leaves_no_open_file(tmp_path: Path) -> None:
     with hold(path, "") as process:
         config, before = config_in(path), sorted(Path("/dev/fd").iterdir())
         with pytest.raises(RunFolderError):
-            RunFolder(config, "fp32")
+            RunFolder(config)
         assert sorted(Path("/dev/fd").iterdir()) == before
         process.communicate()
 
@@ -150,7 +182,7 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "run"
     with pytest.raises(RunFolderError) as caught:
-        RunFolder(config_in(path), "fp32")
+        RunFolder(config_in(path))
     assert str(caught.value) == (
         f"run.dir ({path}): cannot be written (Not a directory); "
         "choose another folder with run.dir=... or give write permission."
@@ -158,47 +190,169 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None
 
 
 def test_checkpoints_tie_a_folder_to_its_configuration(tmp_path: Path) -> None:
-    """Every changed value is listed, and the old configuration stays in the folder."""
+    """Every changed value is listed, and the old configuration stays in the folder.
+
+    The checkpoint has the configuration, so config.yaml may be missing.
+    """
     old = config_in(tmp_path)
-    RunFolder(old, "fp32")
-    folder_of(tmp_path, CHECKPOINTS, 10).mkdir(parents=True)
-    with pytest.raises(ConfigError) as caught:
-        RunFolder(config_in(tmp_path, "run.seed=3", "model.z_dim=65"), "fp32")
-    assert str(caught.value) == (
-        f"run.dir ({tmp_path}) belongs to a run with another configuration:\n"
-        "  run.seed: 0 -> 3\n  model.z_dim: 64 -> 65\n"
-        "Set the values back to resume it, or start a new run with run.dir=..."
-    )
-    assert (tmp_path / "config.yaml").read_text() == dump(old)
+    save(RunFolder(old), 10, old)
+    for text in (dump(old), None):
+        if text is None:
+            (tmp_path / "config.yaml").unlink()
+        with pytest.raises(ConfigError) as caught:
+            RunFolder(config_in(tmp_path, "run.seed=3", "model.z_dim=65"))
+        assert str(caught.value) == (
+            f"run.dir ({tmp_path}) belongs to a run with another configuration:\n"
+            "  run.seed: 0 -> 3\n  model.z_dim: 64 -> 65\n"
+            "Set the values back to resume it, or start a new run with run.dir=... "
+            f"(with run.fork={tmp_path} from this one's newest checkpoint)."
+        )
+        if text is not None:
+            assert (tmp_path / "config.yaml").read_text() == text
     longer = config_in(tmp_path, "train.total_steps=2000")
-    RunFolder(longer, "fp32")
+    RunFolder(longer)
     assert (tmp_path / "config.yaml").read_text() == dump(longer)
 
 
 def test_a_folder_without_checkpoints_takes_another_configuration(tmp_path: Path) -> None:
-    """So does a folder whose config.yaml is missing."""
+    """Nothing was trained with the first one."""
     other = config_in(tmp_path, "run.seed=3")
-    RunFolder(config_in(tmp_path), "fp32")
-    RunFolder(other, "fp32")
+    RunFolder(config_in(tmp_path))
+    RunFolder(other)
     assert (tmp_path / "config.yaml").read_text() == dump(other)
-    (tmp_path / "config.yaml").unlink()
-    folder_of(tmp_path, CHECKPOINTS, 10).mkdir(parents=True)
-    RunFolder(config_in(tmp_path), "fp32")
-    assert load(tmp_path / "config.yaml").run.seed == 0
 
 
-def test_an_unreadable_configuration_beside_checkpoints_is_a_user_error(tmp_path: Path) -> None:
-    """The message names the file and passes on what is wrong with it."""
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "evaluations.jsonl", "progress"])
+def test_files_that_no_run_wrote_are_not_overwritten(tmp_path: Path, name: str) -> None:
+    """Say, ``--config X/config.yaml run.dir=X`` with the user's own file in X."""
+    (tmp_path / name).write_text("# mine\n")
+    with pytest.raises(RunFolderError, match=f"would overwrite its {name}; choose another folder"):
+        RunFolder(config_in(tmp_path))
+    assert (tmp_path / name).read_text() == "# mine\n"
+    assert {path.name for path in tmp_path.iterdir()} == {name, ".lock"}
+
+
+def test_a_moved_folder_is_the_same_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its config.yaml means the folder that it lies in now."""
+    first = RunFolder(config_in(tmp_path / "a"))
+    (tmp_path / "a").rename(tmp_path / "b")
+    config = load(tmp_path / "b" / "config.yaml")
+    assert config.run.dir == str(tmp_path / "b")
+    second = RunFolder(config)
+    assert second.identity.id == first.identity.id
+    assert second.identity.path == str(tmp_path / "b")
+    assert not (tmp_path / "a").exists()
+    output = capfd.readouterr().err
+    assert f"{tmp_path / 'b'}, where the configuration lies; it says {tmp_path / 'a'}" in output
+    assert f"run {first.identity.id} was moved here from {tmp_path / 'a'}" in output
+
+
+@pytest.mark.parametrize("lost", [[], ["run.json"], ["run.json", "config.yaml"]])
+def test_a_copied_folder_is_a_run_of_its_own(
+    tmp_path: Path, lost: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its origin is recorded. Its networks are fixed, other keys may change once, with a line."""
+    old = config_in(tmp_path / "a")
+    first = RunFolder(old)
+    save(first, 10, old)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for name in lost:
+        (tmp_path / "b" / name).unlink()
+    with pytest.raises(ConfigError, match=r"(?s)of other networks:.*model.z_dim: 64 -> 65"):
+        RunFolder(config_in(tmp_path / "b", "model.z_dim=65"))
+    capfd.readouterr()
+    config = config_in(tmp_path / "b", "optim.g_lr=0.5")
+    copy = RunFolder(config)
+    assert copy.identity.id != first.identity.id
+    assert copy.identity.origin == first.identity
+    assert copy.identity.ids == [copy.identity.id, first.identity.id]
+    output = capfd.readouterr().err
+    assert f"a copy of run {first.identity.id} in {tmp_path / 'a'}" in output
+    assert "optim.g_lr: 0.0002 -> 0.5" in output
+    assert RunFolder(config).identity == copy.identity
+    assert RunFolder(old).identity == first.identity
+    (tmp_path / "a").rename(tmp_path / "c")
+    shutil.copytree(tmp_path / "c", tmp_path / "d")
+    second, moved = (RunFolder(config_in(tmp_path / name)).identity for name in "dc")
+    assert (moved.id, second.id == moved.id) == (first.identity.id, False)
+    save(copy, 11, config)
+    with pytest.raises(ConfigError, match=r"optim.g_lr: 0.5 -> 0.0002"):
+        RunFolder(config_in(tmp_path / "b"))
+
+
+def test_a_fork_begins_with_the_newest_checkpoint_of_another_run(tmp_path: Path) -> None:
+    """The same command again goes on; another origin is refused."""
+    old = config_in(tmp_path / "a")
+    first = RunFolder(old)
+    save(first, 10, old)
+    config = config_in(tmp_path / "b", f"run.fork={tmp_path / 'a'}", "optim.g_lr=0.5")
+    assert saved_precision(config_in(tmp_path / "b", f"run.fork={tmp_path / 'a'}")) == "bf16"
+    fork = RunFolder(config)
+    assert [step_of(path) for path in committed(tmp_path / "b")] == [10]
+    assert fork.identity.origin == first.identity
+    save(first, 20, old)
+    again = RunFolder(config)
+    assert again.identity == fork.identity
+    assert [step_of(path) for path in committed(tmp_path / "b")] == [10]
+    fork.require_own(checkpoint.read(committed(tmp_path / "b")[0]))
+    other = RunFolder(config_in(tmp_path / "c"))
+    save(other, 5, old)
+    with pytest.raises(ConfigError, match="has checkpoints that do not come from there"):
+        RunFolder(config_in(tmp_path / "b", f"run.fork={tmp_path / 'c'}"))
+    with pytest.raises(CheckpointError, match="is of run c-"):
+        fork.require_own(checkpoint.read(committed(tmp_path / "c")[0]))
+
+
+@pytest.mark.parametrize("source", ["nothing", "empty"])
+def test_a_fork_needs_a_run_with_checkpoints(tmp_path: Path, source: str) -> None:
+    """The new folder has no identity yet."""
+    RunFolder(config_in(tmp_path / "empty"))
+    config = config_in(tmp_path / "b", f"run.fork={tmp_path / source}")
+    with pytest.raises(ConfigError, match=r"run.fork \(.*\): must be the folder of a run with"):
+        RunFolder(config)
+    assert [path.name for path in (tmp_path / "b").iterdir()] == [".lock"]
+
+
+def test_a_fork_of_other_networks_is_refused(tmp_path: Path) -> None:
+    """Nothing is copied."""
+    old = config_in(tmp_path / "a")
+    save(RunFolder(old), 10, old)
+    config = config_in(tmp_path / "b", f"run.fork={tmp_path / 'a'}", "model.ngf=8")
+    with pytest.raises(ConfigError, match=r"(?s)run.fork.*of other networks:\n  model.ngf: "):
+        RunFolder(config)
+    assert [path.name for path in (tmp_path / "b").iterdir()] == [".lock"]
+
+
+def test_checkpoints_that_were_saved_and_are_gone_are_missed(tmp_path: Path) -> None:
+    """The remedy works. A damaged one that was set aside explains the difference."""
+    folder = RunFolder(config_in(tmp_path))
+    folder.require_progress(0)
+    folder.mark("progress", "8")
+    folder.require_progress(8)
+    for step, found in ((4, "the newest checkpoint is of step 4"), (0, "there is none")):
+        with pytest.raises(CheckpointError, match=f"step 8 was saved .* {found}"):
+            folder.require_progress(step)
+    aside = folder_of(tmp_path, CHECKPOINTS, 8)
+    for _ in range(2):
+        aside.mkdir(parents=True)
+        set_aside(aside)
+    assert steps_set_aside(tmp_path) == [8, 8]
+    folder.require_progress(4)
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "progress").unlink()
+    folder.require_progress(0)
+
+
+def test_an_unreadable_configuration_beside_old_checkpoints_is_a_user_error(tmp_path: Path) -> None:
+    """They have no configuration of their own. The message says what is wrong with config.yaml."""
+    config = config_in(tmp_path)
+    save(RunFolder(config), 10, None)
+    RunFolder(config)
     (tmp_path / "config.yaml").write_text("- 1\n")
-    folder_of(tmp_path, CHECKPOINTS, 10).mkdir(parents=True)
-    with pytest.raises(ConfigError) as reason:
-        load(tmp_path / "config.yaml")
-    with pytest.raises(RunFolderError) as caught:
-        RunFolder(config_in(tmp_path), "fp32")
-    assert str(caught.value) == (
-        f"{tmp_path / 'config.yaml'}: the configuration this run was started with cannot be read: "
-        f"{reason.value}"
-    )
+    with pytest.raises(
+        RunFolderError, match=r"this run was started with cannot be read: .*sections"
+    ):
+        RunFolder(config)
 
 
 @pytest.mark.parametrize(
@@ -215,22 +369,32 @@ def test_an_unreadable_configuration_beside_checkpoints_is_a_user_error(tmp_path
 )
 def test_an_id_is_the_name_of_the_folder_and_six_random_characters(name: str, start: str) -> None:
     """Other characters become single dashes, none at the ends; the name has at most 64."""
-    ids = {make_run_id(Config(run=type(Config().run)(dir=f"runs/{name}"))) for _ in range(3)}
+    ids = {make_run_id(Path("runs") / name) for _ in range(3)}
     assert len(ids) == 3
     assert all(re.fullmatch(f"{start}-[0-9a-f]{{6}}", run_id) for run_id in ids)
 
 
-def test_a_sweep_sets_the_id(monkeypatch: pytest.MonkeyPatch) -> None:
-    """WANDB_RUN_ID is the id, unless it is empty."""
+def test_a_sweep_sets_the_id(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Elsewhere WANDB_RUN_ID would give two folders one W&B run, so it is not used."""
     monkeypatch.setenv("WANDB_RUN_ID", "from-sweep")
-    assert make_run_id(Config()) == "from-sweep"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    assert make_run_id(Path("runs/default")) == "from-sweep"
+    monkeypatch.delenv("WANDB_SWEEP_ID")
+    assert make_run_id(Path("runs/default")).startswith("default-")
+    assert "WANDB_RUN_ID: not used" in capfd.readouterr().err
     monkeypatch.setenv("WANDB_RUN_ID", "")
-    assert make_run_id(Config()).startswith("default-")
+    assert make_run_id(Path("runs/default")).startswith("default-")
+    assert not capfd.readouterr().err
 
 
 def test_complete_folders_are_listed_by_step(tmp_path: Path) -> None:
     """Unfinished folders and other names are left out. Snapshots have a folder of their own."""
     assert committed(tmp_path) == []
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_8").touch()
+    (tmp_path / "checkpoints" / "step_9").symlink_to(tmp_path)
     for name in ("step_100", "step_00000020", "step_3", "step_4.tmp", "other", "step_", "7"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     folder_of(tmp_path, SNAPSHOTS, 5).mkdir(parents=True)

@@ -178,7 +178,7 @@ def test_a_file_system_without_locks_is_named_as_such(
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
     with pytest.raises(RunFolderError, match=r"files cannot be locked there .* mount the file sys"):
-        RunFolder(Config(run=RunConfig(dir=str(tmp_path))), "fp32")
+        RunFolder(Config(run=RunConfig(dir=str(tmp_path))))
 
 
 FAULTS = """

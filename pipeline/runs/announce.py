@@ -1,0 +1,102 @@
+"""Say what a training run is when it starts, and what it made when it ends."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from pipeline.config.schema import Config
+from pipeline.data.shards import Index
+from pipeline.runs.identity import Identity
+from pipeline.runs.step_folders import CHECKPOINTS, SNAPSHOTS, committed
+from pipeline.runtime.console import say
+from pipeline.runtime.log_file import write_line
+
+
+def record_start(ranks: int) -> None:
+    """Write to log.txt: the command line, the versions, the commit, the host and its ranks."""
+    names = ("torch", "accelerate", "numpy", "webdataset")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    write_line(f"command: {shlex.join(sys.argv)}")
+    write_line(f"commit {_commit()}, Python {platform.python_version()}, {versions}")
+    write_line(f"host {socket.gethostname()}, {ranks} rank(s)")
+
+
+def say_start(
+    config: Config,
+    identity: Identity,
+    index: Index,
+    step: int,
+    *,
+    device: torch.device,
+    precision: str,
+    ranks: int,
+    micro_batch: int,
+) -> None:
+    """Say whether the run is new, and on what and with which data it trains.
+
+    Args:
+        config: the configuration.
+        identity: the run.
+        index: the data set.
+        step: steps done; 0 for a new run.
+        device: the device of rank 0.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        ranks: number of ranks.
+        micro_batch: images per forward pass on one rank.
+    """
+    total, run = config.train.total_steps, f"run {identity.id} in {config.run.dir}"
+    if step >= total:
+        say(f"already finished: {run}, step {step}; train.total_steps above {step} trains it on")
+        return _say_next(config)
+    say(f"resuming {run} at step {step} of {total}" if step else f"new {run}: {total} steps")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    batch, height = config.data.batch_size, config.model.image_size
+    accumulation = batch // (ranks * micro_batch)
+    say(
+        f"  {name}, {precision}; batch of {batch} = {ranks} rank(s) x {accumulation} "
+        f"micro-batch(es) x {micro_batch} images"
+    )
+    epochs = total * config.images_per_step / index.num_samples
+    say(
+        f"  data {config.data.shards}: {index.num_samples} images of {height}x{height}x"
+        f"{config.model.channels} in {len(index.shards)} shard(s); {total} steps are "
+        f"{epochs:.1f} epochs"
+    )
+
+
+def say_end(config: Config, step: int) -> None:
+    """Say which files a finished run made, and which commands come next."""
+    run = Path(config.run.dir).expanduser()
+    say(f"finished at step {step}:")
+    samples = sorted((run / "samples").glob("step_*.png"))
+    made = [*committed(run, CHECKPOINTS)[-1:], *committed(run, SNAPSHOTS)[-1:], *samples[-1:]]
+    for path in made:
+        say(f"  {path}")
+    _say_next(config)
+
+
+def _say_next(config: Config) -> None:
+    run = shlex.quote(config.run.dir)
+    say(f"  score it:  python -m pipeline.evaluate --run {run} --pending")
+    say(f"  images:    python -m pipeline.generate grid --run {run} --out grid.png")
+
+
+def _commit() -> str:
+    """Return the git commit of the checkout, with ``-dirty`` if files differ; else "unknown"."""
+    root = Path(__file__).resolve().parents[2]
+    words = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    if not (root / ".git").exists():
+        return "unknown"
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()

@@ -1,0 +1,114 @@
+"""Tell which run a folder holds: run.json has its W&B id and where the folder lies.
+
+A folder that is moved within its file system keeps its inode and is the same run. A copy is a run
+of its own, so that two folders never write one W&B run. run.json of a copy names its origin:
+
+    {"id": "b-81c2d4", "path": "/runs/b", "inode": 71, "origin": {"id": "a-3fa9c1", ...}}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.runtime.console import say
+from pipeline.runtime.files import write_atomic
+
+IDENTITY = "run.json"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A run: its W&B id, path and inode of its folder, and the run that it was copied from."""
+
+    id: str
+    path: str
+    inode: int | None = None
+    origin: Identity | None = None
+
+    @property
+    def ids(self) -> list[str]:
+        """Return its own id and those of all runs that it comes from."""
+        return [self.id, *(self.origin.ids if self.origin else ())]
+
+    def write(self) -> None:
+        """Write run.json."""
+        write_atomic(Path(self.path) / IDENTITY, json.dumps(asdict(self)).encode())
+
+
+def read_identity(run_dir: Path) -> Identity | None:
+    """Return the content of run.json; None if it is missing or damaged."""
+    try:
+        return _parse(json.loads((run_dir / IDENTITY).read_text()), run_dir)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def identify(run_dir: Path, state: Mapping[str, Any] | None = None) -> Identity:
+    """Return the identity of the run in a folder as it is now; say so if it was moved or copied.
+
+    Args:
+        run_dir: the run's folder.
+        state: state.json of its newest checkpoint, which has the id if run.json is missing.
+    """
+    here = run_dir.resolve()
+    found = read_identity(run_dir)
+    if found is None and state is not None:
+        found = Identity(str(state["run_id"]), str(state.get("run_dir", here)), state.get("inode"))
+    if found is None:
+        return new_identity(run_dir)
+    inode = here.stat().st_ino
+    if found.path == str(here) or found.inode is None:
+        return replace(found, path=str(here), inode=inode)
+    if found.inode == inode:
+        say(f"{run_dir}: run {found.id} was moved here from {found.path}")
+        return replace(found, path=str(here))
+    copy = new_identity(run_dir, found)
+    say(f"{run_dir}: a copy of run {found.id} in {found.path}; it is run {copy.id} from now on")
+    return copy
+
+
+def new_identity(run_dir: Path, origin: Identity | None = None) -> Identity:
+    """Return the identity of a new run in an existing folder."""
+    here = run_dir.resolve()
+    return Identity(make_run_id(run_dir), str(here), here.stat().st_ino, origin)
+
+
+def settle(run_dir: Path, state: Mapping[str, Any] | None) -> Identity:
+    """Return what ``identify`` returns, after writing it to run.json if that can be written."""
+    identity = identify(run_dir, state)
+    if identity != read_identity(run_dir):
+        with suppress(OSError):
+            identity.write()
+    return identity
+
+
+def make_run_id(run_dir: Path) -> str:
+    """Return a new W&B run id: the folder's name and six random characters, ``first-3fa9c1``.
+
+    Under an agent of a W&B sweep it is the id that the agent gave this trial.
+    """
+    given = os.environ.get("WANDB_RUN_ID")
+    if given and os.environ.get("WANDB_SWEEP_ID"):
+        return given
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", run_dir.name)[:64].strip("-") or "run"
+    if given:
+        say("WANDB_RUN_ID: not used; each run folder has a W&B id of its own (run.json)")
+    return f"{name}-{secrets.token_hex(3)}"
+
+
+def _parse(content: Any, run_dir: Path) -> Identity:
+    origin = content.get("origin") if isinstance(content, dict) else None
+    return Identity(
+        str(content["id"]),
+        str(content.get("path") or run_dir.resolve()),  # older ones have neither
+        content.get("inode"),
+        _parse(origin, run_dir) if origin else None,
+    )
