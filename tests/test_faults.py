@@ -191,7 +191,7 @@ def test_a_damaged_newest_checkpoint_falls_back_loudly(
     content[-1] ^= 1
     victim.write_bytes(content)
     output = train(*arguments)
-    assert "damaged checkpoint passed over" in output
+    assert "damaged checkpoint set aside as step_00000010.damaged" in output
     assert "D.safetensors is damaged" in output
     assert_bitwise_equal(state_of(tmp_path / "run", 10), whole)
 

@@ -26,6 +26,8 @@ from launching import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+ENDLESS = "train.total_steps=1000000"
+"""For a run that must not end before it is stopped."""
 Words = tuple[str, ...]
 Settings = Callable[..., list[str]]
 
@@ -97,8 +99,8 @@ def test_a_launcher_that_dies_stops_the_run_with_a_checkpoint(
     processes: int, number: signal.Signals, settings: Settings, tmp_path: Path
 ) -> None:
     """All ranks save the same step and leave; none is left over, and the run ends bitwise equal."""
-    folder, steps = tmp_path / "run", "train.total_steps=30"
-    words = [*launcher(processes), "pipeline/train.py", *settings(steps)]
+    folder = tmp_path / "run"
+    words = [*launcher(processes), "pipeline/train.py", *settings(ENDLESS)]
     process = start(words)
     try:
         wait_for(lambda: begun(folder), "third step")
@@ -110,11 +112,13 @@ def test_a_launcher_that_dies_stops_the_run_with_a_checkpoint(
             orphan.kill()
         kill(process)
     stopped_at = int((folder / "PREEMPTED").read_text())
-    assert 3 <= stopped_at < 30
+    assert stopped_at >= 3
     assert (folder / "progress").read_text() == str(stopped_at)
-    train(processes, Path(words[words.index("--config") + 1]), *settings(steps)[2:])
-    train(processes, Path(words[words.index("--config") + 1]), *settings(steps, name="whole")[2:])
-    assert_bitwise_equal(state_of(folder, 30), state_of(tmp_path / "whole", 30))
+    steps = f"train.total_steps={stopped_at + 3}"
+    for name in ("run", "whole"):
+        train(processes, *_split(settings(steps, name=name)))
+    end = stopped_at + 3
+    assert_bitwise_equal(state_of(folder, end), state_of(tmp_path / "whole", end))
 
 
 def test_a_closed_session_stops_the_run_and_nohup_keeps_it(
@@ -123,7 +127,8 @@ def test_a_closed_session_stops_the_run_and_nohup_keeps_it(
     """SIGHUP is a stop request like SIGTERM; ignored from the start, it stays ignored."""
     for name, before in (("run", []), ("kept", ["nohup"])):
         folder = tmp_path / name
-        words = [*before, sys.executable, "pipeline/train.py", *settings(name=name)]
+        steps = [] if before else [ENDLESS]
+        words = [*before, sys.executable, "pipeline/train.py", *settings(*steps, name=name)]
         process = start(words)
         try:
             wait_for(lambda folder=folder: begun(folder), "third step")
@@ -232,7 +237,8 @@ def test_torchrun_restarts_a_killed_rank(settings: Settings, tmp_path: Path) -> 
     folder = tmp_path / "run"
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     words += ["--standalone", "--max-restarts", "2", "pipeline/train.py"]
-    process = start([*words, *settings()], TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    steps = "train.total_steps=120"  # enough for the kill to come before the end
+    process = start([*words, *settings(steps)], TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     try:
         wait_for(lambda: begun(folder, 12), "twelfth step")
         for child in psutil.Process(process.pid).children():
@@ -243,8 +249,8 @@ def test_torchrun_restarts_a_killed_rank(settings: Settings, tmp_path: Path) -> 
         kill(process)
     assert process.returncode == 0, output
     assert (folder / "FINISHED").exists()
-    train(2, *_split(settings(name="whole")))
-    assert_bitwise_equal(state_of(folder, 24), state_of(tmp_path / "whole", 24))
+    train(2, *_split(settings(steps, name="whole")))
+    assert_bitwise_equal(state_of(folder, 120), state_of(tmp_path / "whole", 120))
 
 
 def _split(words: list[str]) -> tuple[Path, Words]:

@@ -65,6 +65,18 @@ def usage(script: str, command: str) -> str:
     return done.stdout
 
 
+def test_tests_that_pages_name_exist() -> None:
+    """A claim beside the name of its test is one that is tested."""
+    defined = {
+        name
+        for path in (REPO / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    }
+    for page in PRESENT:
+        named = set(re.findall(r"`(test_\w+)`", page.read_text()))
+        assert not named - defined, page
+
+
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):

@@ -228,7 +228,7 @@ def test_a_kill_while_a_fork_begins_leaves_a_fork(
     fork = own.with_name("fork")
     words = (1, tiny_config, *training_settings, f"run.dir={fork}", f"run.fork={own}", *TEN)
     words = (*words, "train.total_steps=12", "optim.g_lr=1e-4")
-    with started(*words) as process:
+    with started(*words, ENDLESS, "train.checkpoint_every=0") as process:
         kill_at_step(process, fork, 11)
     name = identity(fork)
     assert f"resuming run {name} in {fork} at step 10 of 12" in train(*words)
