@@ -14,6 +14,7 @@ from pipeline.data.remote import FETCH_ATTEMPTS, fetch
 from pipeline.data.shards import INDEX_NAME, Index, Shard
 from pipeline.runtime.errors import DataError
 from pipeline.runtime.files import sha256_of
+from pipeline.runtime.host import SCARCE_FILES
 from pipeline.runtime.locks import FileLock
 from pipeline.runtime.signals import Stopped, never_stop
 
@@ -65,6 +66,8 @@ class Cache:
                 with contextlib.suppress(FileNotFoundError):  # another process evicted it just now
                     os.utime(target)
         except OSError as error:
+            if error.errno in SCARCE_FILES:
+                raise  # no fault of the folder: ``Reader`` may close some
             raise DataError(f"data.cache_dir ({self.folder}): cannot be used: {error}.") from None
         return target
 

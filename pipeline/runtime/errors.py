@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipeline.runtime.host import SCARCE_FILES, remedy_for
+
 USER_ERROR_EXIT_CODE = 2
 
 
@@ -65,10 +67,10 @@ SEEN_BY_ALL_RANKS = (ConfigError, CheckpointError, RunFolderError, EvaluationErr
 def exit_on_user_error(memory_advice: str = "") -> Iterator[None]:
     """Print the message of a ``UserError`` and exit with code 2, without a traceback.
 
-    Running out of memory ends the same way. In a distributed run all ranks raise the errors in
-    ``SEEN_BY_ALL_RANKS`` and those marked ``raised_on_all``: rank 0 prints them. The first process
-    of each node prints a ``LaunchError``. Every other error is printed by the rank that raised it.
-    A process that is no rank of a launch always prints, whatever RANK says.
+    Running out of memory or of open files ends the same way. In a distributed run all ranks raise
+    the errors in ``SEEN_BY_ALL_RANKS`` and those marked ``raised_on_all``: rank 0 prints them. The
+    first process of each node prints a ``LaunchError``. Every other error is printed by the rank
+    that raised it. A process that is no rank of a launch always prints, whatever RANK says.
 
     Args:
         memory_advice: which setting to lower when memory runs out, with its value.
@@ -93,6 +95,10 @@ def exit_on_user_error(memory_advice: str = "") -> Iterator[None]:
         detail = str(error).partition("\n")[0] or "no more memory for Python"
         rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
         print(f"error: out of memory{rank}: {detail}. {advice}", file=sys.stderr, flush=True)
+    except OSError as error:
+        if error.errno not in SCARCE_FILES:
+            raise
+        print(f"error: {error}: {remedy_for(error)}.", file=sys.stderr, flush=True)
     else:
         return
     sys.exit(USER_ERROR_EXIT_CODE)
