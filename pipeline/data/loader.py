@@ -37,8 +37,7 @@ from pipeline.data.shards import Index, read_index
 from pipeline.runtime.errors import DataError
 from pipeline.runtime.host import raise_open_files, remedy_for
 from pipeline.runtime.ranks import on_every_rank, run_on_selected_ranks
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from pipeline.runtime.signals import HANDLED
 
 
 class Batch(NamedTuple):
@@ -167,7 +166,7 @@ class Loader:
             )
             # DataLoader's half-made iterator goes with the frames, and would print a traceback.
             show, sys.unraisablehook = sys.unraisablehook, lambda _: None
-            error.__traceback__ = None
+            error.with_traceback(None)
             sys.unraisablehook = show
         raise DataError(message)
 
@@ -190,7 +189,7 @@ class Loader:
     def _killed(self, items: Any) -> DataError:
         intact = "The last checkpoint is intact"
         codes = [worker.exitcode for worker in getattr(items, "_workers", ())]
-        if -getattr(signal, "SIGBUS", 0) in codes:
+        if -signal.SIGBUS in codes:
             return DataError(
                 f"data.shards ({self.index.location}): a shard shrank or its disk failed while a "
                 f"data worker read it. {intact}: restore the shard and run the same command again."
@@ -248,7 +247,7 @@ def _signals_left_to_the_parent() -> Iterator[None]:
     DataLoader's handler of SIGCHLD is undone. It would raise wherever the main thread is when a
     worker dies, also inside a checkpoint. Without it the next batch raises.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
     on_child_death = signal.getsignal(signal.SIGCHLD)
     try:
         yield
@@ -267,8 +266,11 @@ def _exit_on_sigterm_of(parent: int) -> None:
 
     The worker itself may be inside a slow download then.
     """
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+    if hasattr(signal, "sigwaitinfo"):
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+    else:  # macOS cannot tell who sent it
+        signal.sigwait({signal.SIGTERM})
     os._exit(0)
 
 

@@ -77,6 +77,9 @@ def exit_on_user_error(memory_advice: str = "") -> Iterator[None]:
     """
     from pipeline.runtime.environment import is_rank_of_a_launch
 
+    if not hasattr(os, "fork"):
+        print("error: this needs Linux or macOS. On Windows use WSL 2 or Docker.", file=sys.stderr)
+        sys.exit(USER_ERROR_EXIT_CODE)
     try:
         yield
     except UserError as error:
