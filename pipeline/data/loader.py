@@ -63,8 +63,10 @@ def open_data(config: Config, accelerator: Accelerator) -> Index:
 
     def make_ready(stop: Callable[[], bool]) -> None:
         check_shards(index, data.verify, stop)
+        cache = Cache(index, data.cache_dir, data.cache_gib, stop)
+        cache.announce()
         if data.window == 0:  # a uniform order needs every shard from the first batch on
-            Cache(index, data.cache_dir, data.cache_gib, stop).fetch_all()
+            cache.fetch_all()
 
     run_on_selected_ranks(accelerator, accelerator.is_local_main_process, make_ready)
     return index

@@ -273,7 +273,7 @@ def _disk_space(accelerator: Accelerator, config: Config, index: Index | None) -
     text = f"{folder}: {_gib(free)} free, checkpoints and snapshots to come need {_gib(needed)}"
     findings = [Finding("disk", "ok" if free > needed + one else "FAILED", text)]
     if index is not None and index.is_remote:
-        cache = Path(config.data.cache_dir).expanduser()
+        cache = Cache(index, config.data.cache_dir).folder
         size = sum(shard.filesize for shard in index.shards)
         needed = min(size, int(config.data.cache_gib * 2**30) or size)
         held = sum(path.stat().st_size for path in cache.glob("*.tar")) if cache.is_dir() else 0
