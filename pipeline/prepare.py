@@ -271,7 +271,8 @@ def main() -> None:
     """Run the command; exit code 2 on a user's mistake or a fault found, 128 + n on signal n."""
     options = parse()
     again = "" if options.verify else ": finished shards are kept, the same command continues"
-    with exit_on_user_error(), exit_on_interrupt(f"interrupted{again}"):
+    advice = f"--workers ({options.workers}): give fewer, or use a machine with more memory."
+    with exit_on_user_error(advice), exit_on_interrupt(f"interrupted{again}"):
         print(verify(options.verify, options.workers) if options.verify else prepare(options))
 
 

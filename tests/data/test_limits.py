@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from launching import REPO, TIMEOUT, command, environment, started
 
-from pipeline.data.shards import Index
+from pipeline.data.shards import INDEX_NAME, Index
 from pipeline.runs.run_folder import committed, step_of
 
 pytestmark = pytest.mark.slow
@@ -135,3 +135,31 @@ def test_a_shard_cut_during_the_run_is_one_message(
     assert process.returncode == 2, output
     assert_one_message(output, f"data.shards ({index.location})", "shrank", "checkpoint is intact")
     assert committed(tmp_path / "run")
+
+
+def assert_prepare_names(prefix: Sequence[str], folder: Path, workers: int, *parts: str) -> None:
+    """``prepare`` cannot start its workers: one message; a usual place then completes the set."""
+    words = (sys.executable, "-m", "pipeline.prepare", folder, "--workers", workers)
+    code, output = under(prefix, *words)
+    assert code == 2, output
+    assert_one_message(output, f"--workers ({workers})", *parts)
+    assert under((), *words)[0] == 0
+
+
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_prepare_names_a_dev_shm_that_cannot_be_used(
+    how: str, make_shards: Callable[..., Index], tmp_path: Path
+) -> None:
+    """Its workers share semaphores there as well."""
+    index = make_shards(tmp_path / "set", [2, 2])
+    (tmp_path / "set" / INDEX_NAME).unlink()
+    assert_prepare_names(with_shm(how), Path(index.location), 2, "/dev/shm", "--shm-size")
+
+
+def test_prepare_names_too_few_open_files_for_its_workers(
+    make_shards: Callable[..., Index], tmp_path: Path
+) -> None:
+    """Each worker takes pipes; no worker that did start is left."""
+    index = make_shards(tmp_path / "set", [1] * 80)
+    (tmp_path / "set" / INDEX_NAME).unlink()
+    assert_prepare_names(FEW_FILES, Path(index.location), 80, "limited to 64", "fewer --workers")

@@ -97,6 +97,45 @@ def test_a_killed_worker_is_one_message_with_the_remedy() -> None:
         map_in_processes(work, range(4), 2)
 
 
+KILLED_AMID_A_RESULT = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.process_pool import map_in_processes
+
+def written():
+    return int(Path("/proc/self/io").read_text().split("wchar: ")[1].split()[0])
+
+def work(task, report):
+    if task:
+        time.sleep(600)
+    before = written()
+    def kill():
+        while written() - before < 1 << 20:
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+    threading.Thread(target=kill, daemon=True).start()
+    return bytes(1 << 30)
+
+try:
+    map_in_processes(work, range(2), 2)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_worker_killed_amid_a_result_is_one_message_too() -> None:
+    """Of 1 GiB some MiB were sent; nobody waits for the rest, and no process is left."""
+    words = [sys.executable, "-c", KILLED_AMID_A_RESULT]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True) as pool:
+        try:
+            output, _ = pool.communicate(timeout=120)
+        finally:
+            if pool.poll() is None:
+                os.killpg(pool.pid, signal.SIGKILL)
+    assert output.startswith("a worker process was killed, most often for lack of memory.")
+
+
 LARGE_RESULTS = """
 from pipeline.runtime.process_pool import map_in_processes
 
