@@ -23,7 +23,6 @@ if __name__ == "__main__":
 
 import argparse
 import math
-import os
 import re
 import sys
 import time
@@ -56,6 +55,7 @@ from pipeline.runtime.arguments import HelpFormatter, integer, number, seed
 from pipeline.runtime.console import progress
 from pipeline.runtime.errors import DataError, UserError, exit_on_user_error
 from pipeline.runtime.files import write_atomic
+from pipeline.runtime.host import cores
 from pipeline.runtime.process_pool import map_in_processes
 from pipeline.runtime.signals import exit_on_interrupt
 from pipeline.runtime.work_folder import SETTINGS_NAME, FolderInUse
@@ -79,8 +79,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--background", default="white", help="colour behind transparent pixels, e.g. #ff8800")
     add("--seed", type=seed, default=0, help="seed of the global shuffle")
     add("--shard-mib", type=number(0.001, 65536), default=32, help="approximate size of a shard")
-    cores = len(os.sched_getaffinity(0))
-    add("--workers", type=integer(1, 1024), default=cores, help="number of processes")
+    add("--workers", type=integer(1, 1024), default=cores(), help="number of processes")
     add("--part", type=_part, metavar="I/N", help="pack only part I (0 to N-1) of N")
     add("--strict", action="store_true", help="fail when an image cannot be read")
     add("--split", choices=("train", "test"), default="train", help="which IDX files to read")
@@ -272,7 +271,8 @@ def main() -> None:
     """Run the command; exit code 2 on a user's mistake or a fault found, 128 + n on signal n."""
     options = parse()
     again = "" if options.verify else ": finished shards are kept, the same command continues"
-    with exit_on_user_error(), exit_on_interrupt(f"interrupted{again}"):
+    advice = f"--workers ({options.workers}): give fewer, or use a machine with more memory."
+    with exit_on_user_error(advice), exit_on_interrupt(f"interrupted{again}"):
         print(verify(options.verify, options.workers) if options.verify else prepare(options))
 
 

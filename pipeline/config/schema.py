@@ -98,8 +98,9 @@ class DataConfig:
     lanes: int = 1
     """Number of shuffle lanes, at least 1. A node reads whole shards if the job never uses more
     nodes than lanes (MosaicML: num_canonical_nodes)."""
-    cache_dir: str = _may_change("~/.cache/dcgan-pipeline/shards")
-    """Folder on the local disk of each node for shards that are downloaded from a URL."""
+    cache_dir: str = _may_change("")
+    """Folder on the local disk of each node for shards that are downloaded from a URL. "" = a
+    folder in $SLURM_TMPDIR or $TMPDIR, else ~/.cache/dcgan-pipeline/shards; the log says which."""
     cache_gib: float = _may_change(0.0)
     """Size limit of the cache in GiB; the least recently used shards are removed. 0 = no limit."""
     verify: Literal["auto", "sha256", "size"] = _may_change("auto")

@@ -12,13 +12,18 @@ from typing import IO
 
 from pipeline.data.remote import FETCH_ATTEMPTS, fetch
 from pipeline.data.shards import INDEX_NAME, Index, Shard
+from pipeline.runtime.console import say
 from pipeline.runtime.errors import DataError
 from pipeline.runtime.files import sha256_of
+from pipeline.runtime.host import SCARCE_FILES
 from pipeline.runtime.locks import FileLock
 from pipeline.runtime.signals import Stopped, never_stop
 
+HOME_FOLDER = "~/.cache/dcgan-pipeline/shards"
 HASH_ALL_BELOW = 2 << 30
 """Bytes; a set up to this size is hashed before a run with ``data.verify=auto``."""
+
+_announced: Path | None = None
 
 
 class Cache:
@@ -28,7 +33,7 @@ class Cache:
 
     Args:
         index: the shard set.
-        folder: where the copies are kept; ``data.cache_dir``.
+        folder: where the copies are kept; ``data.cache_dir``. "" = ``node_folder()``.
         limit_gib: size of the cache in GiB; 0 = unlimited.
         stop: called during a download; the download raises ``Stopped`` when it returns True.
     """
@@ -41,7 +46,8 @@ class Cache:
         stop: Callable[[], bool] = never_stop,
     ) -> None:
         self.index, self.stop = index, stop
-        self.folder = Path(folder).expanduser()
+        needs_default = index.is_remote and not folder
+        self.folder = node_folder() if needs_default else Path(folder).expanduser()
         self.limit = int(limit_gib * 2**30)
 
     def path(self, shard: Shard) -> Path:
@@ -56,6 +62,7 @@ class Cache:
         try:
             if not target.exists():
                 self.folder.mkdir(parents=True, exist_ok=True)
+                self.announce()
                 with FileLock(self.folder / f"{target.name}.lock") as lock:
                     lock.acquire()
                     if not target.exists():  # another process of this node may have been first
@@ -65,8 +72,21 @@ class Cache:
                 with contextlib.suppress(FileNotFoundError):  # another process evicted it just now
                     os.utime(target)
         except OSError as error:
+            if error.errno in SCARCE_FILES:
+                raise  # no fault of the folder: ``Reader`` may close some
             raise DataError(f"data.cache_dir ({self.folder}): cannot be used: {error}.") from None
         return target
+
+    def announce(self) -> None:
+        """Say once where the copies of remote shards are kept; only the first rank of a node does.
+
+        Data workers inherit by fork that it was said.
+        """
+        global _announced
+        if self.index.is_remote and self.folder != _announced:
+            _announced = self.folder
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                say(f"downloaded shards are kept in {self.folder} (data.cache_dir)")
 
     def open(self, shard: Shard) -> IO[bytes]:
         """Open a shard of the size that the index says; download it again if it was just evicted.
@@ -112,6 +132,23 @@ class Cache:
                 break
             total -= size
             path.unlink(missing_ok=True)
+
+
+def node_folder() -> Path:
+    """Return this user's folder for shards on the node's own disk, or the one in the home folder.
+
+    Schedulers make a folder for the job there and name it in SLURM_TMPDIR or TMPDIR. A folder that
+    another user owns is not used: whoever can write in it can change what is read.
+    """
+    for base in (Path(os.environ.get(name, "")) for name in ("SLURM_TMPDIR", "TMPDIR")):
+        if not base.is_absolute() or not os.access(base, os.W_OK | os.X_OK):
+            continue
+        folder = base / f"dcgan-pipeline-{os.getuid()}"
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if not folder.is_symlink() and folder.stat().st_uid == os.getuid():
+                return folder / "shards"
+    return Path(HOME_FOLDER).expanduser()
 
 
 def check_size(path: Path, shard: Shard) -> None:

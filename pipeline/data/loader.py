@@ -15,6 +15,7 @@ import math
 import mmap
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator
@@ -34,9 +35,9 @@ from pipeline.data.order import Order
 from pipeline.data.reader import Reader
 from pipeline.data.shards import Index, read_index
 from pipeline.runtime.errors import DataError
+from pipeline.runtime.host import raise_open_files, remedy_for
 from pipeline.runtime.ranks import on_every_rank, run_on_selected_ranks
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from pipeline.runtime.signals import HANDLED
 
 
 class Batch(NamedTuple):
@@ -62,8 +63,10 @@ def open_data(config: Config, accelerator: Accelerator) -> Index:
 
     def make_ready(stop: Callable[[], bool]) -> None:
         check_shards(index, data.verify, stop)
+        cache = Cache(index, data.cache_dir, data.cache_gib, stop)
+        cache.announce()
         if data.window == 0:  # a uniform order needs every shard from the first batch on
-            Cache(index, data.cache_dir, data.cache_gib, stop).fetch_all()
+            cache.fetch_all()
 
     run_on_selected_ranks(accelerator, accelerator.is_local_main_process, make_ready)
     return index
@@ -150,8 +153,24 @@ class Loader:
         with _signals_left_to_the_parent(), warnings.catch_warnings():
             # Python 3.12 warns of fork beside threads; workers touch nothing that others lock.
             warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
-            items = iter(loader)
+            items = self._started(loader)
         return self._deliver(items, ring)
+
+    def _started(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        raise_open_files()  # each worker takes several pipes
+        try:
+            return iter(loader)
+        except OSError as error:
+            message = (
+                f"data.workers ({loader.num_workers}): cannot be started ({error.strerror}): "
+                f"{remedy_for(error) or 'see the reason'}, or lower data.workers; with "
+                "data.workers=0 the training process reads by itself."
+            )
+            # DataLoader's half-made iterator goes with the frames, and would print a traceback.
+            show, sys.unraisablehook = sys.unraisablehook, lambda _: None
+            error.with_traceback(None)
+            sys.unraisablehook = show
+        raise DataError(message)
 
     def _deliver(self, items: Iterator[Any], ring: Tensor) -> Generator[Batch, None, None]:
         try:
@@ -161,18 +180,27 @@ class Loader:
                 except RuntimeError as error:  # DataLoader's word for a worker that has died
                     if "DataLoader worker" not in str(error):
                         raise
-                    raise DataError(
-                        f"data.workers ({self.config.data.workers}): a data worker was killed, "
-                        "most often for lack of memory; the last checkpoint is intact. Lower "
-                        "data.workers or data.prefetch, or give the job more memory, and run the "
-                        "same command again."
-                    ) from None
+                    raise self._killed(items) from None
                 if isinstance(item, DataError):
                     raise item
                 worker, slot, labels, ids = item
                 yield Batch(ring[worker, slot], labels, ids)
         finally:
             del items  # the last reference: the workers end, even if a traceback holds the frame
+
+    def _killed(self, items: Any) -> DataError:
+        intact = "The last checkpoint is intact"
+        codes = [worker.exitcode for worker in getattr(items, "_workers", ())]
+        if -signal.SIGBUS in codes:
+            return DataError(
+                f"data.shards ({self.index.location}): a shard shrank or its disk failed while a "
+                f"data worker read it. {intact}: restore the shard and run the same command again."
+            )
+        return DataError(
+            f"data.workers ({self.config.data.workers}): a data worker was killed, most often for "
+            f"lack of memory. {intact}: lower data.workers or data.prefetch, or give the job more "
+            "memory, and run the same command again."
+        )
 
     def ids_of(self, k: int) -> NDArray[np.int64]:
         """Return the sample ids (n,) of this rank's rows of global batch k."""
@@ -221,7 +249,7 @@ def _signals_left_to_the_parent() -> Iterator[None]:
     DataLoader's handler of SIGCHLD is undone. It would raise wherever the main thread is when a
     worker dies, also inside a checkpoint. Without it the next batch raises.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
     on_child_death = signal.getsignal(signal.SIGCHLD)
     try:
         yield
@@ -240,8 +268,11 @@ def _exit_on_sigterm_of(parent: int) -> None:
 
     The worker itself may be inside a slow download then.
     """
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+    if hasattr(signal, "sigwaitinfo"):
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+    else:  # macOS cannot tell who sent it
+        signal.sigwait({signal.SIGTERM})
     os._exit(0)
 
 

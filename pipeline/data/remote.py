@@ -12,6 +12,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -23,7 +24,11 @@ FETCH_PAUSE = 0.5
 """Seconds; doubled before each further attempt."""
 IDLE_SECONDS = 30.0
 """An http connection that brings no byte for so long has failed."""
+SLOWEST = 1024
+"""Bytes per second; after IDLE_SECONDS a transfer that is slower has failed."""
 CHUNK = 1 << 20
+PASSING = (408, 425, 429)
+"""The status codes from 400 to 499 that another attempt may not meet."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 T = TypeVar("T")
 
@@ -46,6 +51,11 @@ def open_url(url: str) -> Iterator[IO[bytes]]:
             error.close()
             if error.code == 404:
                 raise DataError(f"{url}: not found.") from None
+            if error.code < 500 and error.code not in PASSING:
+                raise DataError(
+                    f"{url}: refused by the server ({error.code} {error.reason}). Give a URL that "
+                    "can be read without a login or a redirection to another scheme."
+                ) from None
             raise
         with response:
             yield response
@@ -67,17 +77,37 @@ def open_url(url: str) -> Iterator[IO[bytes]]:
         yield file
 
 
-def with_retries(url: str, transfer: Callable[[], T]) -> T:
+def pieces(source: IO[bytes]) -> Iterator[bytes]:
+    """Yield the bytes of an open file as they arrive.
+
+    Raises:
+        TimeoutError: it brings fewer than ``SLOWEST`` bytes per second.
+    """
+    start, received = time.monotonic(), 0
+    while True:
+        # An http response gives what is there; its ``read`` alone waits for all of a MiB.
+        ready = len(source.peek()) if isinstance(source, HTTPResponse) else CHUNK
+        if not (piece := source.read(ready or CHUNK)):
+            return
+        received += len(piece)
+        yield piece
+        if time.monotonic() - start > IDLE_SECONDS + received / SLOWEST:
+            raise TimeoutError(f"slower than {SLOWEST} bytes per second")
+
+
+def with_retries(url: str, transfer: Callable[[], T], stop: Callable[[], bool] = never_stop) -> T:
     """Return ``transfer()``, which is tried again when the network fails.
 
     Raises:
         DataError: ``transfer`` raised it, or all attempts failed.
-        Stopped: ``transfer`` raised it.
+        Stopped: ``transfer`` raised it, or ``stop`` returned True between two attempts.
         OSError: the disk is full.
     """
     for attempt in range(FETCH_ATTEMPTS):
         if attempt:
             time.sleep(FETCH_PAUSE * 2.0**attempt)
+            if stop():
+                raise Stopped
         try:
             return transfer()
         except (DataError, Stopped):
@@ -105,7 +135,7 @@ def fetch(
             ``TARGET.*.tmp``.
         sha256: the hex digest of its bytes.
         size: its number of bytes; None = unknown.
-        stop: called after each MiB; the download ends when it returns True.
+        stop: called whenever some bytes have arrived; the download ends when it returns True.
 
     Raises:
         DataError: it cannot be fetched, or has another checksum.
@@ -119,11 +149,16 @@ def fetch(
         out.seek(0)
         out.truncate()
         with open_url(url) as source:
-            while chunk := source.read(CHUNK):
+            for piece in pieces(source):
                 if stop():
                     raise Stopped
-                digest.update(chunk)
-                out.write(chunk)
+                digest.update(piece)
+                out.write(piece)
+                if size is not None and out.tell() > size:
+                    raise DataError(
+                        f"{url}: longer than the {size} bytes of its index: another file, so "
+                        "nothing was kept. Upload the right file there."
+                    )
             # A connection may end early without an error; http responses count what is missing.
             missing = getattr(source, "length", 0) if size is None else size - out.tell()
         if missing and missing > 0:
@@ -132,7 +167,7 @@ def fetch(
 
     try:
         with partial.open("wb") as out:
-            found = with_retries(url, transfer)
+            found = with_retries(url, transfer, stop)
         if found != sha256:
             raise DataError(
                 f"{url}: its sha256 is {found}, must be {sha256}: damaged or another file, so "

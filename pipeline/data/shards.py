@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.codecs import IMAGE_FIELDS
-from pipeline.data.remote import open_url, with_retries
+from pipeline.data.remote import open_url, pieces, with_retries
 from pipeline.runtime.errors import DataError
 from pipeline.runtime.files import sha256_of, write_atomic
 
@@ -297,8 +297,7 @@ def _read_beside(
 
         def read() -> bytes:
             with open_url(f"{location}/{name}") as file:
-                content: bytes = file.read()
-                return content
+                return b"".join(pieces(file))
 
         return with_retries(f"{location}/{name}", read)
     path = Path(location).expanduser() / name

@@ -31,6 +31,7 @@ from pipeline.runs.checkpoint import checkpoint_bytes, written_bytes
 from pipeline.runs.wandb_log import wandb_mode
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import exists, nearest_existing, sha256_of
+from pipeline.runtime.host import cores
 from pipeline.runtime.locks import FileLock
 from pipeline.runtime.ranks import (
     VISIBLE_SECONDS,
@@ -88,8 +89,7 @@ def _devices(accelerator: Accelerator, precision: str) -> Finding:
     if device.type == "cuda":
         kind = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}{_driver()}"
     else:
-        cores = len(os.sched_getaffinity(0))
-        kind = f"no GPU in use, {cores} cores, {torch.get_num_threads()} threads per process"
+        kind = f"no GPU in use, {cores()} cores, {torch.get_num_threads()} threads per process"
         if torch.cuda.is_available():
             kind += ", although CUDA is available"
     by_kind = gather_by_node(accelerator, f"{kind}, {precision}")
@@ -273,7 +273,7 @@ def _disk_space(accelerator: Accelerator, config: Config, index: Index | None) -
     text = f"{folder}: {_gib(free)} free, checkpoints and snapshots to come need {_gib(needed)}"
     findings = [Finding("disk", "ok" if free > needed + one else "FAILED", text)]
     if index is not None and index.is_remote:
-        cache = Path(config.data.cache_dir).expanduser()
+        cache = Cache(index, config.data.cache_dir).folder
         size = sum(shard.filesize for shard in index.shards)
         needed = min(size, int(config.data.cache_gib * 2**30) or size)
         held = sum(path.stat().st_size for path in cache.glob("*.tar")) if cache.is_dir() else 0

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipeline.runtime.host import SCARCE_FILES, remedy_for
 from pipeline.runtime.log_file import write_line
 
 USER_ERROR_EXIT_CODE = 2
@@ -67,16 +68,19 @@ SEEN_BY_ALL_RANKS = (ConfigError, CheckpointError, RunFolderError, EvaluationErr
 def exit_on_user_error(memory_advice: str = "") -> Iterator[None]:
     """Print the message of a ``UserError`` and exit with code 2, without a traceback.
 
-    Running out of memory ends the same way. In a distributed run all ranks raise the errors in
-    ``SEEN_BY_ALL_RANKS`` and those marked ``raised_on_all``: rank 0 prints them. The first process
-    of each node prints a ``LaunchError``. Every other error is printed by the rank that raised it.
-    A process that is no rank of a launch always prints, whatever RANK says.
+    Running out of memory or of open files ends the same way. In a distributed run all ranks raise
+    the errors in ``SEEN_BY_ALL_RANKS`` and those marked ``raised_on_all``: rank 0 prints them. The
+    first process of each node prints a ``LaunchError``. Every other error is printed by the rank
+    that raised it. A process that is no rank of a launch always prints, whatever RANK says.
 
     Args:
         memory_advice: which setting to lower when memory runs out, with its value.
     """
     from pipeline.runtime.environment import is_rank_of_a_launch
 
+    if not hasattr(os, "fork"):
+        print("error: this needs Linux or macOS. On Windows use WSL 2 or Docker.", file=sys.stderr)
+        sys.exit(USER_ERROR_EXIT_CODE)
     try:
         yield
     except UserError as error:
@@ -95,6 +99,10 @@ def exit_on_user_error(memory_advice: str = "") -> Iterator[None]:
         detail = str(error).partition("\n")[0] or "no more memory for Python"
         rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
         _tell(f"out of memory{rank}: {detail}. {advice}")
+    except OSError as error:
+        if error.errno not in SCARCE_FILES:
+            raise
+        _tell(f"{error}: {remedy_for(error)}.")
     else:
         return
     sys.exit(USER_ERROR_EXIT_CODE)

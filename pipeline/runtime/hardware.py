@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from pipeline.runtime.host import cores
+
 
 def resolve_precision(precision: str) -> str:
     """Return the precision; ``auto`` becomes bf16 where the hardware has it, else fp32."""
@@ -78,7 +80,7 @@ def use_all_cores() -> None:
     words = [*launcher_words("environ"), *launcher_words("cmdline")]
     if not words or any("OMP_NUM_THREADS=" in word or "cpu_threads" in word for word in words):
         return
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+    torch.set_num_threads(max(1, cores() // local_world_size()))
 
 
 def local_world_size() -> int:

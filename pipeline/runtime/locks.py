@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
+
+with suppress(ImportError):  # on Windows, where only --help works
+    import fcntl
 
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 

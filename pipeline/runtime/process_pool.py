@@ -6,10 +6,10 @@ import mmap
 import os
 import signal
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import active_children, get_context, parent_process
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.host import raise_open_files, remedy_for
 from pipeline.runtime.signals import STOP_SIGNALS
 
 Task = TypeVar("Task")
@@ -48,7 +49,7 @@ def map_in_processes(
             were reported since the last call.
 
     Raises:
-        UserError: a worker raised it, or a worker was killed.
+        UserError: a worker raised it, a worker was killed, or no worker can be started.
         OSError: a worker raised it.
     """
     if not tasks:
@@ -71,14 +72,18 @@ def map_in_processes(
     futures: list[Future[Result]] = []
     others, processes = set(active_children()), set[Any]()
     count = min(workers, len(tasks))
-    with ProcessPoolExecutor(count, get_context("fork"), _start_worker, (run,)) as pool:
+    raise_open_files()
+    with _one_message(count):
+        executor = ProcessPoolExecutor(count, get_context("fork"), _start_worker, (run,))
+    with executor as pool:
         try:
             # Workers start with the signals blocked, or they would run this process's handlers.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
             try:
-                futures += [pool.submit(_run, number) for number in range(len(tasks))]
-                processes = set(active_children()) - others
+                with _one_message(count):
+                    futures += [pool.submit(_run, number) for number in range(len(tasks))]
             finally:
+                processes = set(active_children()) - others
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for future in futures:
                 future.add_done_callback(finished.put)
@@ -87,6 +92,8 @@ def map_in_processes(
                 with suppress(Empty):
                     finished.get(timeout=REPORT_SECONDS).result()
                     left -= 1
+                if left and any(process.exitcode is not None for process in processes):
+                    _end_results(pool, processes)
                 total = int(reported.sum())
                 advance(total - advanced)
                 advanced = total
@@ -94,7 +101,9 @@ def map_in_processes(
         except BaseException as error:
             for process in processes:  # the pool alone would wait for the tasks under way
                 process.terminate()
-            wait(futures)  # they fail with the first process that ends
+            while wait(futures, REPORT_SECONDS).not_done:  # they fail when the first process ends
+                if any(process.exitcode == -signal.SIGKILL for process in processes):
+                    _end_results(pool, processes)
             for process in processes:
                 process.kill()
             if isinstance(error, BrokenProcessPool):
@@ -103,6 +112,31 @@ def map_in_processes(
                     f"command again with fewer --workers than {count}; finished shards are kept."
                 ) from None
             raise
+
+
+@contextmanager
+def _one_message(count: int) -> Iterator[None]:
+    """Turn the failure to start a pool into a ``UserError``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--workers ({count}): cannot be started ({error.strerror}): "
+            f"{remedy_for(error) or 'see the reason'}, or give fewer --workers."
+        ) from None
+
+
+def _end_results(pool: ProcessPoolExecutor, processes: Iterable[Any]) -> None:
+    """Close the pipe of results after a worker was killed.
+
+    It may have been killed amid a result. The pool would wait for the rest, as long as any process
+    could still write it.
+    """
+    for process in processes:
+        process.kill()
+    writer = getattr(getattr(pool, "_result_queue", None), "_writer", None)
+    if writer is not None and not writer.closed:
+        writer.close()
 
 
 def _start_worker(work: Callable[[int], Any]) -> None:

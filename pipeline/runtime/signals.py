@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
     import torch
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+HANDLED = tuple(  # those that exist here: Windows, where only --help works, lacks three of them
+    signal.Signals[name]
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+)
+STOP_SIGNALS = HANDLED[:3]
 """Signals that end a command which has no state to save."""
 LAUNCHERS = (
     *("accelerate", "accelerate-launch", "accelerate.commands.launch"),
@@ -42,10 +47,9 @@ def install() -> None:
     These are SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, the first Ctrl-C, and the death of a launcher.
     SIGHUP stays ignored where it is ignored, as under nohup.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
-        signal.signal(number, _note)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, _note)
+    for number in HANDLED:
+        if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _note)
     _stop_with_the_launcher()
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from conftest import label_of, pixels_of
 from pipeline.data.cache import Cache
 from pipeline.data.reader import Reader
 from pipeline.data.shards import read_index
-from pipeline.runtime.errors import CorruptSample
+from pipeline.runtime.errors import CorruptSample, DataError
 
 SHAPE = (8, 8, 3)
 
@@ -96,11 +99,11 @@ def mapped(folder):
 
 
 def test_at_most_64_shards_of_a_limited_cache_stay_mapped(make_shards, serve, tmp_path):
-    """An evicted file takes room until it is unmapped. Without a limit, or local, all stay."""
+    """An evicted file takes room until it is unmapped. Without a limit, or local, 65 may stay."""
     local = make_shards(tmp_path / "set", [1] * 65)
     remote = read_index(serve(tmp_path / "set").url)
     for index, folder, limit_gib, left in (
-        (remote, tmp_path / "limited", 1.0, 1),
+        (remote, tmp_path / "limited", 1.0, 64),
         (remote, tmp_path / "unlimited", 0.0, 65),
         (local, tmp_path / "set", 1.0, 65 + 1),  # the table is mapped too
     ):
@@ -110,3 +113,59 @@ def test_at_most_64_shards_of_a_limited_cache_stay_mapped(make_shards, serve, tm
             if sample == 63:
                 assert mapped(folder) == 64 + (index is local)
         assert mapped(folder) == left
+
+
+FEW_FILES = """
+import sys
+import numpy as np
+from conftest import label_of, pixels_of
+from pathlib import Path
+from pipeline.data.cache import Cache
+from pipeline.data.reader import Reader
+from pipeline.data.shards import read_index
+
+def mapped():
+    return sum(".tar" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+index = read_index(sys.argv[1])
+reader = Reader(index, Cache(index, sys.argv[2]))
+ids = np.random.default_rng(0).integers(0, index.num_samples, 2000)
+out = np.zeros((len(ids), *index.shape), np.uint8)
+others = []
+if sys.argv[3] == "crowded":  # the rest of the process leaves room for hardly any map
+    try:
+        while True:
+            others.append(open(sys.argv[1] + "/index.json"))
+    except OSError:
+        del others[-3:]
+labels = reader.read(ids, out)
+for sample, label, pixels in zip(ids.tolist(), labels.tolist(), out):
+    assert (label, pixels.tobytes()) == (label_of(sample), pixels_of(sample, (8, 8, 3)).tobytes())
+print(mapped())
+"""
+
+
+@pytest.mark.parametrize(("how", "most"), [("alone", 8), ("crowded", 3)])
+def test_more_shards_than_open_files(make_shards, tmp_path, how, most):
+    """150 shards with 64 open files: the right images, from a bounded number of maps."""
+    make_shards(tmp_path / "set", [2] * 150)
+    words = ["sh", "-c", 'ulimit -n 64; exec "$@"', "sh", sys.executable, "-c", FEW_FILES]
+    done = subprocess.run(
+        [*words, tmp_path / "set", tmp_path / "cache", how],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"PYTHONPATH": f"{Path(__file__).parents[2]}:{Path(__file__).parents[1]}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 1 <= int(done.stdout) <= most
+
+
+def test_a_shard_that_cannot_be_opened_is_one_message(small, tmp_path):
+    """A loop of links in place of a shard: what is wrong, and no traceback."""
+    path = Path(small.location, small.shards[0].url)
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(DataError, match=f"{path}: cannot be read: .*symbolic links"):
+        read(reader_of(small), 0)

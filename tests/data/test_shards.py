@@ -693,4 +693,5 @@ def test_processes_that_evict_each_other_all_get_their_samples(remote, tmp_path)
         for seed in range(4)
     ]
     errors = [racer.communicate(timeout=120)[1] for racer in racers]
-    assert errors == [""] * 4
+    line = f"downloaded shards are kept in {tmp_path / 'c'} (data.cache_dir)\n"
+    assert errors == [line] * 4

@@ -97,6 +97,49 @@ def test_a_killed_worker_is_one_message_with_the_remedy() -> None:
         map_in_processes(work, range(4), 2)
 
 
+KILLED_AMID_A_RESULT = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.process_pool import map_in_processes
+
+sender = Path(sys.argv[1])
+
+def received():
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+def work(task, report):
+    if task:
+        time.sleep(600)
+    sender.write_text(str(os.getpid()))
+    return bytes(1 << 30)
+
+def kill_the_sender():
+    before = received()
+    while received() - before < 16 << 20:
+        time.sleep(0.001)
+    os.kill(int(sender.read_text()), signal.SIGKILL)
+
+threading.Thread(target=kill_the_sender, daemon=True).start()
+try:
+    map_in_processes(work, range(2), 2)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_worker_killed_amid_a_result_is_one_message_too(tmp_path: Path) -> None:
+    """Some MiB of 1 GiB had come; the pool does not wait for the rest, which nobody will send."""
+    words = [sys.executable, "-c", KILLED_AMID_A_RESULT, str(tmp_path / "pid")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True) as pool:
+        try:
+            output, _ = pool.communicate(timeout=120)
+        finally:
+            if pool.poll() is None:
+                os.killpg(pool.pid, signal.SIGKILL)
+    assert output.startswith("a worker process was killed, most often for lack of memory.")
+
+
 LARGE_RESULTS = """
 from pipeline.runtime.process_pool import map_in_processes
 

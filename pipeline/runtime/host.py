@@ -1,0 +1,65 @@
+"""Ask the operating system for what it grants: cores, open files, and processes that share memory.
+
+Imports nothing heavy, and nothing that only Linux has.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+
+MOST_FILES = 10240
+"""The limit of open files that is asked for; macOS refuses more, and half of it is plenty."""
+SCARCE_FILES = (errno.EMFILE, errno.ENFILE)
+NO_SEMAPHORES = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOSYS)
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # macOS and Windows have no such call
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def raise_open_files() -> int:
+    """Raise the limit of open files as far as it may be, up to 10240; return the limit then.
+
+    A usual limit is 1024, and each shard that is mapped takes one.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return MOST_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= MOST_FILES:
+        return MOST_FILES
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return wanted
+    return soft
+
+
+def remedy_for(error: OSError) -> str:
+    """Return why the system refuses a file or a process, and what to do; "" for other reasons.
+
+    Args:
+        error: raised by an ``open``, or while processes were started that share semaphores.
+    """
+    if error.errno in SCARCE_FILES:
+        return (
+            f"open files are limited to {raise_open_files()} here. Raise the limit: ulimit -n 4096 "
+            "(its hard limit too: ulimit -Hn shows it; docker run --ulimit nofile=4096)"
+        )
+    if error.errno in NO_SEMAPHORES:
+        return (
+            "worker processes share semaphores in /dev/shm, which is full, read-only or missing. "
+            "Empty it or mount one (docker run --shm-size 1g or --ipc host)"
+        )
+    if error.errno in (errno.EAGAIN, errno.ENOMEM):
+        return (
+            "the limit of processes or of memory is reached (ulimit -u; docker run --pids-limit "
+            "and --memory). Raise it"
+        )
+    return ""
