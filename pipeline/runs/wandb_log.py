@@ -240,7 +240,8 @@ def _has_key() -> bool:
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or settings.get("base_url", "")).netloc
     hosts = SAAS_HOSTS if host in ("", *SAAS_HOSTS) else (host,)
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
+    # RuntimeError: no home folder can be determined.
+    with contextlib.suppress(OSError, RuntimeError, netrc.NetrcParseError):
         entries = netrc.netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser())
         return any((entries.authenticators(host) or ("", "", ""))[2] for host in hosts)
     return False
@@ -248,10 +249,12 @@ def _has_key() -> bool:
 
 def _settings_files() -> dict[str, str]:
     """Read wandb's settings files; the working folder's overrides the user's."""
-    user = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser() / "settings"
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb"))
+    with contextlib.suppress(RuntimeError):  # no home folder can be determined
+        folder = folder.expanduser()
     parser = configparser.ConfigParser(interpolation=None)
     with contextlib.suppress(configparser.Error, OSError, UnicodeDecodeError):
-        parser.read([user, Path("wandb/settings")])
+        parser.read([folder / "settings", Path("wandb/settings")])
     return dict(parser["default"]) if parser.has_section("default") else {}
 
 
