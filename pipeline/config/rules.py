@@ -46,6 +46,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("between 0 and 500", lambda v: 0 <= v <= 500, "tracking.timeout"),
     ("inception, efficientnet-lite0 or module:Class", _is_extractor, "eval.extractor"),
     ("a local file", lambda v: "://" not in v, "eval.extractor_weights eval.reference"),
+    ("between 1 and 86400", lambda v: 1 <= v <= 86400, "train.rank_timeout"),
     ("at least 2", lambda v: v >= 2, "eval.num_images"),
     ("0 (all) or at least 2", lambda v: v == 0 or v >= 2, "eval.reference_images"),
 )

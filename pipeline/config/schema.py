@@ -163,6 +163,9 @@ class TrainConfig:
     """Steps between sample grids from fixed z; 0 = only at the end."""
     log_every: int = _may_change(50)
     """Steps between rows of metrics.jsonl, at least 1. Only logging waits for the device."""
+    rank_timeout: float = _may_change(600.0)
+    """Seconds that ranks wait for one that is lost or hangs before they end, 1 to 86400. Writing a
+    checkpoint and compiling must be faster."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,6 +72,16 @@ class RunFolder:
         """Remove a marker file."""
         (self.path / name).unlink(missing_ok=True)
 
+    def require_own(self) -> None:
+        """Raise RunFolderError if the folder was removed, or its lock, since this run opened it."""
+        if not self._lock.is_in_place():
+            raise RunFolderError(
+                f"run.dir ({self.path}): the folder was moved or removed, or its .lock, while this "
+                "run wrote it; another run may be writing there. This run ends and writes nothing "
+                "more. To resume it, put the folder back, end other runs of it, and run the same "
+                "command again."
+            )
+
     def _acquire_lock(self) -> FileLock:
         lock = FileLock(self.path / ".lock")
         if not lock.acquire(wait=False):

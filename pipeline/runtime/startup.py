@@ -97,9 +97,9 @@ def find_home() -> str:
             os.environ["HOME"] = str(Path.home())  # by the name of the user
     home = os.environ.get("HOME", "")
     cache = os.environ.get("XDG_CACHE_HOME") or (home and f"{home}/.cache")
-    if cache and _can_be_written(Path(cache)):
+    if cache and can_be_written(Path(cache)):
         return ""
-    folder = _own_temporary_folder()
+    folder = own_temporary_folder()
     os.environ.setdefault("HOME", folder)
     os.environ["XDG_CACHE_HOME"] = folder
     for name in ("MPLCONFIGDIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
@@ -108,7 +108,7 @@ def find_home() -> str:
     return f"{where}: cannot be written; libraries cache in {folder}"
 
 
-def _can_be_written(folder: Path) -> bool:
+def can_be_written(folder: Path) -> bool:
     """Return whether a folder, or the nearest parent that exists, can be written."""
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -117,7 +117,7 @@ def _can_be_written(folder: Path) -> bool:
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
-def _own_temporary_folder() -> str:
+def own_temporary_folder() -> str:
     """Return a folder for this user; a new one if somebody else has made that of this name."""
     folder = Path(tempfile.gettempdir()) / f"dcgan-pipeline-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
