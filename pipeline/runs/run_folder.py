@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pipeline.config.loading import dump, load
 from pipeline.config.schema import Config, fixed_differences
+from pipeline.runs import wandb_names
 from pipeline.runtime.errors import ConfigError, RunFolderError
 from pipeline.runtime.files import write_atomic
 from pipeline.runtime.locks import FileLock
@@ -51,6 +52,8 @@ class RunFolder:
     """
 
     def __init__(self, config: Config, precision: str) -> None:
+        if config.tracking.wandb != "disabled":
+            wandb_names.require_names()
         self.path = Path(config.run.dir).expanduser()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -131,7 +134,8 @@ def make_run_id(config: Config) -> str:
     continue the same W&B run.
     """
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(config.run.dir).name)[:64].strip("-") or "run"
-    return os.environ.get("WANDB_RUN_ID") or f"{name}-{secrets.token_hex(3)}"
+    given = wandb_names.given_id(Path(config.run.dir).expanduser())
+    return given or f"{name}-{secrets.token_hex(3)}"
 
 
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
