@@ -6,14 +6,16 @@ from pathlib import Path
 
 
 def require_own_package(script: str) -> None:
-    """Exit with code 2 if ``script`` belongs to another checkout than this package.
+    """Exit with code 2 if ``script`` belongs to another checkout; else prepare the process for it.
 
     ``python B/pipeline/train.py`` searches ``B/pipeline`` for imports, not ``B``. Where checkout A
     is installed (``pip install -e A``), the script of B would run with the modules of A.
     """
     path, imported = Path(script).resolve(), Path(__file__).resolve().parent
     if imported in path.parents:
-        return
+        from pipeline.runtime import startup
+
+        return startup.prepare()
     own = next((p.parent for p in path.parents if p.name == "pipeline"), path.parent)
     same_script = imported.parent / path.relative_to(own)
     if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -50,7 +50,7 @@ def train(config: Config) -> bool:
 
     precision = run_folder.saved_precision(config)
     precision = precision or hardware.resolve_precision(config.train.precision)
-    accelerator = launch.make_accelerator(precision)
+    accelerator = launch.make_accelerator(precision, config.train.rank_timeout)
     launch.require_equal_precision(accelerator, precision)
     launch.warn_about_missing_processes(accelerator)
     hardware.configure_kernels(accelerator.device, config.train.deterministic)

@@ -19,6 +19,21 @@ def _are_policies(names: list[str]) -> bool:
     return len(set(names)) == len(names) and set(names) <= set(POLICIES)
 
 
+def is_wandb_name(name: str | None) -> bool:
+    """Return whether W&B takes it as the name of a run or a group; None = not given."""
+    return len(name or "") <= 128
+
+
+def is_wandb_project(name: str | None) -> bool:
+    """Return whether W&B takes it as the name of a project; None = not given."""
+    return is_wandb_name(name) and not set(name or "") & set("/\\#?%:")
+
+
+def are_wandb_tags(tags: list[str]) -> bool:
+    """Return whether W&B takes all of them as tags."""
+    return all(1 <= len(tag) <= 64 for tag in tags)
+
+
 AT_LEAST_1 = """
 model.z_dim model.ngf model.ndf data.batch_size data.prefetch data.block data.lanes optim.d_steps
 train.total_steps train.keep train.log_every stability.r1_every eval.batch_size"""
@@ -45,8 +60,12 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (f"any of {', '.join(POLICIES)}, each once", _are_policies, "stability.augment"),
     # The other ranks wait for rank 0 at the end: for ten minutes at most with NCCL.
     ("between 0 and 500", lambda v: 0 <= v <= 500, "tracking.timeout"),
+    ("at most 128 characters", is_wandb_name, "tracking.name tracking.group"),
+    ("at most 128 characters without / \\ # ? % :", is_wandb_project, "tracking.project"),
+    ("of tags with 1 to 64 characters", are_wandb_tags, "tracking.tags"),
     ("inception, efficientnet-lite0 or module:Class", _is_extractor, "eval.extractor"),
     ("a local file", lambda v: "://" not in v, "eval.extractor_weights eval.reference"),
+    ("between 1 and 86400", lambda v: 1 <= v <= 86400, "train.rank_timeout"),
     ("at least 2", lambda v: v >= 2, "eval.num_images"),
     ("0 (all) or at least 2", lambda v: v == 0 or v >= 2, "eval.reference_images"),
 )

@@ -168,6 +168,9 @@ class TrainConfig:
     """Steps between sample grids from fixed z; 0 = only at the end."""
     log_every: int = _may_change(50)
     """Steps between rows of metrics.jsonl, at least 1. Only logging waits for the device."""
+    rank_timeout: float = _may_change(600.0)
+    """Seconds that ranks wait for one that is lost or hangs before they end, 1 to 86400. Writing a
+    checkpoint and compiling must be faster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,17 +192,17 @@ class StabilityConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     wandb: Literal["auto", "online", "offline", "disabled"] = _may_change("auto")
-    """W&B mode. auto = WANDB_MODE if set, else online if an API key is configured, else offline."""
-    project: str = _may_change("dcgan")
-    """W&B project."""
+    """W&B mode. auto = WANDB_DISABLED or WANDB_MODE if set, else online with an API key."""
+    project: str | None = _may_change(None)
+    """W&B project; None = WANDB_PROJECT if set, else dcgan."""
     entity: str | None = _may_change(None)
-    """W&B team or user; None = the default of the API key."""
+    """W&B team or user; None = WANDB_ENTITY if set, else the default of the API key."""
     name: str | None = _may_change(None)
-    """Display name of the run in W&B; None = the name of the run folder."""
+    """Display name of the run in W&B; None = WANDB_NAME if set, else the name of the run folder."""
     group: str | None = _may_change(None)
-    """W&B group; None = the run id, which groups a run with its evaluations."""
+    """W&B group; None = WANDB_RUN_GROUP if set, else the run id, as for its evaluations."""
     tags: list[str] = field(default_factory=list, metadata={"may_change": True})
-    """W&B tags."""
+    """W&B tags of 1 to 64 characters; [] = WANDB_TAGS if set."""
     timeout: float = _may_change(60.0)
     """Seconds that the end of a run waits for W&B to receive the last rows, 0 to 500. Training
     never waits."""

@@ -26,7 +26,12 @@ from pipeline.models.noise import z_rows
 from pipeline.models.sampling import Images, draw_images, make_sampler
 from pipeline.runs import checkpoint
 from pipeline.runs.step_folders import SNAPSHOTS, committed, step_of
-from pipeline.runtime.errors import CheckpointError, DataError, EvaluationError
+from pipeline.runtime.errors import (
+    CheckpointError,
+    DataError,
+    EvaluationError,
+    is_out_of_memory,
+)
 
 NETWORK = {"ema": "G_ema", "raw": "G"}
 """``eval.weights`` -> name of the network in a checkpoint."""
@@ -104,6 +109,8 @@ def open_generator(
         try:
             G = make_sampler(config.model, networks[NETWORK[weights]], device)
         except (KeyError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise CheckpointError(f"{candidate.path}: cannot be used: {error}.") from None
     checkpoint.check_finite(G, candidate.path)
     return G, config.model

@@ -93,14 +93,13 @@ def settle(run_dir: Path, state: Mapping[str, Any] | None) -> Identity:
 def make_run_id(run_dir: Path) -> str:
     """Return a new W&B run id: the folder's name and six random characters, ``first-3fa9c1``.
 
-    Under an agent of a W&B sweep it is the id that the agent gave this trial.
+    Under an agent of a W&B sweep it is the id that the agent gave this trial. Elsewhere
+    WANDB_RUN_ID is not used: it would give two folders one W&B run.
     """
     given = os.environ.get("WANDB_RUN_ID")
     if given and os.environ.get("WANDB_SWEEP_ID"):
         return given
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", run_dir.name)[:64].strip("-") or "run"
-    if given:
-        say("WANDB_RUN_ID: not used; each run folder has a W&B id of its own (run.json)")
     return f"{name}-{secrets.token_hex(3)}"
 
 

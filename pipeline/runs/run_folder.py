@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.config.loading import dump, load
 from pipeline.config.schema import Config, fixed_differences, flatten
-from pipeline.runs import checkpoint
+from pipeline.runs import checkpoint, wandb_names
 from pipeline.runs.identity import identify, new_identity, read_identity
 from pipeline.runs.step_folders import CHECKPOINTS, committed, folder_of, steps_set_aside
 from pipeline.runtime.console import say
@@ -57,6 +57,8 @@ class RunFolder:
     """
 
     def __init__(self, config: Config) -> None:
+        if config.tracking.wandb != "disabled":
+            wandb_names.require_names()
         self.path = Path(config.run.dir).expanduser()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -106,6 +108,16 @@ class RunFolder:
                 f"{self.path}: step {saved} was saved (says the file progress), but in "
                 f"{self.path / CHECKPOINTS} {found}. Mount or restore that folder; or, to go on "
                 f"from step {step}, remove {self.path / 'progress'}."
+            )
+
+    def require_in_place(self) -> None:
+        """Raise RunFolderError if the folder was removed, or its lock, since this run opened it."""
+        if not self._lock.is_in_place():
+            raise RunFolderError(
+                f"run.dir ({self.path}): the folder was moved or removed, or its .lock, while this "
+                "run wrote it; another run may be writing there. This run ends and writes nothing "
+                "more. To resume it, put the folder back, end other runs of it, and run the same "
+                "command again."
             )
 
     def require_own(self, found: checkpoint.Checkpoint) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.config.schema import Config
+from pipeline.runs import wandb_names
 from pipeline.runtime.console import say
 
 STEP_KEY = "train/step"
@@ -55,7 +56,7 @@ class WandbLog:
         job_type: str = "train",
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        """Start the thread, unless W&B is disabled.
+        """Start the thread, unless W&B is disabled; raises ConfigError for names W&B refuses.
 
         Args:
             config: the whole configuration, which becomes the W&B config.
@@ -74,6 +75,9 @@ class WandbLog:
         self._thread: threading.Thread | None = None
         self._mode = wandb_mode(config)
         if self._mode != "disabled":
+            wandb_names.require_names()
+            own = wandb_names.of_run(config, run_id, job_type)
+            wandb_names.own_environment(own["id"])
             self._thread = threading.Thread(target=self._work, name="wandb-rows", daemon=True)
             self._thread.start()
 
@@ -178,7 +182,7 @@ def open_run(
     if mode == "online" and not _has_key():
         # wandb.init would prompt for a key.
         raise LookupError("no API key configured; log in with: wandb login")
-    tracking, suffix = config.tracking, "" if job_type == "train" else f"-{job_type}"
+    tracking = config.tracking
     settings: dict[str, Any] = {
         "mode": mode,
         "silent": True,
@@ -191,13 +195,8 @@ def open_run(
     known = {k: v for k, v in settings.items() if k in wandb.Settings.model_fields}
     wandb.setup(settings=wandb.Settings(silent=True))  # init() prints a line before its settings
     run = wandb.init(
-        project=tracking.project,
-        entity=tracking.entity,
-        id=run_id + suffix,
-        name=(tracking.name or Path(config.run.dir).name) + suffix,
-        group=tracking.group or run_id,
+        **wandb_names.of_run(config, run_id, job_type),
         job_type=job_type,
-        tags=tracking.tags,
         dir=Path(config.run.dir).expanduser(),
         config={**dataclasses.asdict(config), "train_run_id": run_id, **extra},
         allow_val_change=True,  # a resume may change total_steps, for example
@@ -219,16 +218,16 @@ def define_metrics(run: Any) -> None:
 def wandb_mode(config: Config) -> str:
     """Return ``online``, ``offline`` or ``disabled`` without importing wandb.
 
-    ``tracking.wandb=auto`` takes the first of: WANDB_MODE; the mode that ``wandb offline`` or
-    ``wandb online`` wrote to wandb's settings file; online if an API key is configured; offline.
+    ``tracking.wandb=auto`` takes the first of: WANDB_DISABLED; WANDB_MODE; the mode that ``wandb
+    offline`` or ``wandb online`` wrote to wandb's settings file; online if an API key is
+    configured; offline.
     """
     if config.tracking.wandb != "auto":
         return config.tracking.wandb
-    mode = os.environ.get("WANDB_MODE") or _settings_files().get("mode", "")
-    names = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline"}
-    if mode == "disabled":
-        return "disabled"
-    return names.get(mode) or ("online" if _has_key() else "offline")
+    mode = wandb_names.mode_of_environment() or wandb_names.MODES.get(
+        _settings_files().get("mode", "")
+    )
+    return mode or ("online" if _has_key() else "offline")
 
 
 def _has_key() -> bool:
@@ -240,7 +239,8 @@ def _has_key() -> bool:
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or settings.get("base_url", "")).netloc
     hosts = SAAS_HOSTS if host in ("", *SAAS_HOSTS) else (host,)
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
+    # RuntimeError: no home folder can be determined.
+    with contextlib.suppress(OSError, RuntimeError, netrc.NetrcParseError):
         entries = netrc.netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser())
         return any((entries.authenticators(host) or ("", "", ""))[2] for host in hosts)
     return False
@@ -248,10 +248,12 @@ def _has_key() -> bool:
 
 def _settings_files() -> dict[str, str]:
     """Read wandb's settings files; the working folder's overrides the user's."""
-    user = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser() / "settings"
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb"))
+    with contextlib.suppress(RuntimeError):  # no home folder can be determined
+        folder = folder.expanduser()
     parser = configparser.ConfigParser(interpolation=None)
     with contextlib.suppress(configparser.Error, OSError, UnicodeDecodeError):
-        parser.read([user, Path("wandb/settings")])
+        parser.read([folder / "settings", Path("wandb/settings")])
     return dict(parser["default"]) if parser.has_section("default") else {}
 
 

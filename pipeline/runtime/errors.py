@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -68,10 +69,11 @@ SEEN_BY_ALL_RANKS = (ConfigError, CheckpointError, RunFolderError, EvaluationErr
 def exit_on_user_error(memory_advice: str = "") -> Iterator[None]:
     """Print the message of a ``UserError`` and exit with code 2, without a traceback.
 
-    Running out of memory or of open files ends the same way. In a distributed run all ranks raise
-    the errors in ``SEEN_BY_ALL_RANKS`` and those marked ``raised_on_all``: rank 0 prints them. The
-    first process of each node prints a ``LaunchError``. Every other error is printed by the rank
-    that raised it. A process that is no rank of a launch always prints, whatever RANK says.
+    Running out of memory or of open files and losing another rank end the same way. In a
+    distributed run all ranks raise the errors in ``SEEN_BY_ALL_RANKS`` and those marked
+    ``raised_on_all``: rank 0 prints them. The first process of each node prints a ``LaunchError``.
+    Every other error is printed by the rank that raised it. A process that is no rank of a launch
+    always prints, whatever RANK says.
 
     Args:
         memory_advice: which setting to lower when memory runs out, with its value.
@@ -93,6 +95,9 @@ def exit_on_user_error(memory_advice: str = "") -> Iterator[None]:
         if speaker == "0":
             _tell(str(error))
     except (MemoryError, RuntimeError) as error:
+        if is_lost_rank(error):
+            _report_lost_rank(error)
+            sys.exit(USER_ERROR_EXIT_CODE)
         if not is_out_of_memory(error):
             raise
         advice = memory_advice or "Start fewer processes, or use a machine with more memory."
@@ -119,4 +124,41 @@ def is_out_of_memory(error: BaseException) -> bool:
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"  # torch's, of a GPU
         or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
+
+
+rank_timeout = "600 s"
+"""How long a collective may take, and the key that says so; ``make_accelerator`` sets it."""
+GLOO = ("gloo/transport", "[Rank ", "Timed out waiting", "Connection closed by peer")
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Return whether a collective failed because another rank is gone or does not answer."""
+    name = type(error).__name__
+    if name in ("DistNetworkError", "DistStoreError"):
+        return True
+    return name in ("DistBackendError", "RuntimeError") and any(w in str(error) for w in GLOO)
+
+
+def _report_lost_rank(error: BaseException) -> None:
+    """Print what happened, once where possible.
+
+    Rank 0 speaks first, then the first rank of each other node. A launcher that sees a rank leave
+    ends the other ranks of its node, which then need not speak.
+    """
+    from pipeline.runtime import signals
+
+    rank, local = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+    time.sleep(0 if rank == "0" else 3 if local == "0" else 6)
+    if rank != "0" and signals.received():
+        return
+    detail = (
+        str(error).strip().partition("\n")[0].rpartition("] ")[2].partition(". This is")[0][:200]
+    )
+    print(
+        f"error: rank {rank} lost another rank, or waited for it for {rank_timeout}: {detail}. "
+        "See the end of the other ranks' output, then run the same command again: training "
+        "resumes from its last checkpoint. If a rank is only slow, raise train.rank_timeout.",
+        file=sys.stderr,
+        flush=True,
     )

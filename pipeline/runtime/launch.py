@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from pipeline.runtime import environment, signals
+from pipeline.runtime import environment, errors, signals
 from pipeline.runtime.errors import ConfigError, LaunchError
 from pipeline.runtime.hardware import (
     cpu_requested,
@@ -21,14 +22,16 @@ from pipeline.runtime.hardware import (
 from pipeline.runtime.ranks import gather_by_node, node_name
 
 log = logging.getLogger("pipeline")
+NCCL_EXTRA_SECONDS = 60.0
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-def make_accelerator(precision: str) -> Accelerator:
+def make_accelerator(precision: str, rank_timeout: float = 600.0) -> Accelerator:
     """Return the Accelerator of this process.
 
     Args:
         precision: ``fp32``, ``bf16`` or ``fp16``; ``resolve_precision`` replaces ``auto``.
+        rank_timeout: seconds that ranks wait for each other in a collective.
 
     Raises:
         LaunchError: PyTorch does not see the GPUs that were allocated, or there are fewer GPUs
@@ -51,6 +54,10 @@ def make_accelerator(precision: str) -> Accelerator:
         raise ConfigError(
             "train.precision (fp16): needs a CUDA device; use bf16, fp32 or auto on this machine."
         )
+    errors.rank_timeout = f"{rank_timeout:g} s"
+    # NCCL ends a process with a dump of its threads. The ranks also meet over gloo once a step,
+    # which fails with an error that has a message: it comes first.
+    limit = timedelta(seconds=rank_timeout + (NCCL_EXTRA_SECONDS if on_cuda else 0))
     accelerator = Accelerator(
         # Without cpu=True, processes on a machine without GPUs would not join one group.
         cpu=not on_cuda,
@@ -61,7 +68,8 @@ def make_accelerator(precision: str) -> Accelerator:
                 # weights: no rank needs another's.
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
-            )
+            ),
+            InitProcessGroupKwargs(timeout=limit),
         ],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))

@@ -63,6 +63,19 @@ class FileLock:
         """Unlock one byte; no error if it is not held."""
         fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, byte)
 
+    def is_in_place(self) -> bool:
+        """Return whether the path still leads to the file that this process has open.
+
+        A process that finds another file there, or none, can lock it too.
+        """
+        try:
+            found, own = self.path.stat(), os.fstat(self._descriptor)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            return error.errno != errno.ESTALE  # it was removed by another node
+        return (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino)
+
     def write_holder(self, text: str) -> None:
         """Write the holder's name into the file, for messages of processes that do not get it."""
         os.ftruncate(self._descriptor, 0)

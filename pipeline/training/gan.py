@@ -8,9 +8,11 @@ any number of ranks.
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +24,14 @@ from pipeline.config.schema import Config
 from pipeline.models.dcgan import init_weights, make_discriminator, make_generator, update_ema
 from pipeline.models.noise import rng
 from pipeline.models.spectral_norm import power_iterate
+from pipeline.runtime import compile_cache
 from pipeline.runtime.errors import ConfigError, NonFiniteLoss
+from pipeline.runtime.ranks import node_name
 from pipeline.training.diffaugment import augment
 from pipeline.training.finite_guard import FiniteGuard
 from pipeline.training.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, gradient_penalty
+
+log = logging.getLogger("pipeline")
 
 
 class GAN:
@@ -76,6 +82,8 @@ class GAN:
             prepared = accelerator.prepare(self.G, self.D, opt_G, opt_D)
         self._G, self._D, self.opt_G, self.opt_D = prepared
         if config.train.compile:
+            if line := compile_cache.use(Path(config.run.dir).expanduser(), node_name()):
+                log.warning(line)
             self.G.compile(mode=config.train.compile_mode)
             self.D.compile(mode=config.train.compile_mode)
         self._loss_D = DISCRIMINATOR_LOSSES[config.model.loss]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -50,7 +51,8 @@ class Run:
         self.folder: RunFolder | None = None
         self.id = on_rank_zero(accelerator, self._open_folder)
         self.meter = Meter(accelerator, config.images_per_step)
-        self._agreement = signals.Agreement(accelerator.num_processes)
+        limit = timedelta(seconds=config.train.rank_timeout)
+        self._agreement = signals.Agreement(accelerator.num_processes, limit)
         self._stop, self._save_by_clock = False, False
         self._saved_step, self._saved_at = -1, time.monotonic()
         self._started_at = 0
@@ -187,11 +189,13 @@ class Run:
     def log(self, step: int, gan: GAN) -> None:
         """Write a row of metrics. This is the loop's only wait for the device."""
         gan.guard.raise_if_tripped()
+        self._require_folder()
         self.tracker.log(step, self.meter.row(step))
 
     def sample(self, step: int, gan: GAN) -> None:
         """Write a grid of G_ema's images, from the same z at every step of the run."""
         with self.meter.upkeep():
+            self._require_folder()
             if self.is_main:
                 model, seed = self.config.model, self.config.run.seed
                 G = make_sampler(model, gan.G_ema.state_dict(), self.accelerator.device)
@@ -214,6 +218,7 @@ class Run:
         self._saved_step, self._saved_at = step, time.monotonic()
 
     def _commit(self, step: int, gan: GAN) -> None:
+        self._require_folder()
         train, images_seen = self.config.train, step * self.config.images_per_step
         state = {
             "run_id": self.id,
@@ -272,6 +277,10 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return step >= self.config.train.total_steps
+
+    def _require_folder(self) -> None:
+        if self.folder is not None:
+            self.folder.require_in_place()
 
     def _mark(self, name: str, content: str) -> None:
         assert self.folder is not None

@@ -13,7 +13,7 @@ import pytest
 from launching import REPO, TIMEOUT, command, environment, started
 
 from pipeline.data.shards import INDEX_NAME, Index
-from pipeline.runs.run_folder import committed, step_of
+from pipeline.runs.step_folders import committed, step_of
 
 pytestmark = pytest.mark.slow
 FEW_FILES = ("sh", "-c", 'ulimit -n 64; exec "$@"', "sh")

@@ -21,7 +21,7 @@ from launching import free_port, run, train
 from pipeline.data import remote
 from pipeline.data.cache import HOME_FOLDER, Cache, node_folder
 from pipeline.data.shards import Index, read_index
-from pipeline.runs.run_folder import committed, step_of
+from pipeline.runs.step_folders import committed, step_of
 from pipeline.runtime.errors import DataError
 from pipeline.runtime.signals import Stopped
 

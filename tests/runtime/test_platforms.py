@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from launching import REPO, TIMEOUT, environment
 
-from pipeline.runs.run_folder import committed, step_of
+from pipeline.runs.step_folders import committed, step_of
 
 COMMANDS = ("train", "prepare", "evaluate", "generate", "doctor")
 HIDE = """
