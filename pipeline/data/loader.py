@@ -3,7 +3,8 @@
     order (sample ids) -> this rank's rows -> workers (decode) -> ring -> training loop
 
 The ring is shared memory, allocated before the workers are forked. A worker decodes a whole local
-batch into one of its slots and sends only the slot number, labels and ids. Worker w of W decodes
+batch into one of its slots and sends only the number of the slot: a worker that is killed amid a
+long message would leave the training waiting for the rest of it. Worker w of W decodes
 local batches w, w + W, ... and DataLoader takes them in turn, so the batches do not depend on the
 number of workers. Do not pass the loader to ``accelerator.prepare``: it already yields the rows of
 one rank only.
@@ -136,7 +137,10 @@ class Loader:
         rows = data.batch_size // self.world_size
         processes = max(1, data.workers)
         slots = data.prefetch + 2  # queued ahead, plus the one in use and the one before it
-        ring = _shared_uint8(processes, slots, rows, *self.index.shape)
+        ring = _Ring(
+            _shared(torch.uint8, processes, slots, rows, *self.index.shape),
+            _shared(torch.int64, processes, slots, 2, rows),
+        )
         batches = _WorkerBatches(self, ring, start)
         options: dict[str, Any] = {}
         if data.workers:
@@ -163,7 +167,7 @@ class Loader:
         except OSError as error:
             message = (
                 f"data.workers ({loader.num_workers}): cannot be started ({error.strerror}): "
-                f"{remedy_for(error) or 'see the reason'}, or lower data.workers; with "
+                f"{remedy_for(error) or 'remove the cause'}, or lower data.workers; with "
                 "data.workers=0 the training process reads by itself."
             )
             # DataLoader's half-made iterator goes with the frames, and would print a traceback.
@@ -172,7 +176,7 @@ class Loader:
             sys.unraisablehook = show
         raise DataError(message)
 
-    def _deliver(self, items: Iterator[Any], ring: Tensor) -> Generator[Batch, None, None]:
+    def _deliver(self, items: Iterator[Any], ring: _Ring) -> Generator[Batch, None, None]:
         try:
             while True:
                 try:
@@ -183,8 +187,8 @@ class Loader:
                     raise self._killed(items) from None
                 if isinstance(item, DataError):
                     raise item
-                worker, slot, labels, ids = item
-                yield Batch(ring[worker, slot], labels, ids)
+                labels, ids = ring.numbers[item].numpy().copy()
+                yield Batch(ring.images[item], labels, ids)
         finally:
             del items  # the last reference: the workers end, even if a traceback holds the frame
 
@@ -209,37 +213,47 @@ class Loader:
         return ids[self.rank * rows : (self.rank + 1) * rows]
 
 
+class _Ring(NamedTuple):
+    """The shared memory of the workers, by worker and slot."""
+
+    images: Tensor
+    """(workers, slots, n, H, W, C) uint8."""
+    numbers: Tensor
+    """(workers, slots, 2, n) int64: labels and ids."""
+
+
 class _WorkerBatches(IterableDataset[Any]):
     """The local batches of one worker, decoded into its slots of the ring."""
 
-    def __init__(self, loader: Loader, ring: Tensor, start: int) -> None:
+    def __init__(self, loader: Loader, ring: _Ring, start: int) -> None:
         self.loader, self.ring, self.start = loader, ring, start
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         reader = Reader(self.loader.index, self.loader.cache)
-        slots = self.ring[worker].numpy()
+        images, numbers = (part[worker].numpy() for part in self.ring)
         k, turn = self.start + worker, 0
         while True:
-            slot = turn % len(slots)
+            slot = turn % len(images)
             ids = self.loader.ids_of(k)
             try:
-                labels = reader.read(ids, slots[slot])
+                numbers[slot] = reader.read(ids, images[slot]), ids
             except DataError as error:
                 # DataLoader would wrap a raised error in a traceback of its own.
                 yield error
                 return
-            yield worker, slot, labels, ids
+            yield worker, slot
             k, turn = k + workers, turn + 1
 
 
-def _shared_uint8(*shape: int) -> Tensor:
+def _shared(dtype: torch.dtype, *shape: int) -> Tensor:
     """Return zeros that forked workers share.
 
     The memory is anonymous: a container's small /dev/shm does not limit it.
     """
-    return torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 @contextmanager

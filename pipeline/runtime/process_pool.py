@@ -122,7 +122,7 @@ def _one_message(count: int) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"--workers ({count}): cannot be started ({error.strerror}): "
-            f"{remedy_for(error) or 'see the reason'}, or give fewer --workers."
+            f"{remedy_for(error) or 'remove the cause'}, or give fewer --workers."
         ) from None
 
 

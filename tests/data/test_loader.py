@@ -358,6 +358,32 @@ def test_a_killed_worker_is_one_message_and_no_hang(
     assert gone(pids)
 
 
+def test_a_worker_killed_while_the_queue_is_full_is_no_hang(
+    uneven: Index, new_workers: Callable[[], set[int]]
+) -> None:
+    """Local batches so large that their ids alone would fill the pipe: nobody waits for the rest.
+
+    Without a pause for the workers the test would pass as well, but show less.
+    """
+
+    def too_late(*_: object) -> None:
+        raise TimeoutError("the training waits for a worker that is dead")
+
+    batches = loader_of(uneven, workers=2, prefetch=8, batch_size=8192).batches()
+    next(batches)
+    time.sleep(2)
+    before = signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(100)
+    try:
+        psutil.Process(min(new_workers())).kill()
+        with pytest.raises(DataError, match=r"data.workers \(2\): a data worker was killed"):
+            list(batches)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        batches.close()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_sample_is_one_message_with_shard_key_and_offset(
     workers: int,

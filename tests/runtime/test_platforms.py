@@ -128,17 +128,13 @@ def test_one_process_trains_and_goes_on_without_linux(
         assert "Traceback" not in output
         assert step_of(committed(run_dir)[-1]) == steps
     out = tmp_path / "images.npz"
+    draw = ("images", "--run", run_dir, "--num", 4, "--format", "npz", "--out", out)
+    code, output = run(env, "pipeline.generate", *draw)
+    assert code == 0, output
+    env["PYTHONPATH"] += f"{os.pathsep}{REPO / 'tests'}"
+    small = ("eval.extractor=tiny_extractor:Tiny", "eval.num_images=50")
     code, output = run(
-        env,
-        "pipeline.generate",
-        "images",
-        "--run",
-        run_dir,
-        "--num",
-        4,
-        "--format",
-        "npz",
-        "--out",
-        out,
+        env, "pipeline.evaluate", "--run", run_dir, *small, f"eval.cache_dir={tmp_path / 'refs'}"
     )
     assert code == 0, output
+    assert "Traceback" not in output
