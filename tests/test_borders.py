@@ -43,7 +43,7 @@ def in_shell(line: str, words: list[str], **env: str) -> subprocess.CompletedPro
         env=environment() | env,
         capture_output=True,
         text=True,
-        timeout=TIMEOUT,
+        timeout=4 * TIMEOUT,  # compiling takes minutes on a busy machine
         check=False,
     )
 
