@@ -91,6 +91,12 @@ def own_environment(run_id: str) -> None:
         os.environ["WANDB_RUN_ID"] = run_id
     else:
         os.environ.pop("WANDB_RUN_ID", None)
+    # W&B reads these too, and fails at an empty tag and at a mode in capitals.
+    if tags := _tags():
+        os.environ["WANDB_TAGS"] = ",".join(tags)
+    else:
+        os.environ.pop("WANDB_TAGS", None)
+    os.environ.pop("WANDB_MODE", None)
     if unused:
         say(f"{', '.join(unused)}: not used; the run folder's W&B run is {run_id}")
 
