@@ -97,10 +97,20 @@ def make_run_id(run_dir: Path) -> str:
     WANDB_RUN_ID is not used: it would give two folders one W&B run.
     """
     given = os.environ.get("WANDB_RUN_ID")
-    if given and os.environ.get("WANDB_SWEEP_ID"):
+    if given and os.environ.get("WANDB_SWEEP_ID") and not _neighbour_with(given, run_dir):
         return given
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", run_dir.name)[:64].strip("-") or "run"
     return f"{name}-{secrets.token_hex(3)}"
+
+
+def _neighbour_with(run_id: str, run_dir: Path) -> bool:
+    """Return whether a folder beside this one is the run with an id, and say so."""
+    for path in run_dir.resolve().parent.glob(f"*/{IDENTITY}"):
+        other = read_identity(path.parent)
+        if path.parent != run_dir.resolve() and other is not None and other.id == run_id:
+            say(f"WANDB_RUN_ID: not used; {path.parent} is that run. {run_dir} gets a new id.")
+            return True
+    return False
 
 
 def _parse(content: Any, run_dir: Path) -> Identity:
