@@ -176,8 +176,10 @@ def _find_file(path: Path) -> tuple[Path, Path]:
 
 
 def _run_folder_of(path: Path) -> Path | None:
-    """Return the run folder whose config.yaml a file is; None if it is another file."""
+    """Return the run folder whose config.yaml, or a snapshot's, a file is; None if another's."""
     folder = path.resolve().parent
+    if folder.parent.name == "snapshots":
+        folder = folder.parents[1]
     return folder if path.name == "config.yaml" and (folder / "run.json").is_file() else None
 
 

@@ -15,7 +15,7 @@ from launching import REPO, TIMEOUT, command, environment, started
 from pipeline.data.shards import INDEX_NAME, Index
 from pipeline.runs.step_folders import committed, step_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 FEW_FILES = ("sh", "-c", 'ulimit -n 64; exec "$@"', "sh")
 MOUNT = "mount -t tmpfs -o size=256k tmpfs /dev/shm"
 SHM = {

@@ -238,6 +238,10 @@ def test_a_moved_folder_is_the_same_run(tmp_path: Path, capfd: pytest.CaptureFix
     (tmp_path / "a").rename(tmp_path / "b")
     config = load(tmp_path / "b" / "config.yaml")
     assert config.run.dir == str(tmp_path / "b")
+    snapshot = folder_of(tmp_path / "b", SNAPSHOTS, 5) / "config.yaml"
+    snapshot.parent.mkdir(parents=True)
+    snapshot.write_text((tmp_path / "b" / "config.yaml").read_text())
+    assert load(snapshot).run.dir == str(tmp_path / "b")
     second = RunFolder(config)
     assert second.identity.id == first.identity.id
     assert second.identity.path == str(tmp_path / "b")
