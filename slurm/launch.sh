@@ -34,26 +34,48 @@ esac
 export PYTHON=${PYTHON:-$python}
 export SLURM_EXPORT_ENV=ALL  # after sbatch --export=NONE srun would pass on no variable
 
-# sbatch sets the number of GPUs on the node, salloc the request (8, or a100:8).
-gpus=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-0}}} gpus=${gpus##*:}
-if [ -z "${GPUS_PER_NODE:-}" ] && [[ ${SLURM_GPUS:-} =~ ^([^,]*:)?([0-9]+)$ ]] &&
-  [ $((gpus * SLURM_JOB_NUM_NODES)) != "${BASH_REMATCH[2]}" ]; then
-  say "--gpus=$SLURM_GPUS on $SLURM_JOB_NUM_NODES nodes: not the same number on each;" \
+# GPUs of the job on its nodes, one number for each kind of node, as the controller counts them. A job
+# that was submitted from within another inherits the variables of that one.
+counted() {
+  local gres found
+  for gres in $(scontrol -o -d show job "$job" 2>/dev/null | grep -o ' GRES=[^ ]*'); do
+    found=$(grep -oE '(=|,)gpu(:[^:,()]+)?:[0-9]+' <<<"$gres" | sed 's/.*://' | paste -s -d +)
+    echo $((${found:-0}))
+  done | sort -nu
+}
+slurm_gpus=$(counted)
+if [ -z "${GPUS_PER_NODE:-}" ] && [ "$(wc -w <<<"$slurm_gpus")" -gt 1 ]; then
+  say "the nodes have different numbers of GPUs for this job (${slurm_gpus//$'\n'/, }):" \
     "ask for them with --gpus-per-node"
   exit 2
 fi
+slurm_gpus=${slurm_gpus%%$'\n'*}
+slurm_gpus=${slurm_gpus:-${SLURM_GPUS_ON_NODE:-0}}  # the controller does not answer
+gpus=${GPUS_PER_NODE:-$slurm_gpus}
 export GPUS_PER_NODE=$gpus  # the trainer compares: with a broken driver it must not use the CPU
 processes=${NPROC_PER_NODE:-$gpus}
 [ "$processes" -gt 0 ] || processes=1
 [ "$gpus" -gt 0 ] || export ACCELERATE_USE_CPU=true   # gloo
 export NNODES=$SLURM_JOB_NUM_NODES WORLD=$((SLURM_JOB_NUM_NODES * processes))
 
-# A task gets all CPUs of the job on its node; if nodes differ, the smallest number. srun of Slurm
-# >= 22.05 does not inherit --cpus-per-task from sbatch, and would give a task one core.
-fewest() { tr , '\n' <<<"$1" | sort -n | sed 's/(.*//; q'; }  # of 16(x2),8
-cpus=$(fewest "${SLURM_JOB_CPUS_PER_NODE:-1}")
-[ -z "${SLURM_CPUS_PER_TASK:-}" ] || cpus=$((SLURM_CPUS_PER_TASK * $(fewest "${SLURM_TASKS_PER_NODE:-1}")))
-[ -n "${SLURM_CPUS_PER_GPU:-}" ] || export SRUN_CPUS_PER_TASK=$cpus
+# A task gets all CPUs of the job on its node; if nodes differ, the smallest number.
+cpus=$(tr , '\n' <<<"${SLURM_JOB_CPUS_PER_NODE:-1}" | sort -n | sed 's/(.*//; q')  # of 16(x2),8
+
+# srun reads the options of sbatch and what the user's shell has exported, each version its own part of
+# it, and would give a task less than the job has. So a step gets what is said here, and nothing else.
+for name in "${!SLURM_@}" "${!SRUN_@}"; do
+  case ${name#SLURM_} in
+    JOB_*) ;;
+    NTASKS*|NPROCS|*_PER_TASK|*_PER_GPU|*_PER_CPU|*_PER_CORE|*_PER_SOCKET|TRES_*|GRES*|STEP_GRES|\
+    GPUS|GPUS_PER_NODE|GPU_*|MEM_*|CPU_*|*_BIND|DIST*|HINT|THREAD*|CORE_SPEC|NSOCKETS*|\
+    EXACT|EXCLUSIVE|OVER*|WHOLE|HOSTFILE|SPREAD_JOB|USE_MIN_NODES|RELATIVE|HET_SIZE|SRUN_*|\
+    STD*MODE|LABELIO|UNBUFFEREDIO|WORKING_DIR|REMOTE_CWD|TIMELIMIT|WAIT|NO_KILL|KILL_BAD_EXIT|\
+    EXIT_*|TEST_EXEC|CONTAINER*)
+      unset "$name" ;;
+  esac
+done
+everywhere=(--nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --cpus-per-task="$cpus")
+[ "$slurm_gpus" = 0 ] || everywhere+=(--gpus-per-node="$slurm_gpus")
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > processes ? cpus / processes : 1))}
 # By default torchrun kills its ranks 30 s after SIGTERM. A large checkpoint may take longer.
 export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-100}
@@ -87,8 +109,6 @@ on_node='
   fi
   exec "$@"'
 
-everywhere=(--nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1)
-
 # task WORD...: run a command in the container, if any, with the options of srun in `step`.
 task() { srun "${container[@]}" "${step[@]}" sh -c "$on_node" task "${wrap[@]}" "$@"; }
 
@@ -109,13 +129,11 @@ launch() {
       --mixed_precision no --dynamo_backend no -m "$@"' launch "$@"
 }
 
-# alone ARGUMENT...: run Python in one process on the first node, without a GPU. The GPU options that
-# srun inherits from a job with --gpus do not fit one node.
-alone() (
-  unset "${!SLURM_GPU@}" SLURM_CPUS_PER_GPU SLURM_MEM_PER_GPU
-  step=(--nodes=1 --ntasks=1 --ntasks-per-node=1 --gres=none)
+# alone ARGUMENT...: run Python in one process on the first node, without a GPU.
+alone() {
+  local step=(--nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task="$cpus" --gres=none)
   task "$PYTHON" "$@"
-)
+}
 
 # Test that all nodes start a process. Slurm notices a lost node only after SlurmdTimeout (5 minutes).
 nodes_answer() { timeout 60 srun "${everywhere[@]}" true; }

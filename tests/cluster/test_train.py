@@ -23,6 +23,7 @@ from .mini_slurm import KILL_WAIT, MiniSlurm
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
+@pytest.mark.both_versions
 def test_two_nodes_train_the_same_weights_as_one_machine(
     submit: Submit, uninterrupted: Path
 ) -> None:
@@ -89,6 +90,7 @@ def has_been_signalled(process: psutil.Process) -> bool:
     return pending != 0 or "State:\tT" not in status
 
 
+@pytest.mark.both_versions
 def test_a_killed_rank_is_replaced_in_the_same_allocation(
     submit: Submit, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -109,6 +111,7 @@ def test_a_killed_rank_is_replaced_in_the_same_allocation(
     assert ids_by_step(job.run_dir) == ids_by_step(uninterrupted)
 
 
+@pytest.mark.both_versions
 def test_scancel_saves_and_the_job_stays_cancelled(submit: Submit) -> None:
     job = submit("train.checkpoint_every=0", steps=10**6)
     job.reach(5)
@@ -155,12 +158,6 @@ def test_a_mistake_in_the_configuration_ends_the_job_at_once(submit: Submit) -> 
     assert "unknown key; did you mean train.total_steps?" in job.log()
     assert "Traceback" not in job.log()
     assert "srun ended with" not in job.log()
-
-
-def test_gpus_that_differ_from_node_to_node_are_refused(submit: Submit) -> None:
-    job = submit(flags=("--gpus=3",))
-    job.wait("FAILED")
-    assert "--gpus=3 on 2 nodes: not the same number on each" in job.log()
 
 
 def test_outside_slurm_the_message_names_sbatch() -> None:
@@ -301,6 +298,7 @@ def test_a_job_that_loses_its_batch_host_is_requeued_and_resumes(
     assert ids_by_step(job.run_dir) == ids_by_step(uninterrupted)
 
 
+@pytest.mark.both_versions
 def test_a_job_that_loses_a_node_resumes_on_the_other(
     slurm: MiniSlurm, submit: Submit, uninterrupted: Path, node_back: Callable[[str], None]
 ) -> None:
