@@ -59,7 +59,9 @@ PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTie
 PartitionName=high Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 PartitionName=wide Nodes=w1,w2 MaxTime=INFINITE State=UP PreemptMode=OFF
 """
-WIDE = "CPUs=8 Sockets=1 CoresPerSocket=4 ThreadsPerCore=2"  # config_overrides: the machine has fewer
+WIDE = (
+    "CPUs=8 Sockets=1 CoresPerSocket=4 ThreadsPerCore=2"  # config_overrides: the machine has fewer
+)
 NODES = ("n1", "n2", "w1", "w2")
 # A program of the newer Slurm sees its own Debian, in a mount namespace that ends with it. What the
 # jobs read and write is where it is outside.
@@ -95,7 +97,10 @@ class MiniSlurm:
         self.dir = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # a socket's path is short
         self.env = {k: v for k, v in environment().items() if not k.startswith(("SLURM", "SBATCH"))}
         self.env |= {"SLURM_CONF": str(self.dir / "slurm.conf"), "PYTHON": sys.executable}
-        port = 10000 + os.getpid() % 1000 * 10 + 5 * bool(root)  # below those the system gives to clients
+        self.env["ACCELERATE_USE_CPU"] = "true"  # the machine's own GPUs are none of Slurm's
+        port = (
+            10000 + os.getpid() % 1000 * 10 + 5 * bool(root)
+        )  # below those the system gives to clients
         self.lost: set[str] = set()
         for name in ("log", "state", "munge", *(f"spool-{node}" for node in NODES)):
             (self.dir / name).mkdir(mode=0o755)

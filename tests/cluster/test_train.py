@@ -234,31 +234,43 @@ def test_sigterm_and_a_controller_that_does_not_answer_in_the_set_up(
     assert job.log().count("requeue at the set-up: ended by SIGTERM") == 2
 
 
-@pytest.mark.parametrize("container", ["pyxis", "apptainer"])
+@pytest.mark.parametrize(
+    ("container", "gpus"),
+    [("pyxis", "nvidia"), ("apptainer", "nvidia"), ("singularity", "rocm"), ("podman", "rocm")],
+)
 def test_a_step_starts_in_the_container(
-    submit: Submit, program: Program, path: str, tmp_path: Path, container: str
+    submit: Submit, program: Program, path: str, tmp_path: Path, container: str, gpus: str
 ) -> None:
-    """Neither is installed: wrappers record the arguments and start the command."""
+    """None is installed: programs in their place record the arguments and start the command."""
     note, image = tmp_path / "words", "/images/dc gan.sqsh"
     record = f'printf "%s\n" "$@" >>{note}'
-    program("apptainer", f'{record}\n[ "$1" = exec ] && shift 7\nexec "$@"')
+    program(container, f'{record}\nwhile [ "$1" != "{image}" ]; do shift; done; shift\nexec "$@"')
     strip = (
         'for w in "$@"; do case $w in --*container*) ;; *) set -- "$@" "$w" ;; esac; shift; done'
     )
     program("srun", f"{record}\n{strip}\n{real('srun')}")
     seen_outside = tmp_path / "outside"
     seen_outside.symlink_to(tmp_path / "a run")
-    env = {"CONTAINER": container, "IMAGE": image, "MOUNTS": "/a:/b", "WORKDIR": str(REPO)}
-    job = submit(flags=("--nodes=1",), steps=2, PATH=path, RUN_DIR=str(seen_outside), **env)
+    env = {"CONTAINER": container, "IMAGE": image, "MOUNTS": "/a:/b,/c:/d", "WORKDIR": str(REPO)}
+    env |= {"CONTAINER_GPUS": gpus, "PATH": path, "RUN_DIR": str(seen_outside)}
+    job = submit(flags=("--nodes=1", "--gpus-per-node=1"), steps=2, **env)
     job.wait("COMPLETED")
     words = note.read_text().splitlines()
     if container == "pyxis":
-        expected = [f"--container-image={image}", "--container-mounts=/a:/b"]
+        expected = [f"--container-image={image}", "--container-mounts=/a:/b,/c:/d"]
         expected += [f"--container-workdir={REPO}", "--no-container-mount-home"]
+    elif container == "podman":
+        assert {"SLURM*", "MASTER_*", "NNODES", "WANDB_*"} <= set(words)
+        where = words.index("run")
+        expected = ["run", "--rm", "--network=host", "--ipc=host", "--cgroups=disabled"]
+        expected += ["--device", "/dev/kfd", "--device", "/dev/dri", "--group-add", "keep-groups"]
+        assert words[where : where + len(expected)] == expected
+        expected = ["--volume", "/a:/b", "--volume", "/c:/d", "--workdir", str(REPO), image]
     else:
-        expected = ["exec", "--nv", "--bind", "/a:/b", "--pwd", str(REPO), image]
+        flag = {"nvidia": "--nv", "rocm": "--rocm"}[gpus]
+        expected = ["exec", flag, "--bind", "/a:/b,/c:/d", "--pwd", str(REPO), image]
     starts = [k for k in range(len(words)) if words[k : k + len(expected)] == expected]
-    # Once to read the configuration, once to train; both wrappers record apptainer's arguments.
+    # Once to read the configuration, once to train; srun records the container's arguments too.
     assert len(starts) == (2 if container == "pyxis" else 4), words
     assert f"run {seen_outside} at step 0" in job.log()
 
