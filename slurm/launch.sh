@@ -184,17 +184,20 @@ alone() {
 }
 
 # Test that all nodes start a process. Slurm notices a lost node only after SlurmdTimeout (5 minutes).
-# Status 2: srun refuses its options before it asks a node, and would refuse them after a requeue too.
+# Status 2: srun ended at once, before it asked a node, as it would after a requeue too.
 nodes_answer() {
-  local said
-  said=$(timeout 60 srun "${everywhere[@]}" true 2>&1) && return
+  local said status
+  said=$(timeout 60 srun "${everywhere[@]}" true 2>&1)
+  status=$?
+  [ "$status" -ne 0 ] || return 0
   echo "$said"
-  said=$(grep -E '^srun: (fatal|unrecognized|invalid)|Unable to create step' <<<"$said")
-  # The node or the controller is gone, for now.
-  local gone='contact|ontroller|ommunication|timed out|onfiguration (file|source)'
-  gone+='|busy|not available \(|completing'
-  ! grep -qvE "$gone|^$" <<<"$said" || return 2
-  return 1
+  [ "$status" -lt 124 ] || return 1  # it waited, or was stopped
+  # Words of a node or a controller that is gone, for now.
+  ! grep -qE 'launch|ode failure|not available \(|contact|ontroller|ommunication|timed out|busy' \
+    <<<"$said" || return 1
+  ! grep -qE 'onfiguration (file|source)|completing|allocation|aborted|xit code|slurmstepd' \
+    <<<"$said" || return 1
+  return 2
 }
 
 # Refuse to train on the CPU of a node with GPUs that Slurm did not give to the job.

@@ -140,12 +140,11 @@ class MiniSlurm:
                     gone = f"the end of {jobs}"
                     self.wait_until(lambda: not self.ask("squeue", "-h"), gone, KILL_WAIT + 30)
         names = (*(f"slurmd-{node}" for node in NODES), "slurmctld", "munged")
-        for process in filter(None, map(self._process, names)):
+        daemons = [process for name in names if (process := self._process(name))]
+        for process in daemons:
             process.terminate()
-            try:
-                process.wait(10)
-            except psutil.TimeoutExpired:
-                process.kill()
+        for process in psutil.wait_procs(daemons, timeout=10)[1]:
+            process.kill()
         shutil.rmtree(self.dir, ignore_errors=True)
 
     def start_node(self, node: str) -> None:

@@ -1,4 +1,4 @@
-"""What a step gets: all CPUs and GPUs of the job on each node, whatever users ask for and export."""
+"""What a step gets: all CPUs and GPUs of the job on a node, whatever users ask for and export."""
 
 from __future__ import annotations
 

@@ -90,7 +90,6 @@ def has_been_signalled(process: psutil.Process) -> bool:
     return pending != 0 or "State:\tT" not in status
 
 
-@pytest.mark.both_versions
 def test_a_killed_rank_is_replaced_in_the_same_allocation(
     submit: Submit, uninterrupted: Path, tmp_path: Path
 ) -> None:
