@@ -133,7 +133,7 @@ slurm-programs: newer-slurm
 newer-slurm:
 	@test -e .slurm-24/.ready || test "$$(id -u)" != 0 || { \
 		type mmdebstrap || ! command -v apt-get || { \
-			install="apt-get install -y -qq --no-install-recommends mmdebstrap"; \
+			install="apt-get install -y -qq --no-install-recommends mmdebstrap debian-archive-keyring"; \
 			$$install || { apt-get update -qq && $$install; }; }; \
 		rm -rf .slurm-24 .slurm-24.tmp; \
 		mmdebstrap --quiet --variant=minbase --include=slurmctld,slurmd,slurm-client,munge,hwloc \
