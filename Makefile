@@ -26,7 +26,7 @@ export UV_COMPILE_BYTECODE := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test test-faults coverage mutants check wings bench lock clean fashion-mnist test-cluster test-container \
-	slurm-programs container-programs
+	slurm-programs newer-slurm container-programs
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
@@ -106,7 +106,7 @@ LOCK := --universal --generate-hashes --python-version 3.11 --no-header \
 	--no-emit-index-url --no-emit-find-links --annotation-style line
 
 clean:  ## Everything made here except data/ and runs/
-	rm -rf $(VENV) .venv-uv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-uv .slurm-24 build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Debian packages the images; a machine without them lets `pipeline.prepare` find another source.
@@ -119,7 +119,7 @@ fashion-mnist:
 
 # Without them, and where they cannot be installed, the tests say so and are skipped. Daemons that the
 # packages would start are held back: the tests start their own.
-slurm-programs:
+slurm-programs: newer-slurm
 	@test "$$(id -u)" != 0 || type slurmctld slurmd srun munged >/dev/null || \
 		! command -v apt-get >/dev/null || { \
 		test -e /usr/sbin/policy-rc.d || { made=1; printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d; \
@@ -127,6 +127,17 @@ slurm-programs:
 		install="apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge"; \
 		$$install || { apt-get update -qq && $$install; }; \
 		test -z "$$made" || rm -f /usr/sbin/policy-rc.d; \
+	} </dev/null >/dev/null 2>&1 || true
+
+# A newer Slurm, in a Debian of its own (195 MB). The folder appears when it is whole.
+newer-slurm:
+	@test -e .slurm-24/.ready || test "$$(id -u)" != 0 || { \
+		type mmdebstrap || ! command -v apt-get || { \
+			install="apt-get install -y -qq --no-install-recommends mmdebstrap debian-archive-keyring"; \
+			$$install || { apt-get update -qq && $$install; }; }; \
+		rm -rf .slurm-24 .slurm-24.tmp; \
+		mmdebstrap --quiet --variant=minbase --include=slurmctld,slurmd,slurm-client,munge,hwloc \
+			trixie .slurm-24.tmp && touch .slurm-24.tmp/.ready && mv .slurm-24.tmp .slurm-24; \
 	} </dev/null >/dev/null 2>&1 || true
 
 container-programs:

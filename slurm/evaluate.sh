@@ -35,6 +35,7 @@ case ${1:-} in
 esac
 
 export STOPPED_EXIT_CODE=75
+require_counted_gpus
 output=$(mktemp)
 trap 'rm -f "$output"' EXIT
 say "restart $restarts of job $job: $WORLD process(es) on $SLURM_JOB_NODELIST, evaluate $*"

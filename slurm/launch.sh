@@ -17,46 +17,106 @@ job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 restarts=${SLURM_RESTART_COUNT:-0}  # not set before the first requeue
 
+export SLURM_EXPORT_ENV=ALL  # after sbatch --export=NONE srun would pass on no variable
+
+# GPUs of the job on its nodes, one number for each kind of node, as the controller counts them. A job
+# that was submitted from within another inherits the variables of that one.
+counted() {
+  local gres found
+  for gres in $(scontrol -o -d show job "$job" 2>/dev/null | grep -o ' GRES=[^ ]*'); do
+    found=$(grep -oE '(=|,)gpu(:[^:,()]+)?:[0-9]+' <<<"$gres" | sed 's/.*://' | paste -s -d +)
+    echo $((${found:-0}))
+  done | sort -nu
+}
+slurm_gpus=$(counted)
+if [ -z "${GPUS_PER_NODE:-}" ] && [ "$(wc -w <<<"$slurm_gpus")" -gt 1 ]; then
+  say "the nodes have different numbers of GPUs for this job (${slurm_gpus//$'\n'/, }):" \
+    "ask for them with --gpus-per-node"
+  exit 2
+fi
+slurm_gpus=${slurm_gpus%%$'\n'*}
+slurm_gpus=${slurm_gpus:-${SLURM_GPUS_ON_NODE:-0}}  # the controller does not answer
+gpus=${GPUS_PER_NODE:-$slurm_gpus} told=${GPUS_PER_NODE:-}
+export GPUS_PER_NODE=$gpus  # the trainer compares: with a broken driver it must not use the CPU
+processes=${NPROC_PER_NODE:-$gpus}
+[ "$processes" -gt 0 ] || processes=1
+case ${ACCELERATE_USE_CPU:-} in 1|[Tt]rue|TRUE|[Yy]es|YES) told=0 ;; esac
+[ "$gpus" -gt 0 ] || export ACCELERATE_USE_CPU=true   # gloo
+export NNODES=$SLURM_JOB_NUM_NODES WORLD=$((SLURM_JOB_NUM_NODES * processes))
+
 container=() wrap=() python=python
+case ${CONTAINER_GPUS:=nvidia} in
+  nvidia) by_flag=(--nv) by_device=(--device nvidia.com/gpu=all) ;;
+  rocm) by_flag=(--rocm) by_device=(--device /dev/kfd --device /dev/dri --group-add keep-groups) ;;
+  *) say "CONTAINER_GPUS ($CONTAINER_GPUS): must be nvidia or rocm"; exit 2 ;;
+esac
+[ "$gpus" -gt 0 ] || by_flag=() by_device=()
+[ "${CONTAINER:-none}" = none ] || : "${IMAGE:?must name the image for CONTAINER=$CONTAINER}"
 case ${CONTAINER:-none} in
   none)
     python=python3
     [ ! -x .venv/bin/python ] || python=$PWD/.venv/bin/python ;;
   pyxis)
-    container=(--container-image="${IMAGE:?must name the image for CONTAINER=pyxis}"
-      --container-mounts="${MOUNTS:-$PWD:$PWD}" --container-workdir="${WORKDIR:-$PWD}"
-      --no-container-mount-home) ;;
-  apptainer)
-    wrap=(apptainer exec --nv --bind "${MOUNTS:-$PWD:$PWD}" --pwd "${WORKDIR:-$PWD}"
-      "${IMAGE:?must name the image for CONTAINER=apptainer}") ;;
-  *) say "CONTAINER ($CONTAINER): must be none, pyxis or apptainer"; exit 2 ;;
+    container=(--container-image="$IMAGE" --container-mounts="${MOUNTS:-$PWD:$PWD}"
+      --container-workdir="${WORKDIR:-$PWD}" --no-container-mount-home) ;;
+  apptainer|singularity)
+    wrap=("$CONTAINER" exec "${by_flag[@]}" --bind "${MOUNTS:-$PWD:$PWD}" --pwd "${WORKDIR:-$PWD}"
+      "$IMAGE") ;;
+  podman)
+    # Its processes stay in the step's cgroup, for Slurm to signal and count. It passes on no variable
+    # that is not named, and the host's PATH and HOME would be wrong in the image.
+    wrap=(podman run --rm --network=host --ipc=host --cgroups=disabled "${by_device[@]}")
+    for name in 'SLURM*' 'PYTHON*' NNODES WORLD 'MASTER_*' LAST_ADDR GPUS_PER_NODE \
+      ACCELERATE_USE_CPU 'PET_*' 'OMP_*' 'NCCL_*' 'GLOO_*' 'TORCH*' 'CUDA_*' 'ROCR_*' 'HIP_*' \
+      'WANDB_*' 'AWS_*' 'GOOGLE_*' 'SWEEP_*' 'STOPPED_*'; do
+      wrap+=(--env "$name")
+    done
+    IFS=, read -ra mounts <<<"${MOUNTS:-$PWD:$PWD}"
+    for name in "${mounts[@]}"; do wrap+=(--volume "$name"); done
+    wrap+=(--workdir "${WORKDIR:-$PWD}" "$IMAGE") ;;
+  *) say "CONTAINER ($CONTAINER): must be none, pyxis, apptainer, singularity or podman"; exit 2 ;;
 esac
 export PYTHON=${PYTHON:-$python}
-export SLURM_EXPORT_ENV=ALL  # after sbatch --export=NONE srun would pass on no variable
 
-# sbatch sets the number of GPUs on the node, salloc the request (8, or a100:8).
-gpus=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-0}}} gpus=${gpus##*:}
-if [ -z "${GPUS_PER_NODE:-}" ] && [[ ${SLURM_GPUS:-} =~ ^([^,]*:)?([0-9]+)$ ]] &&
-  [ $((gpus * SLURM_JOB_NUM_NODES)) != "${BASH_REMATCH[2]}" ]; then
-  say "--gpus=$SLURM_GPUS on $SLURM_JOB_NUM_NODES nodes: not the same number on each;" \
-    "ask for them with --gpus-per-node"
-  exit 2
+# The file to source on each node before a task.
+if [ -n "${SITE_SETUP:-}" ]; then
+  case $SITE_SETUP in /*) ;; *) SITE_SETUP=$PWD/$SITE_SETUP ;; esac
+  if ! { [ -f "$SITE_SETUP" ] && [ -r "$SITE_SETUP" ]; }; then
+    say "SITE_SETUP ($SITE_SETUP): not a file that can be read; each node sources it before a task"
+    exit 2
+  fi
+  bash -n "$SITE_SETUP" || { say "SITE_SETUP ($SITE_SETUP): not a bash script, see above"; exit 2; }
+  export SITE_SETUP
 fi
-export GPUS_PER_NODE=$gpus  # the trainer compares: with a broken driver it must not use the CPU
-processes=${NPROC_PER_NODE:-$gpus}
-[ "$processes" -gt 0 ] || processes=1
-[ "$gpus" -gt 0 ] || export ACCELERATE_USE_CPU=true   # gloo
-export NNODES=$SLURM_JOB_NUM_NODES WORLD=$((SLURM_JOB_NUM_NODES * processes))
 
-# A task gets all CPUs of the job on its node; if nodes differ, the smallest number. srun of Slurm
-# >= 22.05 does not inherit --cpus-per-task from sbatch, and would give a task one core.
-fewest() { tr , '\n' <<<"$1" | sort -n | sed 's/(.*//; q'; }  # of 16(x2),8
-cpus=$(fewest "${SLURM_JOB_CPUS_PER_NODE:-1}")
-[ -z "${SLURM_CPUS_PER_TASK:-}" ] || cpus=$((SLURM_CPUS_PER_TASK * $(fewest "${SLURM_TASKS_PER_NODE:-1}")))
-[ -n "${SLURM_CPUS_PER_GPU:-}" ] || export SRUN_CPUS_PER_TASK=$cpus
+# A task gets all CPUs of the job on its node; if nodes differ, the smallest number.
+cpus=$(tr , '\n' <<<"${SLURM_JOB_CPUS_PER_NODE:-1}" | sort -n | sed 's/(.*//; q')  # of 16(x2),8
+
+# srun reads the options of sbatch and what the user's shell has exported, each version its own part of
+# it, and would give a task less than the job has. So a step gets what is said here, and nothing else.
+for name in "${!SLURM_@}" "${!SRUN_@}"; do
+  case ${name#SLURM_} in
+    JOB_*) ;;
+    NTASKS*|NPROCS|*_PER_TASK|*_PER_GPU|*_PER_CPU|*_PER_CORE|*_PER_SOCKET|TRES_*|GRES*|STEP_GRES|\
+    GPUS|GPUS_PER_NODE|GPU_*|MEM_*|CPU_*|*_BIND|DIST*|HINT|THREAD*|CORE_SPEC|NSOCKETS*|\
+    EXACT|EXCLUSIVE|OVER*|WHOLE|HOSTFILE|SPREAD_JOB|USE_MIN_NODES|RELATIVE|HET_SIZE|SRUN_*|\
+    STD*MODE|LABELIO|UNBUFFEREDIO|WORKING_DIR|REMOTE_CWD|TIMELIMIT|WAIT|NO_KILL|KILL_BAD_EXIT|\
+    EXIT_*|TEST_EXEC|CONTAINER*)
+      unset "$name" ;;
+  esac
+done
+everywhere=(--nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --cpus-per-task="$cpus")
+[ "$slurm_gpus" = 0 ] || everywhere+=(--gpus-per-node="$slurm_gpus")
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > processes ? cpus / processes : 1))}
 # By default torchrun kills its ranks 30 s after SIGTERM. A large checkpoint may take longer.
 export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-100}
+
+# NCCL's flight recorder: each rank writes its last collectives to a file when one times out. PyTorch
+# prefers the same settings by their newer names, TORCH_FR_*.
+export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+dump=$PWD/slurm/logs/nccl-$SLURM_JOB_ID-rank
+export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$dump}
 
 # The first node hosts the rendezvous. The other nodes may not resolve its name, and the node itself
 # may resolve it to 127.0.1.1. NodeAddr in Slurm is the same on all nodes.
@@ -78,6 +138,13 @@ base_port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 1200 * 10))}
 # shellcheck disable=SC2016
 on_node='
   trap "" USR1 USR2
+  site() { . "$SITE_SETUP"; }
+  if [ -n "${SITE_SETUP:-}" ]; then
+    [ -r "$SITE_SETUP" ] ||
+      { echo "SITE_SETUP ($SITE_SETUP): no such file on $SLURMD_NODENAME" >&2; exit 2; }
+    site >&2
+    set +eu
+  fi
   other=$MASTER_ADDR
   [ "$SLURM_NODEID" != 0 ] || other=$LAST_ADDR
   if [ "$SLURM_NNODES" -gt 1 ] && [ -z "${GLOO_SOCKET_IFNAME:-}" ]; then
@@ -87,10 +154,10 @@ on_node='
   fi
   exec "$@"'
 
-everywhere=(--nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1)
-
 # task WORD...: run a command in the container, if any, with the options of srun in `step`.
-task() { srun "${container[@]}" "${step[@]}" sh -c "$on_node" task "${wrap[@]}" "$@"; }
+task() { srun "${container[@]}" "${step[@]}" "$shell" -c "$on_node" task "${wrap[@]}" "$@"; }
+shell="sh"
+[ -z "${SITE_SETUP:-}" ] || shell="bash"  # modules are functions of bash
 
 # launch ATTEMPT MODULE ARGUMENT...: run a module on all ranks. Each attempt uses another port, as
 # the previous one may still be taken.
@@ -102,6 +169,7 @@ launch() {
   # default_config.yaml of the user would choose the GPUs.
   # shellcheck disable=SC2016
   task sh -c '
+    trap "" USR1 USR2  # a container engine may have reset it
     [ "$WORLD" -gt 1 ] || exec "$PYTHON" -m "$@"
     exec "$PYTHON" -m accelerate.commands.launch --multi_gpu --gpu_ids all \
       --num_machines "$NNODES" --num_processes "$WORLD" --machine_rank "$SLURM_NODEID" \
@@ -109,16 +177,47 @@ launch() {
       --mixed_precision no --dynamo_backend no -m "$@"' launch "$@"
 }
 
-# alone ARGUMENT...: run Python in one process on the first node, without a GPU. The GPU options that
-# srun inherits from a job with --gpus do not fit one node.
-alone() (
-  unset "${!SLURM_GPU@}" SLURM_CPUS_PER_GPU SLURM_MEM_PER_GPU
-  step=(--nodes=1 --ntasks=1 --ntasks-per-node=1 --gres=none)
+# alone ARGUMENT...: run Python in one process on the first node, without a GPU.
+alone() {
+  local step=(--nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task="$cpus" --gres=none)
   task "$PYTHON" "$@"
-)
+}
 
 # Test that all nodes start a process. Slurm notices a lost node only after SlurmdTimeout (5 minutes).
-nodes_answer() { timeout 60 srun "${everywhere[@]}" true; }
+# Status 2: srun ended at once, before it asked a node, as it would after a requeue too.
+nodes_answer() {
+  local said status
+  said=$(timeout 60 srun "${everywhere[@]}" true 2>&1)
+  status=$?
+  [ "$status" -ne 0 ] || return 0
+  echo "$said"
+  [ "$status" -lt 124 ] || return 1  # it waited, or was stopped
+  # Words of a node or a controller that is gone, for now.
+  ! grep -qE 'launch|ode failure|not available \(|contact|ontroller|ommunication|timed out|busy' \
+    <<<"$said" || return 1
+  ! grep -qE 'onfiguration (file|source)|completing|allocation|aborted|xit code|slurmstepd' \
+    <<<"$said" || return 1
+  return 2
+}
+
+# Refuse to train on the CPU of a node with GPUs that Slurm did not give to the job.
+require_counted_gpus() {
+  local found
+  [ "$gpus" = 0 ] && [ -z "$told" ] || return 0
+  # shellcheck disable=SC2016
+  found=$(timeout 90 srun "${everywhere[@]}" bash -c '
+    gpus=$(timeout 30 nvidia-smi -L 2>/dev/null | grep -c "^GPU ")
+    # Slurm denies a job the devices of others: they can be seen, not opened.
+    [ "$gpus" -gt 0 ] || for device in /dev/nvidia[0-9]* /dev/dri/renderD*; do
+      case $device in /dev/dri/*) [ -e /dev/kfd ] || continue ;; esac
+      ! { : <"$device"; } 2>/dev/null || gpus=$((gpus + 1))
+    done
+    [ "$gpus" = 0 ] || echo "$SLURMD_NODENAME has $gpus GPU(s)"' 2>/dev/null | sort | head -n 1)
+  [ -n "$found" ] || return 0
+  say "$found, but Slurm gave this job none: ask for them with --gpus-per-node; if Slurm does not" \
+    "count them set GPUS_PER_NODE to their number; GPUS_PER_NODE=0 computes on the CPU"
+  exit 2
+}
 
 # shellcheck disable=SC2034
 # with_config ARGUMENT...: set `arguments`, with the default --config if none is given.

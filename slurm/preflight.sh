@@ -17,6 +17,7 @@ set -uo pipefail
 # shellcheck source=slurm/launch.sh
 . slurm/launch.sh || { echo "$PWD: not the checkout; call sbatch there, or give --chdir"; exit 2; }
 with_config "$@"
+require_counted_gpus
 
 say "preflight of $WORLD process(es) on $SLURM_JOB_NODELIST, rendezvous $MASTER_ADDR"
 export SLURM_TIMELIMIT=${PREFLIGHT_MINUTES:-10}  # of each step

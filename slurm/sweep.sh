@@ -27,6 +27,7 @@ if [ -n "${SWEEP_ID:-}" ]; then
   . slurm/launch.sh || { echo "$PWD: not the checkout; call sbatch there, or give --chdir"; exit 2; }
   case $PYTHON in */*) PATH=${PYTHON%/*}:$PATH ;; esac  # the sweep's command is `accelerate launch`
   export SWEEP_DIR=$folder
+  require_counted_gpus
   say "job $job: ${SWEEP_COUNT:-1} run(s) of sweep $SWEEP_ID on $SLURM_JOB_NODELIST"
   # shellcheck disable=SC2034
   step=("${everywhere[@]}")

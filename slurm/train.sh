@@ -24,6 +24,7 @@ trap : TERM USR1 USR2  # this shell must survive to decide about the requeue
 
 with_config "$@"
 set -- "${arguments[@]}"
+require_counted_gpus
 
 failures=0
 # again STATUS WHERE: handle a step that ended without progress. Return to try again in this
@@ -32,7 +33,11 @@ again() {
   # `scontrol requeue` would bring a cancelled job back: requeue only a RUNNING one.
   [ "$(state)" = RUNNING ] || { say "the job is no longer RUNNING: not requeued by this script"; exit 1; }
   [ "$1" -ne 143 ] || requeue 50 "$2: ended by SIGTERM"
-  nodes_answer || requeue 50 "$2: not all nodes answer"
+  nodes_answer || case $? in
+    2) say "srun refuses what it is asked for, and would after a requeue: giving up at $2; see its error above"
+      exit 2 ;;
+    *) requeue 50 "$2: not all nodes answer" ;;
+  esac
   failures=$((failures + 1))
   [ "$failures" -lt 2 ] || { say "two failures without progress at $2: giving up; see the errors above"; exit 1; }
 }
@@ -40,7 +45,7 @@ again() {
 # A mistake in the configuration ends the job here, within seconds, with one message.
 until configured=$(run_folder "$@"); do
   status=$?
-  [ "$status" -ne 2 ] || { say "the configuration could not be read; correct the keys named above"; exit 2; }
+  [ "$status" -ne 2 ] || { say "the configuration could not be read; correct what is named above"; exit 2; }
   again "$status" "the set-up"
 done
 run_dir=$configured

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from launching import train
 
-from .mini_slurm import BINARIES, MiniSlurm
+from .mini_slurm import BINARIES, NEWER, MiniSlurm
 
 STEPS = 192
 Submit = Callable[..., "Job"]
@@ -56,15 +56,26 @@ class Job:
         return [self.slurm.rank(self.id, rank) for rank in (0, 1)]
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run each test on the installed Slurm, those marked ``both_versions`` on a newer one too."""
+    if "slurm" in metafunc.fixturenames:
+        both = metafunc.definition.get_closest_marker("both_versions")
+        versions = ["installed", "newer"] if both else ["installed"]
+        metafunc.parametrize("slurm", versions, indirect=True, scope="session")
+
+
 @pytest.fixture(scope="session")
-def slurm() -> Iterator[MiniSlurm]:
+def slurm(request: pytest.FixtureRequest) -> Iterator[MiniSlurm]:
     without = pytest.fail if os.environ.get("NEED_SLURM") else pytest.skip
     missing = [name for name in BINARIES if not shutil.which(name)]
     if missing:
         without(f"Slurm is not installed: no {', '.join(missing)}; see make test-cluster")
     if os.geteuid() != 0:
         without("the daemons of the test's own Slurm need root")
-    mini = MiniSlurm()
+    root = NEWER if request.param == "newer" else None
+    if root and not (root / "usr/sbin/slurmctld").exists():
+        without(f"no newer Slurm in {root}; make slurm-programs installs it with mmdebstrap")
+    mini = MiniSlurm(root)
     try:
         mini.start()
         yield mini

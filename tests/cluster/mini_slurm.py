@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,8 @@ import psutil
 from launching import REPO, environment
 
 TIMEOUT = 240
+NEWER = REPO / ".slurm-24"
+"""A Debian with a newer Slurm than the installed one; the Makefile's slurm-programs makes it."""
 BINARIES = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "sinfo", "squeue")
 
 # cred_expire: Slurm holds a requeued job back until its credential has expired, 120 s by default.
@@ -37,6 +40,7 @@ SlurmdTimeout={slurmd_timeout}
 SchedulerParameters=sched_interval=2,bf_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
+SlurmdParameters=config_overrides
 SlurmctldPort={port}
 SlurmctldPidFile={dir}/slurmctld.pid
 SlurmdPidFile={dir}/slurmd-%n.pid
@@ -49,43 +53,83 @@ SelectTypeParameters=CR_Core
 GresTypes=gpu
 NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={port1} CPUs=1 RealMemory=500 Gres=gpu:2
 NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={port2} CPUs=1 RealMemory=500 Gres=gpu:2
+NodeName=w1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={port3} {wide} RealMemory=500 Gres=gpu:2
+NodeName=w2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={port4} {wide} RealMemory=500 Gres=gpu:2
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
 PartitionName=high Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=wide Nodes=w1,w2 MaxTime=INFINITE State=UP PreemptMode=OFF
+"""
+WIDE = (
+    "CPUs=8 Sockets=1 CoresPerSocket=4 ThreadsPerCore=2"  # config_overrides: the machine has fewer
+)
+NODES = ("n1", "n2", "w1", "w2")
+# A program of the newer Slurm sees its own Debian, in a mount namespace that ends with it. What the
+# jobs read and write is where it is outside.
+ENTER = """
+root=$1; shift
+for folder in /proc /sys /dev /etc/hosts /tmp "$PWD"; do
+  if [ -d "$folder" ]; then mkdir -p "$root$folder"; else touch "$root$folder"; fi
+  mount --rbind "$folder" "$root$folder" || exit 1
+done
+exec chroot "$root" env --chdir="$PWD" "$@"
+"""
+# Python comes back out of that Debian, which has none.
+OUTSIDE = """#!/bin/sh
+exec nsenter --mount=/proc/{pid}/ns/mnt --wdns="$PWD" {python} "$@"
 """
 KILL_WAIT = 15
 SLURMD_TIMEOUT = 15
 
 
 class MiniSlurm:
-    """Two nodes, n1 and n2, of one core each; partition ``high`` preempts ``main``."""
+    """Two nodes, n1 and n2, of one core each; partition ``high`` preempts ``main``.
 
-    def __init__(self) -> None:
+    Partition ``wide`` has two more, w1 and w2, that claim 4 cores of 2 threads.
+
+    Args:
+        root: the Debian whose Slurm runs; None for the one that is installed.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self._prefix: list[str] = []
+        if root:
+            self._prefix = ["unshare", "--mount", "sh", "-c", ENTER, "enter", str(root)]
         self.dir = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # a socket's path is short
         self.env = {k: v for k, v in environment().items() if not k.startswith(("SLURM", "SBATCH"))}
         self.env |= {"SLURM_CONF": str(self.dir / "slurm.conf"), "PYTHON": sys.executable}
-        port = 10000 + os.getpid() % 3000 * 3  # below those the system gives to clients
+        self.env["ACCELERATE_USE_CPU"] = "true"  # the machine's own GPUs are none of Slurm's
+        port = (
+            10000 + os.getpid() % 1000 * 10 + 5 * bool(root)
+        )  # below those the system gives to clients
         self.lost: set[str] = set()
-        for name in ("log", "state", "spool-n1", "spool-n2", "munge"):
+        for name in ("log", "state", "munge", *(f"spool-{node}" for node in NODES)):
             (self.dir / name).mkdir(mode=0o755)
         key = self.dir / "munge" / "key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o600)
         self._settings = {"dir": self.dir, "kill_wait": KILL_WAIT, "port": port}
-        self._settings |= {"port1": port + 1, "port2": port + 2}
+        self._settings |= {f"port{k}": port + k for k in range(1, 5)} | {"wide": WIDE}
         self._configure(SLURMD_TIMEOUT)
-        # Two files that Slurm hands out as GPUs; nothing ever opens them.
+        # Two devices that Slurm hands out as GPUs; nothing ever opens them.
         for name in ("gpu0", "gpu1"):
-            (self.dir / name).touch()
+            os.mknod(self.dir / name, stat.S_IFCHR | 0o600, os.makedev(1, 3))
         (self.dir / "gres.conf").write_text(f"Name=gpu File={self.dir}/gpu[0-1]\n")
+        if root:
+            (self.dir / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+            python = self.dir / "python"
+            python.write_text(OUTSIDE.format(pid=os.getpid(), python=sys.executable))
+            python.chmod(0o755)
+            self.env["PYTHON"] = str(python)
 
     # -- the daemons ------------------------------------------------------------------------
 
     def start(self) -> None:
         self._munged()
         self._daemon("slurmctld", "-f", self.env["SLURM_CONF"])
-        for node in ("n1", "n2"):
+        for node in NODES:
             self.start_node(node)
         self.wait_until(lambda: self.idle_nodes() == {"n1", "n2"}, "two idle nodes", 40)
+        self.wait_until(lambda: self.idle_nodes("wide") == {"w1", "w2"}, "two wide nodes", 40)
 
     def stop(self) -> None:
         if (self.dir / "slurmctld.pid").exists():
@@ -95,13 +139,12 @@ class MiniSlurm:
                 with suppress(AssertionError):
                     gone = f"the end of {jobs}"
                     self.wait_until(lambda: not self.ask("squeue", "-h"), gone, KILL_WAIT + 30)
-        names = ("slurmd-n1", "slurmd-n2", "slurmctld", "munged")
-        for process in filter(None, map(self._process, names)):
+        names = (*(f"slurmd-{node}" for node in NODES), "slurmctld", "munged")
+        daemons = [process for name in names if (process := self._process(name))]
+        for process in daemons:
             process.terminate()
-            try:
-                process.wait(10)
-            except psutil.TimeoutExpired:
-                process.kill()
+        for process in psutil.wait_procs(daemons, timeout=10)[1]:
+            process.kill()
         shutil.rmtree(self.dir, ignore_errors=True)
 
     def start_node(self, node: str) -> None:
@@ -158,15 +201,18 @@ class MiniSlurm:
         self._daemon("munged", *words, "--num-threads=2", "--force")
 
     def _daemon(self, *words: str) -> None:
-        subprocess.run(words, env=self.env, check=True, timeout=30, stdout=subprocess.DEVNULL)
+        command = [*self._prefix, *words]
+        subprocess.run(
+            command, env=self.env, cwd=REPO, check=True, timeout=30, stdout=subprocess.DEVNULL
+        )
 
     def _process(self, name: str) -> psutil.Process | None:
         with suppress(OSError, ValueError, psutil.NoSuchProcess):
             return psutil.Process(int((self.dir / f"{name}.pid").read_text()))
         return None
 
-    def idle_nodes(self) -> set[str]:
-        return set(self.ask("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N").split())
+    def idle_nodes(self, partition: str = "main") -> set[str]:
+        return set(self.ask("sinfo", "-h", "-N", "-p", partition, "-t", "idle", "-o", "%N").split())
 
     # -- jobs -------------------------------------------------------------------------------
 
@@ -177,7 +223,7 @@ class MiniSlurm:
         """
         for _ in range(3 if words[0] in ("squeue", "sinfo") or "show" in words else 1):
             done = subprocess.run(
-                words,
+                [*self._prefix, *words],
                 env=self.env | env,
                 cwd=REPO,
                 timeout=60,
