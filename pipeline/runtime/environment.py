@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from datetime import timedelta
 
 from pipeline.runtime.errors import LaunchError
 
@@ -26,6 +27,9 @@ HOW = (
     "accelerate launch --multi_gpu --num_processes N ..., torchrun --nproc_per_node N ..., or "
     "sbatch slurm/train.sh"
 )
+
+COLLECTIVE_SECONDS = 600
+"""How long ranks may wait for each other; lengthy work polls, so no collective takes this long."""
 
 NEUTRAL = ("", "no", "false", "0", "none")
 OWNED = {
@@ -75,6 +79,23 @@ def require_whole_launch() -> None:
             )
     for name in ALONE:
         os.environ.pop(name, None)
+
+
+def collective_timeout() -> timedelta:
+    """Return how long a rank waits in a collective before it takes the others for lost.
+
+    NCCL's own limit is ten minutes, gloo's would be thirty.
+
+    Raises:
+        LaunchError: COLLECTIVE_TIMEOUT is no number of seconds that can work.
+    """
+    value = os.environ.get("COLLECTIVE_TIMEOUT") or str(COLLECTIVE_SECONDS)
+    if not value.isdecimal() or not 10 <= int(value) <= 86400:
+        raise LaunchError(
+            f"COLLECTIVE_TIMEOUT ({value}): must be a whole number of seconds from 10 to 86400; "
+            f"unset it for {COLLECTIVE_SECONDS}."
+        )
+    return timedelta(seconds=int(value))
 
 
 def drop_accelerate_settings(precision: str) -> list[str]:

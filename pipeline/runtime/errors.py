@@ -87,6 +87,9 @@ def exit_on_user_error(memory_advice: str = "") -> Iterator[None]:
         if speaker == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
     except (MemoryError, RuntimeError) as error:
+        if is_lost_rank(error):
+            _say_lost_rank(error)
+            sys.exit(1)
         if not is_out_of_memory(error):
             raise
         advice = memory_advice or "Start fewer processes, or use a machine with more memory."
@@ -96,6 +99,23 @@ def exit_on_user_error(memory_advice: str = "") -> Iterator[None]:
     else:
         return
     sys.exit(USER_ERROR_EXIT_CODE)
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Return whether an error says that another rank is gone or out of reach; needs no torch."""
+    return type(error).__name__ == "DistBackendError" or "/gloo/transport/" in str(error)
+
+
+def _say_lost_rank(error: BaseException) -> None:
+    detail = str(error).partition("\n")[0].partition("] ")[2] or str(error).partition("\n")[0]
+    rank = os.environ.get("RANK", "0")
+    print(
+        f"error: rank {rank} does not reach another rank: {detail.partition('. ')[0]}. The first "
+        "failure of the other ranks' logs is the cause. Checkpoints are kept: run the same command "
+        "again on all nodes.",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from pipeline.runtime import environment, signals
 from pipeline.runtime.errors import ConfigError, LaunchError
@@ -36,6 +36,7 @@ def make_accelerator(precision: str) -> Accelerator:
         ConfigError: fp16 without a GPU, or processes that did not join one group.
     """
     environment.require_whole_launch()
+    waits = environment.collective_timeout()
     for line in environment.drop_accelerate_settings(MIXED_PRECISION[precision]):
         if os.environ.get("RANK", "0") == "0":
             log.warning(line)
@@ -56,6 +57,7 @@ def make_accelerator(precision: str) -> Accelerator:
         cpu=not on_cuda,
         mixed_precision=MIXED_PRECISION[precision],
         kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=waits),
             DistributedDataParallelKwargs(
                 # The only buffers in training, the vectors of spectral norm, are functions of the
                 # weights: no rank needs another's.

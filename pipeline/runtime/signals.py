@@ -17,6 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from pipeline.runtime import environment
+
 if TYPE_CHECKING:
     from datetime import timedelta
 
@@ -138,7 +140,7 @@ class Agreement:
 
     Args:
         world_size: number of ranks; with 1 there is nothing to exchange.
-        timeout: how long ranks may wait for each other; None = PyTorch's default.
+        timeout: how long ranks may wait for each other; None = what COLLECTIVE_TIMEOUT says.
     """
 
     def __init__(self, world_size: int, timeout: timedelta | None = None) -> None:
@@ -148,7 +150,8 @@ class Agreement:
         if world_size > 1:
             import torch.distributed as dist
 
-            self._group = dist.new_group(backend="gloo", timeout=timeout)
+            waits = timeout or environment.collective_timeout()
+            self._group = dist.new_group(backend="gloo", timeout=waits)
 
     def agree(self, stop: bool, flag: bool = False) -> tuple[bool, bool]:
         """Return (stop, flag): True where any rank passed True.
