@@ -36,6 +36,7 @@ def make_accelerator(precision: str) -> Accelerator:
         ConfigError: fp16 without a GPU, or processes that did not join one group.
     """
     environment.require_whole_launch()
+    environment.use_reachable_interface()
     waits = environment.collective_timeout()
     for line in environment.drop_accelerate_settings(MIXED_PRECISION[precision]):
         if os.environ.get("RANK", "0") == "0":
@@ -63,7 +64,7 @@ def make_accelerator(precision: str) -> Accelerator:
                 # weights: no rank needs another's.
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
-            )
+            ),
         ],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +21,7 @@ from launching import REPO
 from .engine import PROGRAMS, Engine, engine
 
 IMAGE = "dcgan-pipeline"  # the name in docker/README.md and compose.yaml
+CPU_IMAGE = "dcgan-pipeline-cpu"
 BARE, STANDIN = "dcgan-standin-bare", "dcgan-standin-base"
 UID = 1000
 DATA = "/data/fashion-mnist-32"
@@ -148,9 +152,32 @@ def build(docker: Engine, tag: str, *settings: str) -> None:
     print(*[line for line in log.splitlines() if line][-8:], sep="\n")
 
 
+def cpu_wheel() -> Path | None:
+    """Return a wheel of PyTorch for CPUs from where pip looks for files, if there is one."""
+    places = os.environ.get("PIP_FIND_LINKS", "").split()
+    found = [path for place in places for path in Path(place).glob("torch-*+cpu-cp311-*.whl")]
+    return max(found, default=None)
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Serve a folder of wheels to the build, as a find-links page."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    try:  # the same address as last time, so that the layers of an earlier build are found
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 28765), handler)
+    except OSError:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Build the image; return its name."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Build the image and, if this machine has a CPU build of PyTorch, the CPU image."""
     missing = [name for name in PROGRAMS if not shutil.which(name)]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}; see make test-container")
@@ -159,11 +186,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> str:
     with engine(isolated=False) as docker:
         _make_standin(docker, tmp_path_factory.mktemp("base"))
         build(docker, IMAGE)
-    return IMAGE
+        if (wheel := cpu_wheel()) is None:
+            return {IMAGE}
+        with served(wheel.parent) as url:
+            torch = f"TORCH=torch=={wheel.name.split('-')[1]}"
+            build(docker, CPU_IMAGE, "--build-arg", torch, "--build-arg", f"UV_FIND_LINKS={url}")
+    return {IMAGE, CPU_IMAGE}
 
 
 @pytest.fixture(scope="session")
-def docker(built: str) -> Iterator[Engine]:
+def docker(built: set[str]) -> Iterator[Engine]:
     """An engine whose containers reach each other and nothing else."""
     with engine(isolated=True) as running:
         yield running
