@@ -207,6 +207,7 @@ def folders(docker: Engine, tmp_path_factory: pytest.TempPathFactory) -> Folders
     for name in ("runs", "data"):
         folder = tmp_path_factory.mktemp(name)
         os.chown(folder, UID, UID)
+        folder.chmod(0o755)
         made.append(folder)
     for parent in made[0].parents[:2]:  # pytest's folders are its user's own
         parent.chmod(parent.stat().st_mode | 0o011)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import time
 from pathlib import Path
@@ -41,10 +42,13 @@ class Compose:
         build = {"network": "host", "args": {"BASE_IMAGE": STANDIN}}
         if CERTIFICATES.exists():
             build["args"]["SSL_CERT_FILE"] = str(CERTIFICATES)  # type: ignore[index]
+        # Where root may not lift the limit of locked memory, the engine cannot set "unlimited".
+        limits = {"memlock": resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]}
         services = {
             name: {
                 "command": [*self._shipped_command(name), *more],
                 "build": build,
+                "ulimits": limits,
                 "volumes": [f"{raw}:{raw}:ro"] if Path(raw).is_dir() else [],
             }
             for name, more in words.items()
