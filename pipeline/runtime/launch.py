@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from threading import Timer
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -21,6 +26,7 @@ from pipeline.runtime.hardware import (
 from pipeline.runtime.ranks import gather_by_node, node_name
 
 log = logging.getLogger("pipeline")
+JOIN_MARGIN = 10.0  # seconds in which PyTorch's own messages about its time limit come first
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -53,7 +59,22 @@ def make_accelerator(precision: str) -> Accelerator:
         raise ConfigError(
             "train.precision (fp16): needs a CUDA device; use bf16, fp32 or auto on this machine."
         )
-    accelerator = Accelerator(
+    with _bounded(waits.total_seconds() + JOIN_MARGIN):
+        accelerator = _join(on_cuda, precision, waits)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise ConfigError(
+            f"WORLD_SIZE ({launched}) processes were launched but Accelerate sees "
+            f"{accelerator.num_processes}: every process would train alone and write the same "
+            "files. Launch with: accelerate launch --multi_gpu --num_processes N pipeline/train.py "
+            "... (also on CPU), or torchrun --nproc_per_node N pipeline/train.py ..."
+        )
+    return accelerator
+
+
+def _join(on_cuda: bool, precision: str, waits: timedelta) -> Accelerator:
+    """Join the other ranks, if there are any, and return the Accelerator."""
+    return Accelerator(
         # Without cpu=True, processes on a machine without GPUs would not join one group.
         cpu=not on_cuda,
         mixed_precision=MIXED_PRECISION[precision],
@@ -67,15 +88,32 @@ def make_accelerator(precision: str) -> Accelerator:
             ),
         ],
     )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
-        raise ConfigError(
-            f"WORLD_SIZE ({launched}) processes were launched but Accelerate sees "
-            f"{accelerator.num_processes}: every process would train alone and write the same "
-            "files. Launch with: accelerate launch --multi_gpu --num_processes N pipeline/train.py "
-            "... (also on CPU), or torchrun --nproc_per_node N pipeline/train.py ..."
+
+
+@contextmanager
+def _bounded(seconds: float) -> Iterator[None]:
+    """End this process if joining the other ranks takes longer.
+
+    gloo has no time limit for a rank that waits to be connected to, and the other may be dead.
+    """
+
+    def give_up() -> None:
+        print(
+            f"error: rank {os.environ.get('RANK', '0')} on {node_name()} waited {seconds:.0f} s "
+            "for the other ranks, but not all reached it. The first failure of their logs is "
+            "the cause; without one, set GLOO_SOCKET_IFNAME to the interface that reaches them.",
+            file=sys.stderr,
+            flush=True,
         )
-    return accelerator
+        os._exit(1)
+
+    timer = Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _refuse_missing_gpus() -> None:

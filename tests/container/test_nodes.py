@@ -155,3 +155,16 @@ def test_a_node_whose_own_name_means_a_loopback_address_is_reached(
             assert codes == [0, 0], "\n".join(node.log() for node in nodes)
     finally:
         folders.docker.run("network", "rm", network)
+
+
+def test_nodes_that_never_reach_each_other_end_within_the_bound(
+    folders: Folders, data: Path
+) -> None:
+    """gloo waits for ever to be connected to, so the node that is not reached has a limit."""
+    with two_nodes(folders, "apart", GLOO_SOCKET_IFNAME="lo") as nodes:
+        codes = [node.wait(LOST_SECONDS + 150) for node in nodes]
+        log = nodes[1].log()
+    print(log)
+    assert codes == [1, 1]
+    assert "error: rank 1 on node1 waited 40 s for the other ranks" in log
+    assert not (folders.runs / "apart").exists()
