@@ -62,7 +62,7 @@ mutants: $(DEV_READY)  ## Are changed lines noticed by the tests? Modules of tes
 test-cluster: $(DEV_READY) slurm-programs  ## The Slurm scripts on a two-node Slurm started for it (needs root)
 	$(BIN)/python -m pytest -m cluster --durations=0
 
-test-container: $(DEV_READY) container-programs  ## The image, built with buildah and run (root, 15 GB of disk)
+test-container: $(DEV_READY) container-programs  ## The image, built and run by a Docker engine started for it (root, 20 GB)
 	$(BIN)/python -m pytest -m container --durations=0 -rP
 
 check: $(DEV_READY)  ## Format, lint, types, imports, dependencies, dead code, spelling, scripts
@@ -140,10 +140,17 @@ newer-slurm:
 			trixie .slurm-24.tmp && touch .slurm-24.tmp/.ready && mv .slurm-24.tmp .slurm-24; \
 	} </dev/null >/dev/null 2>&1 || true
 
+# Compose 2 is in no older Debian: its package is then taken from a newer one, for the tests alone.
 container-programs:
-	@test "$$(id -u)" != 0 || type buildah mmdebstrap >/dev/null || ! command -v apt-get >/dev/null || { \
-		install="apt-get install -y -qq --no-install-recommends buildah crun mmdebstrap"; \
-		$$install || { apt-get update -qq && $$install; }; \
+	@test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || { \
+		type dockerd docker mmdebstrap >/dev/null || { \
+			test -e /usr/sbin/policy-rc.d || { made=1; printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d; \
+				chmod +x /usr/sbin/policy-rc.d; }; \
+			install="apt-get install -y -qq --no-install-recommends docker.io iptables mmdebstrap"; \
+			$$install || { apt-get update -qq && $$install; }; \
+			type docker || apt-get install -y -qq --no-install-recommends docker-cli; \
+			test -z "$$made" || rm -f /usr/sbin/policy-rc.d; }; \
+		sh tests/container/compose.sh; \
 	} </dev/null >/dev/null 2>&1 || true
 
 # -- the environment ----------------------------------------------------------------------------

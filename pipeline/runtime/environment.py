@@ -7,7 +7,10 @@ line, or refused with a remedy; none changes a run in silence. Imports nothing h
 from __future__ import annotations
 
 import os
+import socket
+import struct
 import sys
+from contextlib import suppress
 
 from pipeline.runtime.errors import LaunchError
 
@@ -75,6 +78,38 @@ def require_whole_launch() -> None:
             )
     for name in ALONE:
         os.environ.pop(name, None)
+
+
+def use_reachable_interface() -> None:
+    """Make gloo listen where other nodes reach this one, on a host whose own name means loopback.
+
+    gloo listens on the address of the host's name. Debian writes it into /etc/hosts as 127.0.1.1,
+    and a container on the host's network has that file. A set GLOO_SOCKET_IFNAME is left alone.
+    """
+    alone = os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if alone or os.environ.get("GLOO_SOCKET_IFNAME"):
+        return
+    with suppress(OSError):  # a name that means nothing: gloo's own error says so
+        if not socket.gethostbyname(socket.gethostname()).startswith("127."):
+            return
+    with suppress(OSError, KeyError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((os.environ["MASTER_ADDR"], 9))  # sends nothing, but chooses a route
+        mine = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            if _address(probe, name) == mine and not mine.startswith("127."):
+                os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _address(opened: socket.socket, interface: str) -> str:
+    """Return the IPv4 address of an interface; "" without one. Linux only."""
+    get_address = 0x8915  # SIOCGIFADDR of linux/sockios.h
+    try:
+        import fcntl
+
+        said = fcntl.ioctl(opened, get_address, struct.pack("256s", interface.encode()))
+    except (OSError, ImportError):
+        return ""
+    return socket.inet_ntoa(said[20:24])
 
 
 def drop_accelerate_settings(precision: str) -> list[str]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from threading import Timer
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -23,6 +27,7 @@ from pipeline.runtime.ranks import gather_by_node, node_name
 
 log = logging.getLogger("pipeline")
 NCCL_EXTRA_SECONDS = 60.0
+JOIN_MARGIN = 10.0  # seconds in which PyTorch's own messages about its time limit come first
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -39,6 +44,7 @@ def make_accelerator(precision: str, rank_timeout: float = 600.0) -> Accelerator
         ConfigError: fp16 without a GPU, or processes that did not join one group.
     """
     environment.require_whole_launch()
+    environment.use_reachable_interface()
     for line in environment.drop_accelerate_settings(MIXED_PRECISION[precision]):
         if os.environ.get("RANK", "0") == "0":
             log.warning(line)
@@ -58,20 +64,21 @@ def make_accelerator(precision: str, rank_timeout: float = 600.0) -> Accelerator
     # NCCL ends a process with a dump of its threads. The ranks also meet over gloo once a step,
     # which fails with an error that has a message: it comes first.
     limit = timedelta(seconds=rank_timeout + (NCCL_EXTRA_SECONDS if on_cuda else 0))
-    accelerator = Accelerator(
-        # Without cpu=True, processes on a machine without GPUs would not join one group.
-        cpu=not on_cuda,
-        mixed_precision=MIXED_PRECISION[precision],
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(
-                # The only buffers in training, the vectors of spectral norm, are functions of the
-                # weights: no rank needs another's.
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            ),
-            InitProcessGroupKwargs(timeout=limit),
-        ],
-    )
+    with _bounded(rank_timeout + JOIN_MARGIN):
+        accelerator = Accelerator(
+            # Without cpu=True, processes on a machine without GPUs would not join one group.
+            cpu=not on_cuda,
+            mixed_precision=MIXED_PRECISION[precision],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    # The only buffers in training, the vectors of spectral norm, are functions of
+                    # the weights: no rank needs another's.
+                    broadcast_buffers=False,
+                    gradient_as_bucket_view=True,
+                ),
+                InitProcessGroupKwargs(timeout=limit),
+            ],
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise ConfigError(
@@ -81,6 +88,33 @@ def make_accelerator(precision: str, rank_timeout: float = 600.0) -> Accelerator
             "... (also on CPU), or torchrun --nproc_per_node N pipeline/train.py ..."
         )
     return accelerator
+
+
+@contextmanager
+def _bounded(seconds: float) -> Iterator[None]:
+    """End this process if joining the other ranks takes longer.
+
+    gloo has no time limit for a rank that waits to be connected to, and the other may be dead.
+    """
+
+    def give_up() -> None:
+        print(
+            f"error: rank {os.environ.get('RANK', '0')} on {node_name()} waited {seconds:.0f} s "
+            "for the other ranks, but not all reached it. The first failure of their logs is "
+            "the cause; without one, set GLOO_SOCKET_IFNAME to the interface that reaches them.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(errors.USER_ERROR_EXIT_CODE)
+
+    timer = Timer(seconds, give_up)
+    timer.daemon = True
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _refuse_missing_gpus() -> None:

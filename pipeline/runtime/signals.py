@@ -13,13 +13,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from datetime import timedelta
-
     import torch
 
 HANDLED = tuple(  # those that exist here: Windows, where only --help works, lacks three of them
@@ -142,7 +141,7 @@ class Agreement:
 
     Args:
         world_size: number of ranks; with 1 there is nothing to exchange.
-        timeout: how long ranks may wait for each other; None = PyTorch's default.
+        timeout: how long ranks may wait for each other; None = ten minutes.
     """
 
     def __init__(self, world_size: int, timeout: timedelta | None = None) -> None:
@@ -152,7 +151,8 @@ class Agreement:
         if world_size > 1:
             import torch.distributed as dist
 
-            self._group = dist.new_group(backend="gloo", timeout=timeout)
+            waits = timeout or timedelta(minutes=10)
+            self._group = dist.new_group(backend="gloo", timeout=waits)
 
     def agree(self, stop: bool, flag: bool = False) -> tuple[bool, bool]:
         """Return (stop, flag): True where any rank passed True.
