@@ -62,7 +62,7 @@ mutants: $(DEV_READY)  ## Are changed lines noticed by the tests? Modules of tes
 test-cluster: $(DEV_READY) slurm-programs  ## The Slurm scripts on a two-node Slurm started for it (needs root)
 	$(BIN)/python -m pytest -m cluster --durations=0
 
-test-container: $(DEV_READY) container-programs  ## The image, built and run by a Docker engine started for it (root, 20 GB)
+test-container: $(DEV_READY) container-programs  ## The image, built and run by a Docker engine started for it (root, 25 GB)
 	$(BIN)/python -m pytest -m container --durations=0 -rP
 
 check: $(DEV_READY)  ## Format, lint, types, imports, dependencies, dead code, spelling, scripts

@@ -14,8 +14,8 @@ uv venv --python "$(command -v python3)" "$venv"
 if [ "$torch" = cuda ]; then
   exec uv pip sync --python "$venv/bin/python" --require-hashes requirements.txt
 fi
-awk -v gpu="$gpu" '/^[a-z]/ {left = $0 ~ gpu} !left' requirements.txt >/tmp/requirements-cpu.txt
-uv pip sync --python "$venv/bin/python" --require-hashes /tmp/requirements-cpu.txt
+awk -v gpu="$gpu" '/^[a-z]/ {left = $0 ~ gpu} !left' requirements.txt >requirements-cpu.txt
+uv pip sync --python "$venv/bin/python" --require-hashes requirements-cpu.txt
 [ "$torch" != cpu ] || torch=$(sed -nE 's/^(torch|torchvision)==([^ ]+) .*/\1==\2+cpu/p' requirements.txt)
 # An index or a folder given as UV_INDEX or UV_FIND_LINKS stands in for PyTorch's own.
 backend=--torch-backend=cpu

@@ -89,7 +89,7 @@ def use_reachable_interface() -> None:
     alone = os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1")
     if alone or os.environ.get("GLOO_SOCKET_IFNAME"):
         return
-    with suppress(OSError):  # a name that means nothing: gloo's own error says so
+    with suppress(OSError):  # a name that means nothing: gloo would take loopback
         if not socket.gethostbyname(socket.gethostname()).startswith("127."):
             return
     with suppress(OSError, KeyError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

@@ -175,6 +175,12 @@ def served(folder: Path) -> Iterator[str]:
         server.server_close()
 
 
+def tidy(docker: Engine) -> None:
+    """Remove what earlier builds left, but the layers and packages that the next one needs."""
+    docker.docker("image", "prune", "--force")
+    docker.docker("builder", "prune", "--force", "--keep-storage", "16GB")
+
+
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """Build the image and, if this machine has a CPU build of PyTorch, the CPU image."""
@@ -187,10 +193,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         _make_standin(docker, tmp_path_factory.mktemp("base"))
         build(docker, IMAGE)
         if (wheel := cpu_wheel()) is None:
+            tidy(docker)
             return {IMAGE}
         with served(wheel.parent) as url:
             torch = f"TORCH=torch=={wheel.name.split('-')[1]}"
             build(docker, CPU_IMAGE, "--build-arg", torch, "--build-arg", f"UV_FIND_LINKS={url}")
+        tidy(docker)
     return {IMAGE, CPU_IMAGE}
 
 
