@@ -193,9 +193,9 @@ nodes_answer() {
   echo "$said"
   [ "$status" -lt 124 ] || return 1  # it waited, or was stopped
   # Words of a node or a controller that is gone, for now.
-  ! grep -qE 'launch|ode failure|not available \(|contact|ontroller|ommunication|timed out|busy' \
+  ! grep -qiE 'launch|node failure|not available \(|contact|controller|communication|timed out|busy' \
     <<<"$said" || return 1
-  ! grep -qE 'onfiguration (file|source)|completing|allocation|aborted|xit code|slurmstepd' \
+  ! grep -qiE 'configuration (file|source)|completing|allocation|aborted|exit code|slurmstepd' \
     <<<"$said" || return 1
   return 2
 }
@@ -208,7 +208,7 @@ require_counted_gpus() {
   found=$(timeout 90 srun "${everywhere[@]}" bash -c '
     gpus=$(timeout 30 nvidia-smi -L 2>/dev/null | grep -c "^GPU ")
     # Slurm denies a job the devices of others: they can be seen, not opened.
-    [ "$gpus" -gt 0 ] || for device in /dev/nvidia[0-9]* /dev/dri/renderD*; do
+    [ "$gpus" -gt 0 ] || for device in /dev/nvidia[0-9]* /dev/dri/render*; do
       case $device in /dev/dri/*) [ -e /dev/kfd ] || continue ;; esac
       ! { : <"$device"; } 2>/dev/null || gpus=$((gpus + 1))
     done
