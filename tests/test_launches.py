@@ -121,6 +121,33 @@ def test_a_launcher_that_dies_stops_the_run_with_a_checkpoint(
     assert_bitwise_equal(state_of(folder, end), state_of(tmp_path / "whole", end))
 
 
+@pytest.mark.parametrize("launched", [False, True], ids=["python", "accelerate launch"])
+def test_ctrl_c_stops_the_run_with_a_checkpoint(
+    launched: bool, settings: Settings, tmp_path: Path
+) -> None:
+    """SIGINT to the whole process group, as a terminal sends it. Python alone prints one line; the
+    launcher prints a traceback of its own and may leave before the run has saved.
+    """
+    folder = tmp_path / "run"
+    before = launcher(1) if launched else [sys.executable]
+    process = start([*before, "pipeline/train.py", *settings(ENDLESS)])
+    try:
+        wait_for(lambda: begun(folder), "third step")
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=TIMEOUT)
+        wait_for(lambda: not processes_of(folder), "end of the run")
+    finally:
+        for orphan in processes_of(folder):
+            orphan.kill()
+        kill(process)
+    stopped_at = (folder / "PREEMPTED").read_text()
+    assert (folder / "progress").read_text() == stopped_at
+    assert f"at step {stopped_at}; run the same command again to go on" in output
+    if not launched:
+        assert process.returncode == 0
+        assert "Traceback" not in output
+
+
 def test_a_closed_session_stops_the_run_and_nohup_keeps_it(
     settings: Settings, tmp_path: Path
 ) -> None:
