@@ -169,8 +169,8 @@ def load_discriminators(
             f"--run ({run}): model.architecture is {config.model.architecture}, whose D has no "
             "convolutional layers. Give a run with model.architecture=dcgan."
         )
-    found, damaged = (checkpoint.read(folder), []) if folder else checkpoint.read_newest(run)
-    for line in damaged:
+    found, damaged = (checkpoint.read(folder), {}) if folder else checkpoint.read_newest(run)
+    for line in damaged.values():
         print(f"damaged checkpoint passed over: {line}", file=sys.stderr, flush=True)
     if found is None:
         raise CheckpointError(
