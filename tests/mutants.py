@@ -24,6 +24,7 @@ MODULES = {
     "data/order": "tests/data/test_order.py",
     "data/reader": "tests/data/test_reader.py",
     "runs/checkpoint": "tests/runs/test_checkpoint.py",
+    "runs/identity": "tests/runs/test_run_folder.py",
     "runs/results": "tests/runs/test_results.py",
     "runs/run_folder": "tests/runs/test_run_folder.py",
     "runtime/signals": "tests/runtime/test_signals.py",
