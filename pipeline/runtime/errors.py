@@ -158,7 +158,8 @@ def _report_lost_rank(error: BaseException) -> None:
     print(
         f"error: rank {rank} lost another rank, or waited for it for {rank_timeout}: {detail}. "
         "See the end of the other ranks' output, then run the same command again on all "
-        "nodes: training resumes from its last checkpoint. If a rank is only slow, raise train.rank_timeout.",
+        "nodes: training resumes from its last checkpoint. If a rank is only slow, raise "
+        "train.rank_timeout.",
         file=sys.stderr,
         flush=True,
     )
