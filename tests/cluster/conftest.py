@@ -74,7 +74,8 @@ def slurm(request: pytest.FixtureRequest) -> Iterator[MiniSlurm]:
         without("the daemons of the test's own Slurm need root")
     root = NEWER if request.param == "newer" else None
     if root and not (root / "usr/sbin/slurmctld").exists():
-        without(f"no newer Slurm in {root}; make slurm-programs installs it with mmdebstrap")
+        # Also in CI: a machine may reach its own packages, but no mirror of another Debian.
+        pytest.skip(f"no newer Slurm in {root}; make slurm-programs installs it with mmdebstrap")
     mini = MiniSlurm(root)
     try:
         mini.start()
