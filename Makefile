@@ -25,7 +25,7 @@ export UV_COMPILE_BYTECODE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-faults coverage mutants check wings bench lock clean fashion-mnist test-cluster test-container \
+.PHONY: help setup demo test test-faults faults-long coverage mutants check wings bench lock clean fashion-mnist test-cluster test-container \
 	slurm-programs newer-slurm container-programs
 
 help:  ## This list
@@ -44,8 +44,11 @@ demo: $(RUN_READY)  ## Prepare Fashion-MNIST, train a small DCGAN on this machin
 test: $(DEV_READY)  ## Every test that needs neither a cluster nor the network nor damage on purpose
 	$(BIN)/python -m pytest -m "not cluster and not container and not faults"
 
-test-faults: $(DEV_READY)  ## Full disks, damaged files, hopeless settings: what users and machines do
+test-faults: $(DEV_READY)  ## Damaged and hostile files, full disks, kills: a sample of tests/faults, and more
 	$(BIN)/python -m pytest -m faults
+
+faults-long: $(DEV_READY)  ## Every case of tests/faults, and a soak of 20 minutes; docs/reliability.md (hours)
+	$(BIN)/python tests/faults --all --write
 
 # A part: make coverage TESTS="tests/runtime tests/config". A failed test does not stop it: a test that
 # limits the size of files also keeps coverage from writing its own.

@@ -39,8 +39,8 @@ VARIANTS: dict[str, list[str]] = {
     "TTUR 1e-4, 4e-4": ["optim.g_lr=1e-4", "optim.d_lr=4e-4"],
     "DiffAugment": ["stability.augment=[color,translation,cutout]"],
     "R1, gamma 1": ["stability.r1_gamma=1"],
-    "spectral norm": ["model.spectral_norm=true"],
-    "spectral norm, hinge": ["model.spectral_norm=true", "model.loss=hinge"],
+    "spectral norm": ["model.d_norm=spectral"],
+    "spectral norm, hinge": ["model.d_norm=spectral", "model.loss=hinge"],
 }
 EVALUATION = ["eval.num_images=2000", "eval.reference_images=10000", "tracking.wandb=disabled"]
 SPLITS = ("train", "test")

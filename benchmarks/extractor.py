@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from PIL import Image, ImageFilter
 from torch import Tensor
@@ -24,10 +25,14 @@ from pipeline.data.cache import Cache
 from pipeline.data.reader import Reader
 from pipeline.data.shards import Index, read_index
 from pipeline.evaluation.candidates import chosen_ids
-from pipeline.evaluation.extractors import Extractor, extract, load_extractor
-from pipeline.evaluation.metrics import compute_scores, make_reference
+from pipeline.evaluation.extractors import MOST_FEATURES, Extractor, extract, load_extractor
+from pipeline.evaluation.metrics import compute_scores
+from pipeline.evaluation.moments import FeatureSet
 from pipeline.evaluation.protocol import make_protocol
+from pipeline.evaluation.references import make_reference
 from pipeline.runtime.signals import Agreement
+
+CPU = torch.device("cpu")
 
 Pixels = np.ndarray
 SERIES: dict[str, tuple[float, ...]] = {
@@ -87,15 +92,26 @@ def main() -> None:
             precision="auto",
         )
         extractor = load_extractor(config, accelerator)
-        extractors[layer] = extractor, make_protocol(config, extractor, index)
+        extractors[layer] = extractor, make_protocol(config, extractor, index)[0]
     widest = widest_of([extractor for extractor, _ in extractors.values()])
 
     def features(images: Pixels) -> dict[str, Tensor]:
-        found = extract(
-            lambda a, b: images[a:b], len(images), widest, accelerator, 64, Agreement(1)
+        rounds: list[dict[str, Tensor]] = []
+        extract(
+            lambda a, b: images[a:b],
+            len(images),
+            widest,
+            accelerator,
+            64,
+            Agreement(1),
+            rounds.append,
         )
-        assert found is not None
-        return found
+        return {layer: torch.cat([part[layer] for part in rounds]) for layer in rounds[0]}
+
+    def set_of(found: dict[str, Tensor], layer: str) -> FeatureSet:
+        rows = FeatureSet(layer, MOST_FEATURES, with_statistics=True)
+        rows.add(found)
+        return rows
 
     # One permutation gives the reference, then disjoint images, enough to drop classes.
     ids = chosen_ids(index.num_samples, min(index.num_samples, 7 * count))
@@ -120,9 +136,9 @@ def main() -> None:
     values: dict[str, dict[tuple[str, str], float]] = {head: {} for head in heads}
     for (kind, amount), found in rows.items():
         cells = []
-        for layer, (extractor, protocol) in extractors.items():
-            reference = make_reference(protocol.reference, real[layer])
-            scores = compute_scores(found, extractor, reference, protocol)
+        for layer, (_, protocol) in extractors.items():
+            reference = make_reference(protocol.reference, set_of(real, layer), CPU)
+            scores = compute_scores(set_of(found, layer), reference, protocol, CPU)
             for column, name in zip(columns, ("fid", "kid", "precision", "recall"), strict=True):
                 value = scores.get(protocol.key(name))
                 if value is not None:

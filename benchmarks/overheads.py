@@ -94,7 +94,7 @@ def occasional(config: Config, step: float, gan: GAN, folder: Path) -> list[str]
         checkpoint.save(folder, 1, gan.networks(), gan.optimizers(), state)
 
     def snapshot() -> None:
-        checkpoint.export_snapshot(folder, 1, gan.G_ema.state_dict(), config, device)
+        snapshot.export_snapshot(folder, 1, gan.G_ema.state_dict(), config, device)
 
     def grid() -> None:
         z = draw_z(model, 64, rng(0, "grid"))

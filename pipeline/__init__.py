@@ -5,6 +5,19 @@ import sys
 from pathlib import Path
 
 
+def _leave_working_folder() -> None:
+    """Take the working folder off the search path of modules, unless this package lies in it.
+
+    ``python -m`` puts it first, so that a json.py beside a downloaded run would be executed.
+    """
+    here = Path.cwd() if sys.argv[:1] == ["-m"] else None  # as it is while Python finds the module
+    if here and sys.path[:1] == [str(here)] and not here.samefile(Path(__file__).parents[1]):
+        del sys.path[0]
+
+
+_leave_working_folder()
+
+
 def require_own_package(script: str) -> None:
     """Exit with code 2 if ``script`` belongs to another checkout; else prepare the process for it.
 

@@ -35,6 +35,7 @@ import dataclasses
 import sys
 from contextlib import closing
 from functools import partial
+from os.path import realpath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ from pipeline.config.loading import load
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.papers import probe
 from pipeline.runs.step_folders import SNAPSHOTS, committed
-from pipeline.runtime.arguments import HelpFormatter, number
+from pipeline.runtime.arguments import HelpFormatter, Once, number
 from pipeline.runtime.errors import EvaluationError, exit_on_user_error
 from pipeline.runtime.files import exists
 
@@ -160,7 +161,7 @@ def _score_without_run(path: Path, scorer: Scorer) -> None:
 
     G, model = on_every_rank(accelerator, open_generator)
     scorer.load_reference()
-    _print_scores(scorer.score(candidates.generated_images(G, model, config.seed), path.name))
+    _print_scores(scorer.score(scorer.generated_images(G, model), path.name))
 
 
 def _print_scores(scores: dict[str, float]) -> None:
@@ -198,20 +199,36 @@ def parse(words: list[str]) -> argparse.Namespace:
     probe.add_arguments(add_command("probe", help=about_probe, description=probe.__doc__))
     for command in (score, reference):
         add = command.add_argument
-        add("--run", type=Path, metavar="DIR", help="run folder; its configuration is used")
-        add("--config", metavar="FILE", help="YAML configuration to use instead of the run's")
+        add(
+            "--run",
+            action=Once,
+            type=Path,
+            metavar="DIR",
+            help="run folder; its configuration is used",
+        )
+        add(
+            "--config",
+            action=Once,
+            metavar="FILE",
+            help="YAML configuration to use instead of the run's",
+        )
     out = "file to copy the reference to; without it, it is only put into eval.cache_dir"
-    reference.add_argument("--out", type=Path, metavar="FILE", help=out)
+    reference.add_argument("--out", action=Once, type=Path, metavar="FILE", help=out)
     add = score.add_mutually_exclusive_group().add_argument
     one = "score one folder of snapshots/ or checkpoints/ instead of the newest of the run"
-    add("--checkpoint", type=Path, metavar="DIR", help=one)
-    add("--images", metavar="DIR", help="score a folder, zip archive or tar files of images")
+    add("--checkpoint", action=Once, type=Path, metavar="DIR", help=one)
+    add(
+        "--images",
+        action=Once,
+        metavar="DIR",
+        help="score a folder, zip archive or tar files of images",
+    )
     add("--pending", action="store_true", help="score every step that has no score yet")
     add("--watch", action="store_true", help="as --pending, repeatedly until the training ends")
     add = score.add_argument
     seconds = "seconds between two looks of --watch at the run folder"
     add("--every", type=number(0, 86_400), default=30.0, metavar="S", help=seconds)
-    metrics = "fidelity: FID, IS, KID, precision, recall; parzen: log-likelihood (2014)"
+    metrics = "fidelity: those of eval.metrics; parzen: log-likelihood (2014)"
     add("--metrics", choices=("fidelity", "parzen"), default="fidelity", help=metrics)
     for command in (score, reference):
         overrides = "override a value of the configuration"
@@ -228,7 +245,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     if options.command == "score":
         if options.checkpoint and not options.run:
             # The scores of runs/x/snapshots/step_N go to the ledger of runs/x.
-            parents = options.checkpoint.resolve().parents
+            parents = Path(realpath(options.checkpoint)).parents
             if len(parents) > 1 and (parents[1] / "config.yaml").is_file():
                 options.run = parents[1]
         if not (options.run or options.checkpoint or (options.config and options.images)):
@@ -253,7 +270,7 @@ def configuration(options: argparse.Namespace) -> Config:
             f"{field} {folder}: the folder has no config.yaml. Give a run folder; runs beside it: "
             f"{', '.join(near) or 'none'}."
         )
-    config = load(folder / "config.yaml", options.overrides)
+    config = load(folder / "config.yaml", options.overrides, saved=True)
     # The folder may have been moved or copied since the run wrote its configuration.
     return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
 

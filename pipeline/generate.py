@@ -34,6 +34,7 @@ import re
 import signal
 import sys
 from functools import partial
+from os.path import realpath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,7 @@ def generate(options: argparse.Namespace) -> None:
     _check_output(options)
     # Importing torch takes seconds. --help and the checks above do without it.
     from pipeline.generation.latent import Table
-    from pipeline.runs.checkpoint import check_finite, load_snapshot
+    from pipeline.runs.snapshot import check_finite, load_snapshot
     from pipeline.runtime import launch, ranks
 
     accelerator = launch.make_accelerator("fp32")
@@ -101,9 +102,10 @@ def _images(
     """Write a set of images with all ranks. Exit with 128 + n after signal n."""
     import torch
 
-    from pipeline.generation.image_sets import ImageSet, write
+    from pipeline.generation.image_set import ImageSet
+    from pipeline.generation.image_sets import write
     from pipeline.models import sampling
-    from pipeline.runs.checkpoint import weights_file
+    from pipeline.runs.snapshot import weights_file
     from pipeline.runtime.console import progress
     from pipeline.runtime.files import sha256_of
 
@@ -116,7 +118,7 @@ def _images(
         "truncation": options.truncation,
         "class": options.of_class,
         "generator_sha256": sha256_of(weights_file(path)),
-        "snapshot": path.resolve().name,
+        "snapshot": Path(realpath(path)).name,
         "torch": torch.__version__,
         "device": accelerator.device.type,
     }
@@ -183,7 +185,11 @@ def _hub(options: argparse.Namespace, path: Path, G: nn.Module, table: Table) ->
     out = options.out
     if out.exists() and options.push:
         export.check_hub_folder(out, G, table.model, path)
-        print(f"already complete: {out}", flush=True)
+        print(
+            f"already complete: {out}: model.safetensors, config.yaml and config.json are those of "
+            "this G; README.md and grid.png may have been edited and are uploaded as they are",
+            flush=True,
+        )
     else:
         rows = f"rows 0-{GRID_IMAGES - 1} of seed {table.seed}"
         rows += "" if table.truncation == 1 else f", z times {table.truncation:g}"

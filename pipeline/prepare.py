@@ -24,10 +24,10 @@ if __name__ == "__main__":
 import argparse
 import math
 import re
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from os.path import realpath
 from pathlib import Path
 
 import numpy as np
@@ -36,32 +36,29 @@ from PIL import ImageColor
 from pipeline.data.audit import index_tars, verify
 from pipeline.data.cache import check_shards
 from pipeline.data.packing import (
-    SKIPPED_NAME,
     WORK_FOLDER,
     Job,
     Packed,
     begin,
     finished,
     hold,
-    load_packed,
     num_unfinished,
     pack,
-    printable,
     tar_bytes,
 )
 from pipeline.data.shards import INDEX_NAME, Index, read_index, write_index
-from pipeline.data.sources import Source, find
+from pipeline.data.skipped import SKIPPED_NAME, report, write_list
+from pipeline.data.sources import Source, find, listed_types
 from pipeline.runtime.arguments import HelpFormatter, integer, number, seed
-from pipeline.runtime.console import progress
+from pipeline.runtime.console import printable, progress, say
 from pipeline.runtime.errors import DataError, UserError, exit_on_user_error
-from pipeline.runtime.files import write_atomic
 from pipeline.runtime.host import cores
 from pipeline.runtime.process_pool import map_in_processes
 from pipeline.runtime.signals import exit_on_interrupt
 from pipeline.runtime.work_folder import SETTINGS_NAME, FolderInUse
 
-MOST_LISTED = 10
-"""Unreadable images named in the warning; ``skipped.txt`` lists all of them."""
+SKIPPED_SUM = "skipped_sha256"
+"""Key of the index: the checksum of ``skipped.txt``, None if there is none."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -70,8 +67,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="python -m pipeline.prepare", description=__doc__, formatter_class=HelpFormatter
     )
     add = parser.add_argument
-    add("source", nargs="?", metavar="SOURCE", help="fashion-mnist, a folder or a zip archive")
-    add("--out", type=Path, metavar="DIR", help="write the shards into this folder")
+    add(
+        "source",
+        nargs="?",
+        type=_expanded,
+        metavar="SOURCE",
+        help="fashion-mnist, a folder or a zip archive",
+    )
+    add("--out", type=_folder, metavar="DIR", help="write the shards into this folder")
     add("--size", type=integer(1, 4096), default=64, help="height and width in pixels")
     add("--channels", type=int, choices=(1, 3), help="gray or RGB (default: 1 for IDX, else 3)")
     formats = "npy decodes fastest, png is lossless and smaller, jpg is smallest"
@@ -83,9 +86,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--part", type=_part, metavar="I/N", help="pack only part I (0 to N-1) of N")
     add("--strict", action="store_true", help="fail when an image cannot be read")
     add("--split", choices=("train", "test"), default="train", help="which IDX files to read")
-    add("--idx", metavar="FOLDER", help="read the IDX files of fashion-mnist from this folder")
+    add(
+        "--idx",
+        type=_expanded,
+        metavar="FOLDER",
+        help="read the IDX files of fashion-mnist from this folder",
+    )
     add("--no-download", action="store_true", help="never use the network for fashion-mnist")
-    add("--verify", type=Path, metavar="DIR", help="check every checksum and decode every sample")
+    add(
+        "--verify", type=_folder, metavar="DIR", help="check every checksum and decode every sample"
+    )
     options = parser.parse_args(arguments)
     if (options.verify is None) == (options.source is None):
         parser.error("give either SOURCE, with --out DIR, or --verify DIR")
@@ -98,6 +108,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def _expanded(text: str) -> str:
+    """Return a path with ``~`` expanded; the word fashion-mnist stays as it is."""
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text}: there is no such user") from None
+
+
+def _folder(text: str) -> Path:
+    return Path(_expanded(text))
+
+
 def _part(text: str) -> tuple[int, int]:
     """Parse ``I/N``."""
     numbers = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
@@ -108,19 +130,19 @@ def _part(text: str) -> tuple[int, int]:
 
 def prepare(options: argparse.Namespace) -> str:
     """Pack a source, or index tars where they are; returns the summary for the user."""
-    folder = Path(options.source).expanduser()
+    folder = Path(options.source)
     if folder.is_dir() and any(folder.glob("*.tar")):
         if (folder / WORK_FOLDER / SETTINGS_NAME).exists() and not (folder / INDEX_NAME).exists():
             raise UserError(
                 f"SOURCE ({folder}): holds the shards of an interrupted prepare. Run the command "
                 "again that began it."
             )
-        if options.out is None or options.out.expanduser().resolve() == folder.resolve():
+        if options.out is None or realpath(options.out) == realpath(folder):
             return index_tars(folder, options.workers)
     if options.out is None:
         raise UserError("--out: is missing. Give the folder to write the shards into.")
-    out = options.out.expanduser()
-    if out.resolve() == folder.resolve():
+    out: Path = options.out
+    if realpath(out) == realpath(folder):
         raise UserError(f"--out ({out}): must be another folder than SOURCE.")
     source = find(
         options.source, split=options.split, idx=options.idx, download=not options.no_download
@@ -165,7 +187,8 @@ def _prepare_all(job: Job, options: argparse.Namespace) -> str:
     with hold(job):
         if job.is_complete:
             index = _read_complete(job)
-            _report_skipped(index.made_by["skipped"], out, options.strict)
+            found = index.made_by
+            report(found.get("skipped", 0), out, options.strict, found.get(SKIPPED_SUM))
             return f"already complete, nothing to do: {index.num_samples} samples in {out}"
         begin(job)
         index = _pack_all(job, options)
@@ -184,8 +207,7 @@ def _job(source: Source, out: Path, options: argparse.Namespace) -> Job:
     total = tar_bytes(options.size, channels, options.format) * len(source.names)
     shards = max(1, min(len(source.names), math.ceil(total / (options.shard_mib * 2**20))))
     if source.ignored:
-        types = ", ".join(f"{n} {suffix}" for suffix, n in sorted(source.ignored.items()))
-        _note(f"ignored files that are no images: {types}")
+        _note(f"ignored files that are no images: {listed_types(source.ignored)}")
     return Job(
         source=source,
         out=out,
@@ -204,10 +226,10 @@ def _read_complete(job: Job) -> Index:
     index = read_index(str(job.out))
     if "source_sha256" not in index.made_by:
         raise UserError(
-            f"--out ({job.out}): holds tars of another tool that were indexed. Give another --out."
+            f"--out ({job.out}): holds tars of another tool, says {INDEX_NAME}. Give another --out."
         )
-    job.work.refuse_differences(index.made_by, job.out, free={"source", "pillow"})
-    check_shards(index, "size")
+    job.work.refuse_differences(index.made_by, INDEX_NAME, job.out, free={"source", "pillow"})
+    check_shards(index, "auto")
     return index
 
 
@@ -217,54 +239,46 @@ def _pack_all(job: Job, options: argparse.Namespace) -> Index:
     done = [packed[number] for number in range(job.num_shards)]
     skipped = sorted(entry for one in done for entry in one.skipped)
     enlarged = sum(one.enlarged for one in done)
-    if skipped:
-        lines = [f"{printable(name)}\t{printable(why)}\n" for name, why in skipped]
-        write_atomic(job.out / SKIPPED_NAME, "".join(lines).encode())
+    listed = write_list(job.out, skipped)
     if len(skipped) == len(job.source.names):
         name, why = skipped[0]
         raise DataError(
             f"SOURCE ({job.source.location}): none of its {len(skipped)} images can be read, e.g. "
             f"{printable(name)}: {printable(why)}. All are listed in {job.out / SKIPPED_NAME}."
         )
-    _report_skipped(len(skipped), job.out, options.strict)
+    report(len(skipped), job.out, options.strict, listed)
     if enlarged:
         _note(f"{enlarged} images are smaller than {job.size} px and were enlarged")
-    made_by = job.describe() | {"skipped": len(skipped), "enlarged": enlarged}
+    counts = {"skipped": len(skipped), SKIPPED_SUM: listed, "enlarged": enlarged}
+    made_by = job.describe() | counts
     scans = [(one.shard, one.table, one.field) for one in done]
     return write_index(job.out, scans, (job.size, job.size, job.channels), made_by)
 
 
 def _pack(job: Job, numbers: Sequence[int], workers: int) -> dict[int, Packed]:
-    """Pack those of the shards that are not finished; returns all of them."""
+    """Pack those of the shards that are not finished; returns all of them, read and checked."""
     packed = finished(job, numbers)
     missing = [number for number in numbers if number not in packed]
     if packed:
         _note(f"continuing: {len(packed)} of {len(numbers)} shards are finished")
+    if not missing:
+        return packed
     total = sum(len(job.rows(number)) for number in missing)
-    if missing:
-        import webdataset  # noqa: F401  once, before the fork: it imports torch
+    import webdataset  # noqa: F401  once, before the fork: it imports torch
+
     with progress("pack", total) as advance:
         map_in_processes(partial(pack, job), missing, workers, advance)
-    return packed | {number: load_packed(job, number) for number in missing}
-
-
-def _report_skipped(skipped: int, out: Path, strict: bool) -> None:
-    """Warn about images that could not be read, or raise ``DataError`` if ``strict``."""
-    if not skipped:
-        return
-    file = out / SKIPPED_NAME
-    lines = file.read_text().splitlines() if file.exists() else []
-    more = [f"... {len(lines) - MOST_LISTED} more in {file}"] if len(lines) > MOST_LISTED else []
-    text = f"{skipped} images cannot be read, listed in {file}:\n  " + "\n  ".join(
-        [line.replace("\t", ": ") for line in lines[:MOST_LISTED]] + more
-    )
-    if strict:
-        raise DataError(f"--strict: {text}\nRepair or remove them, or leave out --strict.")
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    packed = finished(job, numbers)
+    if lost := len(numbers) - len(packed):
+        raise DataError(
+            f"--out ({job.out}): {lost} shards were changed while others were packed. Run the same "
+            "command again: it packs them again."
+        )
+    return packed
 
 
 def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr, flush=True)
+    say(f"note: {text}")
 
 
 def main() -> None:

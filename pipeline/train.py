@@ -23,15 +23,17 @@ if __name__ == "__main__":
 
 import argparse
 import logging
-import os
 import sys
 from contextlib import closing
 
 from pipeline.config.loading import load
-from pipeline.config.schema import Config, micro_batch_advice, micro_batching
+from pipeline.config.schema import Config
+from pipeline.config.sizes import micro_batch_advice, micro_batching, require_memory
 from pipeline.runtime.arguments import HelpFormatter
+from pipeline.runtime.environment import world_size
 from pipeline.runtime.errors import exit_on_user_error
-from pipeline.runtime.log_file import Recorder
+from pipeline.runtime.host import memory
+from pipeline.runtime.log_file import Printable, Recorder
 
 
 def train(config: Config) -> bool:
@@ -54,7 +56,9 @@ def train(config: Config) -> bool:
     launch.require_equal_precision(accelerator, precision)
     launch.warn_about_missing_processes(accelerator)
     hardware.configure_kernels(accelerator.device, config.train.deterministic)
-    micro_batch, accumulation = micro_batching(config, accelerator.num_processes)
+    ranks = accelerator.num_processes
+    micro_batch, accumulation = micro_batching(config, ranks)
+    require_memory(config, ranks, hardware.local_world_size(), memory())
     d_steps, total_steps = config.optim.d_steps, config.train.total_steps
 
     run = Run(config, accelerator, precision)
@@ -81,7 +85,7 @@ def train(config: Config) -> bool:
                 real, z, y = next(inputs)
                 d_terms.append(gan.update_D(real, z, step, y, turn))
             # Update G: maximise log D(G(z)).
-            loss_G = gan.update_G(z, step, y)
+            loss_G = gan.update_G(z, step, y, real)
             gan.update_average()
             run.meter.add(loss_G, d_terms)
 
@@ -91,6 +95,8 @@ def train(config: Config) -> bool:
                 run.log(step, gan)
             if run.due(step, config.train.sample_every):
                 run.sample(step, gan)
+            if step == total_steps:
+                inputs.finish_check()
             if run.save_due(step):
                 run.save(step, gan)
         run.finish(step)
@@ -112,10 +118,12 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     handlers = (logging.StreamHandler(), Recorder())
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers)
+    for handler in handlers:
+        handler.setFormatter(Printable("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=handlers)
     with exit_on_user_error():
         config = load(arguments.config, arguments.overrides)
-    with exit_on_user_error(micro_batch_advice(config, int(os.environ.get("WORLD_SIZE", "1")))):
+    with exit_on_user_error(micro_batch_advice(config, world_size())):
         finished = train(config)
     sys.exit(signals.exit_code(finished))
 

@@ -6,6 +6,7 @@ import functools
 import http.server
 import itertools
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,10 @@ Shape = tuple[int, int, int]
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+# A shell starts background jobs with SIGINT ignored, and so would every process that a test stops.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pixels_of(sample: int, shape: Shape) -> np.ndarray:

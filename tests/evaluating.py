@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from conftest import write_shards
+from launching import STATE
 from torch import nn
 
 from pipeline import evaluate
@@ -20,7 +21,8 @@ from pipeline.config.schema import (
 )
 from pipeline.models.dcgan import Discriminator, Generator, init_weights
 from pipeline.models.noise import rng
-from pipeline.runs import checkpoint
+from pipeline.models.sampling import generator_id
+from pipeline.runs import checkpoint, snapshot
 
 MODEL = ModelConfig(image_size=32, channels=1, z_dim=8, ngf=4, ndf=4)
 TINY = "tiny_extractor:Tiny"
@@ -61,15 +63,25 @@ def generator_of(step: int) -> Generator:
 
 def add_snapshot(run: Path, config: Config, step: int, G: nn.Module | None = None) -> Path:
     weights = (G or generator_of(step)).state_dict()
-    return checkpoint.export_snapshot(run, step, weights, config)
+    return snapshot.export_snapshot(run, step, weights, config)
 
 
 def add_checkpoint(run: Path, step: int) -> Path:
-    G, D = generator_of(step), Discriminator(MODEL)
-    return checkpoint.save(run, step, {"G": G, "D": D, "G_ema": generator_of(step + 1)}, {}, {})
+    G, G_ema = generator_of(step), generator_of(step + 1)
+    networks = {"G": G, "D": Discriminator(MODEL), "G_ema": G_ema}
+    ids = {
+        "G": generator_id(MODEL, G.state_dict()),
+        "G_ema": generator_id(MODEL, G_ema.state_dict()),
+    }
+    return checkpoint.save(run, step, networks, {}, STATE | {checkpoint.GENERATORS: ids})
 
 
 def evaluated(*words: object) -> None:
-    """Run ``evaluate`` in this process. Its errors are raised as exceptions."""
+    """Run ``evaluate`` in this process. Its errors are raised as exceptions.
+
+    The command line asks for the tiny extractor if the configuration of the run has it.
+    """
     options = evaluate.parse([str(word) for word in words])
+    if evaluate.configuration(options).eval.extractor == TINY:
+        options.overrides.append(f"eval.extractor={TINY}")
     evaluate.evaluate(options, evaluate.configuration(options))

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 REPO = Path(__file__).resolve().parents[1]
 TIMEOUT = 240
+STATE = {"run_id": "a", "precision": "fp32", "micro_batch": 4, "images_seen": 0, "stream": {}}
+"""What state.json of a checkpoint must have, for tests that save one without a run."""
 
 
 def free_port() -> int:
@@ -60,6 +62,27 @@ def started(*args: object, cwd: Path | None = None, **env: str) -> Iterator[subp
         yield process
     finally:
         kill(process)
+
+
+def start(words: list[str], **env: str) -> subprocess.Popen[str]:
+    """Start a command of the checkout in a process group of its own."""
+    return subprocess.Popen(
+        words,
+        cwd=REPO,
+        env=environment() | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    """Wait until a condition holds; ``what`` names it in the failure."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what}"
+        time.sleep(0.02)
 
 
 def kill(process: subprocess.Popen[str]) -> None:

@@ -9,13 +9,21 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import REPO, TIMEOUT, command, environment, free_port, kill
+from launching import (
+    REPO,
+    TIMEOUT,
+    command,
+    environment,
+    free_port,
+    kill,
+    start,
+    wait_for,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 Settings = Callable[..., list[str]]
@@ -52,18 +60,17 @@ def in_shell(line: str, words: list[str], **env: str) -> subprocess.CompletedPro
 
 
 @pytest.mark.parametrize(
-    "redirection",
+    ("processes", "redirection"),
     [
-        '"$@" 2>&1 | head -1; exit "${PIPESTATUS[0]}"',
-        '"$@" 2>&1 | true; exit "${PIPESTATUS[0]}"',
-        '"$@" 2>&-',
-        '"$@" >&- 2>&- <&-',
-        '"$@" >/dev/full 2>&1',
+        (2, '"$@" 2>&1 | head -1; exit "${PIPESTATUS[0]}"'),
+        (1, '"$@" 2>&1 | true; exit "${PIPESTATUS[0]}"'),
+        (1, '"$@" 2>&-'),
+        (2, '"$@" >&- 2>&- <&-'),
+        (1, '"$@" >/dev/full 2>&1'),
     ],
 )
-@pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_outlives_its_output(
-    redirection: str, processes: int, words: Settings, tmp_path: Path
+    processes: int, redirection: str, words: Settings, tmp_path: Path
 ) -> None:
     """A closed pipe, a stream closed from the start and a full disk cost lines of output only."""
     result = in_shell(redirection, words("tracking.wandb=offline", processes=processes))
@@ -282,7 +289,7 @@ def test_a_run_ends_when_its_folder_is_no_longer_its_own(
     """By one message at the next row or checkpoint, and it leaves nothing new at the old place."""
     folder = tmp_path / "run"
     settings = ("train.total_steps=100000", "train.log_every=10", "tracking.wandb=disabled")
-    process = begin(words(*settings))
+    process = start(words(*settings))
     try:
         wait_for(lambda: (folder / "metrics.jsonl").exists(), "metrics.jsonl")
         if damage == "moved":
@@ -307,25 +314,6 @@ def test_a_run_ends_when_its_folder_is_no_longer_its_own(
 # -- other ranks --------------------------------------------------------------------------------
 
 
-def begin(words: list[str], **env: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        words,
-        cwd=REPO,
-        env=environment() | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline, f"no {what}"
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize(("victim", "number"), [(1, "SIGKILL"), (1, "SIGSTOP"), (0, "SIGSTOP")])
 def test_a_rank_that_is_lost_ends_the_others_within_the_limit(
     victim: int, number: str, words: Settings, tmp_path: Path
@@ -333,7 +321,7 @@ def test_a_rank_that_is_lost_ends_the_others_within_the_limit(
     """Two processes without a launcher, as on two nodes: a message with bound and key, no trace."""
     folder, steps = tmp_path / "run", ("train.total_steps=100000", "train.rank_timeout=10")
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    ranks = [begin(words(*steps), **group, RANK=str(r), LOCAL_RANK=str(r)) for r in (0, 1)]
+    ranks = [start(words(*steps), **group, RANK=str(r), LOCAL_RANK=str(r)) for r in (0, 1)]
     try:
         wait_for(lambda: (folder / "progress").is_file(), "checkpoint")
         ranks[victim].send_signal(getattr(signal, number))

@@ -12,6 +12,7 @@ import pytest
 from launching import kill_at_step, rank_process, run, started, state_of, train
 
 from pipeline.runs.step_folders import committed, step_of
+from pipeline.runtime.documents import read_document, write_document
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 ENDLESS = "train.total_steps=1000000"
@@ -34,9 +35,10 @@ TEN = ("train.total_steps=10", "train.checkpoint_every=4", "train.keep=3")
 def own(ten_steps: Path, tmp_path: Path) -> Path:
     """A run folder that a test may damage; as if it had been trained where it is."""
     folder = Path(shutil.copytree(ten_steps, tmp_path / "run"))
-    content = json.loads((folder / "run.json").read_text())
-    content |= {"path": str(folder), "inode": folder.stat().st_ino}
-    (folder / "run.json").write_text(json.dumps(content))
+    content = read_document(folder / "run.json")
+    write_document(
+        folder / "run.json", content | {"path": str(folder), "inode": folder.stat().st_ino}
+    )
     return folder
 
 
@@ -201,7 +203,7 @@ def test_a_checkpoint_of_another_run_is_refused(
     path = Path("checkpoints") / "step_00000011"
     shutil.copytree(other / path, own / path)
     output = refused(*words, f"run.dir={own}")
-    assert f"is of run {identity(other)}, but this folder is of run {identity(own)}" in output
+    assert f"is of run {identity(other)}, but run.json says {identity(own)}" in output
     shutil.rmtree(own / path)
     train(1, *words, f"run.dir={own}")
 

@@ -94,8 +94,8 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(
         mine, theirs = weights_of(run_dir), weights_of(whole)
         difference = largest_difference(mine, theirs)
         print(f"largest difference of a weight: {difference:.2e}")
-        assert difference < 5e-3
-    assert largest_difference(*map(weights_of, uninterrupted.values())) < 5e-3
+        assert difference < 1e-2
+    assert largest_difference(*map(weights_of, uninterrupted.values())) < 1e-2
 
 
 def weights_of(run_dir: Path) -> dict:  # type: ignore[type-arg]
@@ -236,7 +236,7 @@ def test_the_loss_falls_and_the_grid_is_a_picture(uninterrupted: dict[int, Path]
         assert grid.size == (256, 256)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.faults), 2])
 def test_the_clock_alone_writes_checkpoints(
     processes: int, tiny_config: Path, training_settings: list[str], tmp_path: Path
 ) -> None:

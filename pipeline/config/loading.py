@@ -1,7 +1,9 @@
 """Load a configuration from YAML and the command line, check it, and dump it as YAML again.
 
-Precedence: dataclass defaults < YAML file < command line (``optim.g_lr=1e-4``). ``load`` returns
-plain dataclasses, never OmegaConf nodes, and reports all faults at once.
+Precedence: dataclass defaults < YAML file < command line (``optim.g_lr=1e-4``). ``load`` reports
+all faults at once. A value may refer to another key, ``${model.ngf}``, and to some environment
+variables, ``${oc.env:SLURM_JOB_ID}``. In a file that came with a run or a snapshot it may not, and
+such a file cannot make a command import an extractor.
 
 Relative paths in a YAML file are relative to the checkout of the file: the nearest folder above it
 with a ``pyproject.toml``, or the working folder without any. Relative paths on the command line are
@@ -17,19 +19,29 @@ import dataclasses
 import difflib
 import functools
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf import OmegaConf
 
-from pipeline.config import rules
-from pipeline.config.schema import Config, flatten
-from pipeline.runtime.console import say
+from pipeline.config import rules, yaml_file
+from pipeline.config.schema import EXTRACTORS, Config, flatten
+from pipeline.config.values import (
+    NULLS,
+    Misfit,
+    Unasked,
+    convert,
+    escape,
+    expand,
+    has_reference,
+    show,
+    types_of_keys,
+)
+from pipeline.config.yaml_file import Plain, Value
+from pipeline.runtime.console import printable, say
 from pipeline.runtime.errors import ConfigError
+from pipeline.runtime.text import masked_tree
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGS = (PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent) / "configs"
@@ -46,118 +58,176 @@ PATH_KEYS = (
     "eval.parzen_shards",
 )
 REMOVED_KEYS = {
-    "train.cuda_graph": (False, "set train.compile=true train.compile_mode=reduce-overhead"),
+    "train.cuda_graph": ("false", "set train.compile=true train.compile_mode=reduce-overhead"),
+    "model.spectral_norm": ("false", "set model.d_norm=spectral"),
 }
 """Keys that old run folders still hold: the value that changes nothing, and what to set instead."""
+RENAMED = {("model.spectral_norm", "true"): ("model.d_norm", Plain("spectral"))}
+"""Old keys with their values, and what they are called today; files that came with a run may have
+them."""
+SECTIONS: dict[str, Any] = {
+    entry.name: type(getattr(Config(), entry.name)) for entry in dataclasses.fields(Config)
+}
+COMMAND_LINE = "command line"
+MOST_FAULTS = 40
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load(path: str | Path, overrides: Sequence[str] = (), *, saved: bool = False) -> Config:
     """Load and check the configuration of a YAML file and ``section.key=value`` overrides.
+
+    Args:
+        path: the file.
+        overrides: values of the command line.
+        saved: the file came with a run, a snapshot or a folder of the Hub: the user may not have
+            read it. A config.yaml that lies beside the other files of one is always treated so.
 
     Raises:
         ConfigError: a list of all faults, each with field, value, requirement and remedy.
     """
     path, base_of_file = _find_file(Path(path))
-    file_tree = _read_yaml(path)
-    if (folder := _run_folder_of(path)) is not None:
-        _use_folder(file_tree, folder)
-    schema = OmegaConf.structured(Config)
-    _make_writable(schema)
-    faults: list[str] = []
-    bases: dict[str, Path] = {}
-    paths = {key: flatten(Config())[key] for key in PATH_KEYS}
-    defaults = OmegaConf.from_dotlist([f"{key}={path}" for key, path in paths.items() if path])
-    for source, tree, base in (
-        ("defaults", defaults, Path.cwd()),
-        (str(path), file_tree, base_of_file),
-        ("command line", _read_overrides(overrides, faults), Path.cwd()),
-    ):
-        for key, value in _flatten_tree(tree):
-            if key in PATH_KEYS:
-                bases[key] = base
-                if isinstance(value, str) and "${" not in value:  # otherwise `_resolve` does it
-                    value = _escape(_make_absolute(value, base))
-            if key in REMOVED_KEYS and value == REMOVED_KEYS[key][0]:
-                continue
-            fault = _assign(schema, key, value)
-            if fault:
-                faults.append(f"{fault} [{source}]")
-    if not faults:
-        faults = _resolve(schema, bases)
-    if faults:
-        raise ConfigError(_format_faults(path, faults))
-    config = OmegaConf.to_object(schema)
-    assert isinstance(config, Config)
-    faults = rules.find_faults(config)
-    if faults:
-        raise ConfigError(_format_faults(path, faults))
-    return config
-
-
-def dump(config: Config) -> str:
-    """Return the configuration as YAML; ``load`` reads the same configuration from it."""
-    return OmegaConf.to_yaml(OmegaConf.create(_escape(dataclasses.asdict(config))))
-
-
-def _escape(value: Any) -> Any:
-    """Escape every literal ``${`` in a tree, so that OmegaConf does not interpolate it."""
-    if isinstance(value, dict):
-        return {key: _escape(child) for key, child in value.items()}
-    if isinstance(value, list):
-        return [_escape(child) for child in value]
-    if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
-    return value
-
-
-def _make_writable(node: DictConfig) -> None:
-    """Make the nodes of frozen dataclasses writable, so that values can be merged into them."""
-    OmegaConf.set_readonly(node, False)
-    for key in node:
-        child = node._get_node(key)
-        if isinstance(child, DictConfig):
-            _make_writable(child)
-
-
-def _read_yaml(path: Path) -> DictConfig:
-    """Read a YAML file; raises ``ConfigError`` if it is none, or holds no sections."""
-    try:
-        tree = OmegaConf.load(path)
-    except FileNotFoundError:
-        near = sorted(str(p) for p in Path(path.parent).glob("*.yaml")) or ["none"]
+    tree = yaml_file.read(path)
+    saved = saved or _is_saved(path)
+    if saved and not tree:
         raise ConfigError(
-            f"--config {path}: no such file; in that folder: {', '.join(near)}."
-        ) from None
-    except (UnicodeDecodeError, OmegaConfBaseException) as error:
-        detail = str(error).splitlines()[0]
-        raise ConfigError(f"--config {path}: not a configuration: {detail}.") from None
-    except OSError as error:
-        if not isinstance(error.errno, int):  # OmegaConf raises it for a bare number or date
-            raise ConfigError(f"--config {path}: must hold sections (run:, model:, ...).") from None
-        raise ConfigError(f"--config {path}: cannot be read: {error}.") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"--config {path}: not a configuration: {error}.") from None
-    except YAMLError as error:
-        detail = " ".join(str(error).split())
-        raise ConfigError(f"--config {path}: not valid YAML: {detail}.") from None
-    if not isinstance(tree, DictConfig):
-        raise ConfigError(f"--config {path}: must hold sections (run:, model:, ...), not a list.")
-    return tree
+            f"{path}: is empty, so it is damaged. Restore it from a copy; a checkpoint's "
+            "state.json has it under config."
+        )
+    if (folder := _run_folder_of(path)) is not None:
+        _use_folder(tree, folder)
+    draft = _Draft(path, saved=saved)
+    for key, default in flatten(Config()).items():
+        draft.set(key, _as_text(escape(default)), Path.cwd(), "defaults")
+    for key, value in _items(tree):
+        draft.set(key, value, base_of_file, str(path))
+    for key, value in _read_overrides(overrides, draft.faults):
+        draft.set(key, value, Path.cwd(), COMMAND_LINE)
+    return draft.finish()
 
 
-def _read_overrides(overrides: Sequence[str], faults: list[str]) -> DictConfig:
-    """Parse ``section.key=value`` items; append a line to ``faults`` for each bad one."""
-    good = []
+def dump(config: Config, *, public: bool = False) -> str:
+    """Return the configuration as YAML; ``load`` reads the same configuration from it.
+
+    Args:
+        config: of a run.
+        public: the file is made to be given to others: credentials are masked.
+    """
+    tree = masked_tree(dataclasses.asdict(config)) if public else dataclasses.asdict(config)
+    return OmegaConf.to_yaml(OmegaConf.create(escape(tree)))
+
+
+class _Draft:
+    """The values so far, and what is wrong with them."""
+
+    def __init__(self, path: Path, *, saved: bool) -> None:
+        self.path, self.saved = path, saved
+        self.faults: list[str] = []
+        self._written: dict[str, Value] = {}
+        self._from: dict[str, tuple[Path, str]] = {}
+        self._expanded: dict[str, Value] = {}
+        self._open: list[str] = []
+
+    def set(self, key: str, value: Value, base: Path, source: str) -> None:
+        """Set one value. A value of another type, or an unknown key, is a fault."""
+        if self.saved and source != COMMAND_LINE and isinstance(value, str):
+            key, value = RENAMED.get((key, value), (key, value))
+        if key in REMOVED_KEYS and value == REMOVED_KEYS[key][0]:
+            return
+        if key not in types_of_keys():
+            self.faults.append(f"{_about_unknown(key, value)} [{source}]")
+            return
+        if source == COMMAND_LINE and value == "" and types_of_keys()[key] is str:
+            value = ""  # section.key= is the empty text; in a file it is null
+        self._written[key], self._from[key] = value, (base, source)
+        try:
+            if not has_reference(value):
+                convert(key, expand(value, self._look_up))
+            elif self.saved and source != COMMAND_LINE:
+                raise Misfit(
+                    "must have no ${...}, in a file that came with a run or snapshot; write the "
+                    "value itself, or pass it as an override on the command line"
+                )
+        except Misfit as misfit:
+            self.faults.append(f"{key} ({show(value)}): {misfit} [{source}]")
+
+    def finish(self) -> Config:
+        """Return the configuration; raise ``ConfigError`` for all faults so far, then of rules."""
+        typed: dict[str, dict[str, Any]] = {}
+        for key in () if self.faults else self._written:
+            section, _, name = key.partition(".")
+            try:
+                typed.setdefault(section, {})[name] = convert(key, self._look_up(key))
+            except Misfit as misfit:
+                self.faults.append(f"{key} ({show(self._written[key])}): {misfit}")
+        self._raise_faults()
+        config = Config(**{name: owner(**typed[name]) for name, owner in SECTIONS.items()})
+        referring = {k: show(v) for k, v in self._written.items() if has_reference(v)}
+        self.faults = rules.find_faults(config, referring)
+        self._raise_faults()
+        name, (_, source) = config.eval.extractor, self._from["eval.extractor"]
+        if name in EXTRACTORS or not self.saved or source == COMMAND_LINE:
+            return config
+        unasked = dataclasses.replace(config.eval, extractor=Unasked(name, self.path))
+        return dataclasses.replace(config, eval=unasked)
+
+    def _look_up(self, key: str) -> Value:
+        """Return the value of a key, with references replaced and paths absolute."""
+        if key not in self._written:
+            raise Misfit(f"there is no key {show(Plain(key))} to refer to")
+        if key in self._open:
+            raise Misfit(f"refers to itself: {' -> '.join([*self._open, key])}")
+        if key not in self._expanded:
+            self._open.append(key)
+            try:
+                value = expand(self._written[key], self._look_up)
+            finally:
+                self._open.pop()
+            if key in PATH_KEYS and isinstance(value, str):
+                value = type(value)(_make_absolute(value, self._from[key][0]))
+            self._expanded[key] = value
+        return self._expanded[key]
+
+    def _raise_faults(self) -> None:
+        if self.faults:
+            count = f"{len(self.faults)} fault" + ("s" if len(self.faults) > 1 else "")
+            rest = len(self.faults) - MOST_FAULTS
+            lines = self.faults[:MOST_FAULTS] + ([f"and {rest} more"] if rest > 0 else [])
+            raise ConfigError(
+                f"{count} in the configuration ({self.path}):\n  " + "\n  ".join(lines)
+            )
+
+
+def _as_text(value: Any) -> Value:
+    """Return a default as it would be read from YAML."""
+    if isinstance(value, str | list):
+        return value
+    return Plain("null" if value is None else str(value))
+
+
+def _items(tree: dict[str, Value]) -> Iterable[tuple[str, Value]]:
+    """Yield ``(section.key, value)`` pairs as written, also of unknown sections."""
+    for section, values in tree.items():
+        if isinstance(values, dict):
+            yield from ((f"{section}.{key}", value) for key, value in values.items())
+        elif values not in NULLS or section not in SECTIONS:
+            yield section, values  # an empty known section keeps its defaults
+
+
+def _read_overrides(overrides: Sequence[str], faults: list[str]) -> Iterable[tuple[str, Value]]:
+    """Yield the items ``section.key=value``; append a line to ``faults`` for each bad one."""
     for item in overrides:
-        if "=" in item and not item.startswith("-"):
-            good.append(item)
+        key, equals, text = item.partition("=")
+        if not equals or item.startswith("-"):
+            faults.append(f"{show(item)}: must read section.key=value, e.g. optim.g_lr=1e-4")
+            continue
+        try:
+            value = yaml_file.parse_override(text)
+        except ValueError as error:
+            faults.append(
+                f"{printable(key)} ({show(Plain(text))}): {error}; put a text in quotes "
+                f"""(key='"..."') [{COMMAND_LINE}]"""
+            )
         else:
-            faults.append(f"{item!r}: must read section.key=value, e.g. optim.g_lr=1e-4")
-    try:
-        return OmegaConf.from_dotlist(good)
-    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
-        faults.append(f"overrides cannot be read: {' '.join(str(error).split())}")
-        return OmegaConf.create()
+            yield key, value
 
 
 def _find_file(path: Path) -> tuple[Path, Path]:
@@ -167,27 +237,42 @@ def _find_file(path: Path) -> tuple[Path, Path]:
     relative to the working folder, because data and runs do not belong in a package.
     """
     carried = CONFIGS / path.name
-    if path.exists() or path.parent not in (Path(), Path("configs")) or not carried.is_file():
-        parents = path.resolve().parents
+    near = path.parent in (Path(), Path("configs")) and len(path.name) < 256
+    if os.path.lexists(path) or not near or not carried.is_file():
+        parents = Path(os.path.realpath(path)).parents
         return path, next((p for p in parents if (p / "pyproject.toml").is_file()), Path.cwd())
-    if os.environ.get("RANK", "0") == "0":
-        say(f"--config {path}: no such file; using {carried}, which the package carries.")
+    _say_once(f"--config {path}: no such file; using {carried}, which the package carries.")
     return carried, Path.cwd()
+
+
+def _is_saved(path: Path) -> bool:
+    """Return whether a file lies in the folder of a run, of a snapshot, or of the Hub."""
+    beside = ("run.json", "generator.safetensors", "model.safetensors", "metrics.jsonl")
+    folder = Path(os.path.realpath(path)).parent
+    return path.name == "config.yaml" and any((folder / name).exists() for name in beside)
 
 
 def _run_folder_of(path: Path) -> Path | None:
     """Return the run folder whose config.yaml, or a snapshot's, a file is; None if another's."""
-    folder = path.resolve().parent
+    folder = Path(os.path.realpath(path)).parent
     if folder.parent.name == "snapshots":
         folder = folder.parents[1]
     return folder if path.name == "config.yaml" and (folder / "run.json").is_file() else None
 
 
-def _use_folder(tree: DictConfig, folder: Path) -> None:
+def _use_folder(tree: dict[str, Value], folder: Path) -> None:
     """Set ``run.dir`` to the run folder that the file lies in; it may have been moved or copied."""
-    before = OmegaConf.select(tree, "run.dir", default=None)
-    OmegaConf.update(tree, "run.dir", _escape(str(folder)))
-    if isinstance(before, str) and Path(before).expanduser().resolve() != folder:
+    section = tree.get("run", {})
+    if section in NULLS:
+        section = {}
+    if not isinstance(section, dict):
+        return  # a fault, which is found later
+    before = section.get("dir")
+    tree["run"] = section | {"dir": escape(str(folder))}
+    same = False
+    if isinstance(before, str) and "\0" not in before:
+        same = os.path.realpath(_make_absolute(before, folder)) == str(folder)
+    if isinstance(before, str) and not same:
         _say_once(f"run.dir: {folder}, where the configuration lies; it says {before}")
 
 
@@ -207,67 +292,21 @@ def _make_absolute(value: str, base: Path) -> str:
         return str(base / value)
 
 
-def _flatten_tree(tree: DictConfig) -> list[tuple[str, Any]]:
-    """Return ``(section.key, value)`` pairs as written, also of unknown sections."""
-    found: list[tuple[str, Any]] = []
-    raw = OmegaConf.to_container(tree, resolve=False)
-    assert isinstance(raw, dict)
-    for section, values in raw.items():
-        if isinstance(values, dict):
-            found += [(f"{section!s}.{key!s}", value) for key, value in values.items()]
-        elif values is not None or not hasattr(Config(), str(section)):
-            found.append((str(section), values))  # an empty known section keeps its defaults
-    return found
-
-
-def _resolve(schema: DictConfig, bases: dict[str, Path]) -> list[str]:
-    """Make interpolated paths absolute. Returns a line for each interpolation that fails."""
-    faults: list[str] = []
-    for key in flatten(Config()):
-        try:
-            value = OmegaConf.select(schema, key, throw_on_missing=True)
-            if isinstance(value, ListConfig):
-                OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
-            if key in bases:
-                OmegaConf.update(schema, key, _escape(_make_absolute(value, bases[key])))
-        except OmegaConfBaseException as error:
-            faults.append(f"{key}: {str(error).splitlines()[0]}; it is {_describe_type(key)}")
-    return faults
-
-
-def _assign(schema: DictConfig, key: str, value: Any) -> str | None:
-    """Set one value in the schema. Returns what is wrong with it, or None."""
-    known = list(flatten(Config()))
+def _about_unknown(key: str, value: Value) -> str:
+    """Return what is wrong with a key that is none, and which one may be meant."""
+    known = list(types_of_keys())
+    shown = f"{printable(key[:100])} ({show(value)})"
     if key in REMOVED_KEYS:
-        return f"{key} ({value}): no longer exists; {REMOVED_KEYS[key][1]}"
-    if key not in known:
-        section, _, name = key.rpartition(".") if not hasattr(Config(), key) else (key, "", "")
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        same = [k for k in known if name and k.endswith(f".{name}")]
-        guess = next(iter(same or near), None) if name else None
-        sections = ", ".join(f.name for f in dataclasses.fields(Config))
-        listed = ", ".join(k.split(".")[1] for k in known if k.startswith(f"{section}."))
-        choice = f"keys of {section}: {listed}" if listed else f"sections: {sections}"
-        hint = f"did you mean {guess}?" if guess else choice
-        problem = "must hold keys" if hasattr(Config(), key) else "unknown key"
-        return f"{key} ({value}): {problem}; {hint}"
-    try:
-        OmegaConf.update(schema, key, value, merge=True)
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        return f"{key} ({value!r}): {reason}; it is {_describe_type(key)}"
-    return None
-
-
-def _describe_type(key: str) -> str:
-    """Return the type and default of a key: "of type int, e.g. 64"."""
-    section, _, name = key.partition(".")
-    default = getattr(getattr(Config(), section), name)
-    owner = type(getattr(Config(), section))
-    annotation = next(f.type for f in dataclasses.fields(owner) if f.name == name)
-    return f"of type {annotation}, e.g. {default}"
-
-
-def _format_faults(path: Path, faults: list[str]) -> str:
-    count = f"{len(faults)} fault" + ("s" if len(faults) > 1 else "")
-    return f"{count} in the configuration ({path}):\n  " + "\n  ".join(faults)
+        return f"{shown}: no longer exists; {REMOVED_KEYS[key][1]}"
+    if owner := next((k for k in known if key.startswith(f"{k}.")), None):
+        return f"{shown}: {owner} holds one value and no keys; write {owner}=VALUE"
+    is_section = key in SECTIONS
+    section, _, name = (key, "", "") if is_section else key.rpartition(".")
+    near = difflib.get_close_matches(key[:100], known, n=1, cutoff=0.6)
+    same = [k for k in known if name and k.endswith(f".{name}")]
+    guess = next(iter(same or near), None) if name else None
+    listed = ", ".join(k.split(".")[1] for k in known if k.startswith(f"{section}."))
+    sections = f"sections: {', '.join(SECTIONS)}"
+    choice = f"keys of {section}: {listed}" if listed else sections
+    problem = "must hold keys" if is_section else "unknown key"
+    return f"{shown}: {problem}; {f'did you mean {guess}?' if guess else choice}"

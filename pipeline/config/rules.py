@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from pipeline.config.schema import EXTRACTORS, POLICIES, Config, flatten
+from pipeline.config.recipe import POLICIES
+from pipeline.config.schema import EXTRACTORS, METRICS, Config, flatten
+from pipeline.config.values import show
 
 
 def _is_extractor(name: str) -> bool:
@@ -17,6 +19,10 @@ def _is_extractor(name: str) -> bool:
 
 def _are_policies(names: list[str]) -> bool:
     return len(set(names)) == len(names) and set(names) <= set(POLICIES)
+
+
+def _are_metrics(names: list[str]) -> bool:
+    return len(set(names)) == len(names) and set(names) <= set(METRICS)
 
 
 def is_wandb_name(name: str | None) -> bool:
@@ -39,13 +45,22 @@ model.z_dim model.ngf model.ndf data.batch_size data.prefetch data.block data.la
 train.total_steps train.keep train.log_every stability.r1_every eval.batch_size"""
 AT_LEAST_0 = """
 data.workers data.window data.cache_gib train.checkpoint_every train.checkpoint_minutes
-train.keep_every train.sample_every stability.r1_gamma"""
+train.keep_every train.sample_every stability.r1_gamma stability.r2_gamma"""
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     # The value must be ..., as this function tests, for these keys.
     ("at least 1", lambda v: v >= 1, AT_LEAST_1),
     ("0 or more", lambda v: v >= 0, AT_LEAST_0),
     ("at most 65536", lambda v: v <= 2**16, "model.z_dim model.ngf model.ndf"),
     ("at most 65536", lambda v: v <= 2**16, "model.num_classes model.maxout"),
+    # Beyond these, arithmetic overflows or queues are larger than any machine.
+    ("at most 256", lambda v: v <= 2**8, "data.workers"),
+    ("at most 1024", lambda v: v <= 2**10, "data.prefetch"),
+    ("at most 65536", lambda v: v <= 2**16, "optim.d_steps eval.batch_size"),
+    ("at most 1048576", lambda v: v <= 2**20, "data.batch_size"),
+    ("at most 1e30", lambda v: v <= 1e30, "optim.g_lr optim.d_lr"),
+    ("at most 1000000", lambda v: v <= 1e6, "data.cache_gib"),
+    ("at most 1000000", lambda v: v <= 1e6, "stability.r1_gamma stability.r2_gamma"),
+    ("at most 1000000", lambda v: v <= 1e6, "train.checkpoint_minutes stability.r1_every"),
     ("between 0 and 2**63 - 1", lambda v: 0 <= v < 2**63, "run.seed eval.seed"),
     ("a folder, e.g. runs/first", lambda v: v and "://" not in v, "run.dir"),
     ('a folder, or "" for the default', lambda v: "://" not in v, "data.cache_dir"),
@@ -57,7 +72,9 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("in [0, 1)", lambda v: 0 <= v < 1, "model.dropout optim.beta1 optim.beta2 train.ema_decay"),
     ("above 0, e.g. 2e-4", lambda v: v > 0, "optim.g_lr optim.d_lr"),
     ("in [0, 0.5)", lambda v: 0 <= v < 0.5, "stability.label_smoothing"),
+    ("above 0 and at most 1", lambda v: 0 < v <= 1, "stability.penalty_share"),
     (f"any of {', '.join(POLICIES)}, each once", _are_policies, "stability.augment"),
+    (f"any of {', '.join(METRICS)}, each once", _are_metrics, "eval.metrics"),
     # The other ranks wait for rank 0 at the end: for ten minutes at most with NCCL.
     ("between 0 and 500", lambda v: 0 <= v <= 500, "tracking.timeout"),
     ("at most 128 characters", is_wandb_name, "tracking.name tracking.group"),
@@ -71,17 +88,23 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def find_faults(config: Config) -> list[str]:
-    """Return a line for every value and every combination of values that no run can have."""
+def find_faults(config: Config, written: Mapping[str, str]) -> list[str]:
+    """Return a line for every value and every combination of values that no run can have.
+
+    Args:
+        config: with values of the right types.
+        written: how messages show the values of some keys: what refers to a variable of the
+            environment is shown as it was written.
+    """
     values = flatten(config)
     lines = []
     for key, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             lines.append(f"{key} ({value}): must be a finite number")
         if isinstance(value, int) and abs(value) >= 2**40 and not key.endswith(".seed"):
-            lines.append(f"{key}: must be below 2**40")
+            lines.append(f"{key} ({show(value)}): must be below 2**40")
     lines += [
-        f"{key} ({values[key]}): must be {requirement}"
+        f"{key} ({written.get(key) or show(values[key])}): must be {requirement}"
         for requirement, is_met, keys in RANGES
         for key in keys.split()
         if not is_met(values[key])
@@ -93,9 +116,16 @@ def _conflicts(config: Config) -> list[str]:
     """Return a line for every rule between several keys that the configuration breaks."""
     model, train, stability = config.model, config.train, config.stability
     batch, micro = config.data.batch_size, train.micro_batch
-    dcgan, r1 = model.architecture == "dcgan", bool(stability.r1_gamma)
-    r1_with_batchnorm = r1 and dcgan and not model.spectral_norm
+    dcgan = model.architecture == "dcgan"
+    gamma = next((k for k in ("r1_gamma", "r2_gamma") if getattr(stability, k)), None)
+    batchnorm = dcgan and model.d_norm == "batch"
+    second = gamma and stability.penalty in ("tangent", "exact")  # differentiated twice
     rules = (
+        (
+            config.images_per_step * train.total_steps >= 2**62,
+            f"data.batch_size ({batch}) x optim.d_steps ({config.optim.d_steps}) x "
+            f"train.total_steps ({train.total_steps}): must be below 2**62 images",
+        ),
         (
             dcgan and model.image_size not in (32, 64, 128, 256),
             f"model.image_size ({model.image_size}): must be 32, 64, 128 or 256 with "
@@ -110,24 +140,26 @@ def _conflicts(config: Config) -> list[str]:
             f"model.dropout ({model.dropout}): must be 0: it belongs to model.architecture=mlp",
         ),
         (
-            stability.label_smoothing and model.loss == "hinge",
+            stability.label_smoothing and model.loss in ("hinge", "relativistic"),
             f"stability.label_smoothing ({stability.label_smoothing}): must be 0 with "
-            "model.loss=hinge, which has no target to smooth",
+            f"model.loss={model.loss}, which has no target to smooth",
         ),
         (
-            r1 and train.compile,
-            "train.compile (true): must be false with stability.r1_gamma: torch.compile has no "
-            "second derivatives",
+            gamma and batchnorm and train.precision == "fp16",
+            f"train.precision (fp16): must be bf16 or fp32 with stability.{gamma}, unless "
+            "model.d_norm is none or spectral: the penalty's gradient through BatchNorm overflows "
+            "in fp16",
         ),
         (
-            r1_with_batchnorm and train.precision == "fp16",
-            "train.precision (fp16): must be bf16 or fp32 with stability.r1_gamma, unless "
-            "model.spectral_norm=true: BatchNorm's second derivatives overflow in fp16",
+            second and batchnorm and train.sync_batchnorm,
+            f"train.sync_batchnorm (true): must be false with stability.{gamma} and "
+            f"stability.penalty={stability.penalty}, unless model.d_norm is none or spectral: "
+            "PyTorch lacks its derivatives; or set stability.penalty=along",
         ),
         (
-            r1_with_batchnorm and train.sync_batchnorm,
-            "train.sync_batchnorm (true): must be false with stability.r1_gamma, unless "
-            "model.spectral_norm=true: PyTorch has no second derivatives of it",
+            stability.penalty_share < 1 and batchnorm,
+            f"stability.penalty_share ({stability.penalty_share}): must be 1 unless model.d_norm "
+            "is none or spectral: BatchNorm needs the whole micro-batch",
         ),
         (
             micro is not None and (micro < 1 or batch % micro),

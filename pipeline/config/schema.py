@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from pipeline.runtime.errors import ConfigError
+from pipeline.config.recipe import EXACT_BEFORE, Loss, StabilityConfig, with_todays_keys
 
 T = TypeVar("T")
 EXTRACTORS = ("inception", "efficientnet-lite0")
-POLICIES = ("color", "translation", "cutout")  # augmentations of DiffAugment
+METRICS = ("fid", "kid", "is", "prc", "density_coverage", "mind")
 
 
 def _may_change(default: T) -> T:
@@ -59,18 +59,21 @@ class ModelConfig:
     later code."""
     num_classes: int = 0
     """Number of classes of a class-conditional model, at least 2. The labels of the shards must be
-    0 to num_classes - 1, and each must occur. Sample grids, image sets and evaluations take equally
-    many images of each class, whatever their shares in the shards. 0 = unconditional."""
+    0 to num_classes - 1, and each must occur. Sample grids and image sets take equally many images
+    of each class; evaluations follow eval.labels. 0 = unconditional."""
     maxout: int = 0
     """mlp only: linear pieces of each maxout unit in D, at least 2; 0 = ReLU."""
     dropout: float = 0.0
     """mlp only: dropout probability of D's hidden units during training, in [0, 1); 0 = no
     dropout."""
-    spectral_norm: bool = False
-    """Normalise the weights of D by their largest singular value, and leave out BatchNorm in D."""
-    loss: Literal["non_saturating", "minimax", "hinge", "least_squares"] = "non_saturating"
+    d_norm: Literal["batch", "none", "spectral"] = "batch"
+    """Normalisation in D. batch: BatchNorm, as in the DCGAN paper. none: no normalisation, and
+    initial weights after He et al. 2015. spectral: the weights are divided by their largest
+    singular value, without BatchNorm. The mlp has no BatchNorm: there batch is none."""
+    loss: Loss = "non_saturating"
     """Objectives of D and G. non_saturating and minimax: D maximises V(D, G) of the 2014 paper, and
-    G maximises log D(G(z)) or minimises log(1 - D(G(z))). hinge and least_squares apply to both."""
+    G maximises log D(G(z)) or minimises log(1 - D(G(z))). hinge and least_squares apply to both.
+    relativistic: D tells which image of a pair is real (R3GAN); use it with r1_gamma, r2_gamma."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -83,11 +86,12 @@ class DataConfig:
     shards: str = _may_change("data/shards")
     """Folder or URL (http, https, s3, gs) with index.json and the tar shards that it lists."""
     batch_size: int = 128
-    """Images per optimizer step of D, over all ranks and micro-batches, at least 1."""
+    """Images per optimizer step of D, over all ranks and micro-batches, 1 to
+    1048576."""
     workers: int = _may_change(2)
-    """Decoding processes per rank; 0 = decode in the training process."""
+    """Decoding processes per rank, at most 256; 0 = decode in the training process."""
     prefetch: int = _may_change(4)
-    """Batches that each worker prefetches, at least 1."""
+    """Batches that each worker prefetches, 1 to 1024."""
     block: int = 1
     """Number of samples that the shuffle keeps together; 1 = a uniform permutation of the data set.
     Use 64 to 256, with window = 8192, for shards on slow disks. Use a shard's size, with window = a
@@ -104,9 +108,9 @@ class DataConfig:
     cache_gib: float = _may_change(0.0)
     """Size limit of the cache in GiB; the least recently used shards are removed. 0 = no limit."""
     verify: Literal["auto", "sha256", "size"] = _may_change("auto")
-    """How local shards are checked at the start: sha256 = checksums of all bytes, size = file sizes
-    only, auto = sha256 up to 2 GiB and size above. Downloaded shards are always checked by
-    SHA-256."""
+    """How local shards are checked: sha256 = checksums of all bytes before the first step, auto =
+    the same up to 2 GiB and during the first epoch above, size = file sizes only. Downloaded shards
+    are always checked by SHA-256."""
     record_ids: bool = _may_change(False)
     """Write the sample ids of every batch to ids/rank_*.jsonl, to audit the data order."""
 
@@ -114,15 +118,15 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     g_lr: float = 2e-4
-    """Learning rate of Adam for G, above 0."""
+    """Learning rate of Adam for G, above 0 and at most 1e30."""
     d_lr: float = 2e-4
-    """Learning rate of Adam for D, above 0."""
+    """Learning rate of Adam for D, above 0 and at most 1e30."""
     beta1: float = 0.5
     """Adam's decay rate of the first moment, in [0, 1)."""
     beta2: float = 0.999
     """Adam's decay rate of the second moment, in [0, 1)."""
     d_steps: int = 1
-    """Updates of D per update of G, each with its own batch; at least 1 (k in algorithm 1 of the
+    """Updates of D per update of G, each with its own batch; 1 to 65536 (k in algorithm 1 of the
     2014 paper)."""
 
 
@@ -174,22 +178,6 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StabilityConfig:
-    r1_gamma: float = 0.0
-    """Weight gamma of the R1 penalty, 0 or more: gamma / 2 times the squared gradient norm of D at
-    real images is added to D's loss. 0 = off."""
-    r1_every: int = 1
-    """Apply the R1 penalty in one of this many updates of D, at least 1, multiplied by this number
-    (lazy regularisation)."""
-    label_smoothing: float = 0.0
-    """One-sided label smoothing, in [0, 0.5): D's target for real images is 1 minus this value. 0.1
-    is usual; 0 = off."""
-    augment: list[str] = field(default_factory=list)
-    """DiffAugment policies for real and generated images: any of color, translation, cutout. Empty
-    = off."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     wandb: Literal["auto", "online", "offline", "disabled"] = _may_change("auto")
     """W&B mode. auto = WANDB_DISABLED or WANDB_MODE if set, else online with an API key."""
@@ -214,24 +202,34 @@ class EvalConfig:
     """Feature extractor: inception (FID, IS and KID comparable with published ones),
     efficientnet-lite0 (needs no download), or module:Class for your own."""
     extractor_weights: str = _may_change("")
-    """Local file with Inception's weights; "" = torch's hub cache, downloaded if missing."""
+    """Local file with the extractor's weights; "" = Inception's in torch's hub cache, downloaded if
+    missing, or those of the package."""
     layer: str = _may_change("")
     """Feature layer to compare; "" = the extractor's default (2048 or 1280 features)."""
+    metrics: list[str] = field(default_factory=list, metadata={"may_change": True})
+    """Metrics to compute: any of fid, kid, is, prc, density_coverage, mind. One that has too few
+    images is refused. [] = fid, kid, is and prc, without those that are not possible."""
+    force: bool = _may_change(False)
+    """Compute a Frechet distance of fewer images than twice the number of features. Its name ends
+    in undersampled: most of it is the bias of the estimate."""
     num_images: int = _may_change(50_000)
     """Number of generated images per checkpoint, at least 2. Scores of different numbers are not
     comparable."""
     reference_images: int = _may_change(0)
     """Number of images of data.shards to compare with, at least 2; 0 = all."""
     reference: str = _may_change("")
-    """Reference file to use; it must match the data and these settings. "" = a file in cache_dir,
-    which is computed if missing."""
+    """Reference file to use; it must match the data and these settings. Or mu and sigma as an npz
+    file, for fid alone. "" = a file in cache_dir, which is computed if missing."""
     batch_size: int = _may_change(64)
-    """Images per forward pass on each rank, at least 1. It changes the last digits of the
+    """Images per forward pass on each rank, 1 to 65536. It changes the last digits of the
     scores."""
     seed: int = _may_change(0)
     """Seed of the z that images are generated from; 0 to 2**63 - 1."""
     weights: Literal["ema", "raw"] = _may_change("ema")
     """Network to evaluate: ema = G_ema, raw = G."""
+    labels: Literal["data", "uniform"] = _may_change("data")
+    """Classes of the images that a class-conditional G makes: data = in the shares that they have
+    in data.shards, uniform = equally many of each."""
     precision: Literal["auto", "fp32", "bf16"] = _may_change("fp32")
     """Precision of the extractor. auto = bf16 if extractor and hardware support it, else fp32."""
     cache_dir: str = _may_change("~/.cache/dcgan-pipeline/references")
@@ -285,51 +283,10 @@ def fixed_differences(old: Mapping[str, Any], new: Config) -> list[str]:
         for entry in dataclasses.fields(getattr(new, section.name))
         if entry.metadata.get("may_change")
     }
-    before, after = flatten(Config()) | dict(old), flatten(new)
+    before, after = flatten(Config()) | with_todays_keys(old), flatten(new)
+    hints = {} if "stability.penalty" in old else {"stability.penalty": EXACT_BEFORE}
     return [
-        f"{key}: {before[key]} -> {after[key]}"
+        f"{key}: {before[key]} -> {after[key]}{hints.get(key, '')}"
         for key in after
         if key not in free and before[key] != after[key]
     ]
-
-
-def micro_batching(config: Config, world_size: int) -> tuple[int, int]:
-    """Return (micro_batch, accumulation): batch_size = world_size * accumulation * micro_batch.
-
-    Raises:
-        ConfigError: the batch cannot be divided evenly among the ranks.
-    """
-    batch, micro = config.data.batch_size, config.train.micro_batch
-    unit = world_size * (micro or 1)
-    if batch % unit:
-        lower, upper = batch // unit * unit, (batch // unit + 1) * unit
-        choice = f"{lower} or {upper}" if lower else f"{upper}"
-        parts = f"world_size ({world_size})"
-        if micro:
-            parts += f" x train.micro_batch ({micro}) = {unit}"
-        raise ConfigError(
-            f"data.batch_size ({batch}) must be divisible by {parts}: use {choice}, "
-            "or another number of processes."
-        )
-    micro = micro or batch // world_size
-    if micro == 1:
-        raise ConfigError(
-            f"data.batch_size ({batch}): 1 image per rank, but BatchNorm needs at least 2; use "
-            f"{2 * world_size} or more, or fewer processes."
-        )
-    return micro, batch // (world_size * micro)
-
-
-def micro_batch_advice(config: Config, world_size: int) -> str:
-    """Return the advice for a training that is out of memory: a smaller ``train.micro_batch``."""
-    batch, micro = config.data.batch_size, config.train.micro_batch
-    micro = micro or batch // world_size
-    smaller = [m for m in range(2, micro) if batch % (m * world_size) == 0]
-    lower = f"model.ngf ({config.model.ngf}) and model.ndf ({config.model.ndf})"
-    if not smaller:
-        return f"train.micro_batch ({micro}) cannot be smaller; lower {lower}."
-    return (
-        f"train.micro_batch ({micro}) images pass through the networks at once; set "
-        f"train.micro_batch={smaller[-1]} or a smaller divisor of data.batch_size ({batch}): the "
-        f"same batch in more accumulation steps. If that is not enough, lower {lower}."
-    )

@@ -6,24 +6,28 @@ All faults are collected before an error is raised: to repair a set one needs th
 from __future__ import annotations
 
 import contextlib
-import mmap
+import hashlib
+import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.cache import check_size
+from pipeline.data.checksums import open_shard
 from pipeline.data.codecs import DecodeError, decoder, shape_of
 from pipeline.data.shards import INDEX_NAME, Index, Shard, read_index, scan, write_index
+from pipeline.data.tars import open_tar
 from pipeline.runtime.console import progress
+from pipeline.runtime.documents import open_regular
 from pipeline.runtime.errors import DataError
-from pipeline.runtime.files import sha256_of
 from pipeline.runtime.process_pool import map_in_processes
+from pipeline.runtime.text import printable
 
 Shape = tuple[int, int, int]
 LISTED_FAULTS = 1000
@@ -154,15 +158,16 @@ def _survey(path: Path) -> TarReport:
         return found
     _, table, extension = found.scanned
     decoders: dict[Shape, tuple[Callable[[memoryview, Any], None], NDArray[np.uint8]]] = {}
-    with _mapped(path) as view:
+    with open_regular(path) as file:
         for offset, length, _ in table.tolist():
             try:
-                shape = shape_of(view[offset : offset + length], extension)
+                payload = _payload(file, offset, length)
+                shape = shape_of(payload, extension)
                 if shape not in decoders:
                     decoders[shape] = decoder(extension, shape), np.empty(shape, np.uint8)
                     found.examples[shape] = f"{path.name} at offset {offset}"
                 decode, out = decoders[shape]
-                decode(view[offset : offset + length], out)
+                decode(payload, out)
                 found.shapes[shape] += 1
             except DecodeError as error:
                 bad.append((offset, str(error)))
@@ -176,8 +181,9 @@ def _compare(path: Path, number: int, index: Index, report: Callable[[int], None
     shard, first = index.shards[number], sum(index.sizes[:number])
     rows = index.table[first : first + shard.nsamples]
     try:
-        check_size(path, shard)
-        if (digest := sha256_of(path)) != shard.sha256:
+        with open_shard(path, shard) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != shard.sha256:
             found.faults.append(
                 f"{path}: its checksum is {digest[:12]}..., the index says {shard.sha256[:12]}...: "
                 "it was changed since."
@@ -186,13 +192,13 @@ def _compare(path: Path, number: int, index: Index, report: Callable[[int], None
             found.faults.append(f"{path}: its headers and the index place samples differently.")
     except DataError as error:
         found.faults.append(str(error))
-    if path.exists():
+    if path.is_file():
         decode, out = decoder(index.field, index.shape), np.empty(index.shape, np.uint8)
-        with _mapped(path) as view:
-            inside = rows["offset"] + rows["length"] <= len(view)
+        with open_regular(path) as file:
+            inside = rows["offset"] + rows["length"] <= os.fstat(file.fileno()).st_size
             for offset, length, _ in rows[inside].tolist():
                 try:
-                    decode(view[offset : offset + length], out)
+                    decode(_payload(file, offset, length), out)
                 except DecodeError as error:
                     bad.append((offset, str(error)))
                 report(1)
@@ -203,23 +209,20 @@ def _compare(path: Path, number: int, index: Index, report: Callable[[int], None
     return found
 
 
-@contextlib.contextmanager
-def _mapped(path: Path) -> Iterator[memoryview]:
-    if path.stat().st_size == 0:  # cannot be mapped
-        yield memoryview(b"")
-        return
-    with (
-        path.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-        memoryview(mapped) as view,
-    ):
-        yield view
+def _payload(file: BufferedReader, offset: int, length: int) -> memoryview:
+    content = os.pread(file.fileno(), length, offset)
+    if len(content) < length:
+        raise DecodeError("it was cut while it was read")
+    return memoryview(content)
 
 
 def _named(path: Path, bad: list[tuple[int, str]]) -> list[str]:
     """Return a message for each (offset, reason), with the name of the sample from the tar."""
     names: dict[int, str] = {}
     if bad:
-        with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(path, "r:") as tar:
-            names.update((member.offset_data, member.name) for member in tar)
+        wanted = {offset for offset, _ in bad}
+        with contextlib.suppress(tarfile.TarError, OSError), open_tar(path) as tar:
+            for member in tar:
+                if member.offset_data in wanted:
+                    names[member.offset_data] = printable(member.name)
     return [f"{path}: sample {names.get(at, 'unknown')} at offset {at}: {why}" for at, why in bad]

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import glob
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
+from threading import Event
 
-from pipeline.data.remote import FETCH_ATTEMPTS, fetch
-from pipeline.data.shards import INDEX_NAME, Index, Shard
+from pipeline.data.checksums import (
+    check_bytes,
+    fault_of,
+    is_compared,
+    open_shard,
+    record_of,
+    remember,
+    unreadable,
+)
+from pipeline.data.remote import FETCH_ATTEMPTS, fetch, raise_on_stop
+from pipeline.data.shards import Index, Shard
 from pipeline.runtime.console import say
+from pipeline.runtime.documents import set_file_aside
 from pipeline.runtime.errors import DataError
-from pipeline.runtime.files import sha256_of
-from pipeline.runtime.host import SCARCE_FILES
+from pipeline.runtime.host import SCARCE_FILES, cores, remedy_of_file
 from pipeline.runtime.locks import FileLock
 from pipeline.runtime.signals import Stopped, never_stop
+from pipeline.runtime.text import printable
 
 HOME_FOLDER = "~/.cache/dcgan-pipeline/shards"
 HASH_ALL_BELOW = 2 << 30
-"""Bytes; a set up to this size is hashed before a run with ``data.verify=auto``."""
+"""Bytes; a set up to this size is hashed before a run with ``data.verify=auto``, a larger one in
+the background of its first epoch."""
+LOCK_SECONDS, LOCK_POLL = 600.0, 0.1
+LONGEST_NAME = 100
 
 _announced: Path | None = None
 
@@ -35,7 +51,7 @@ class Cache:
         index: the shard set.
         folder: where the copies are kept; ``data.cache_dir``. "" = ``node_folder()``.
         limit_gib: size of the cache in GiB; 0 = unlimited.
-        stop: called during a download; the download raises ``Stopped`` when it returns True.
+        stop: called during waits; they raise ``Stopped`` when it returns True.
     """
 
     def __init__(
@@ -43,7 +59,7 @@ class Cache:
         index: Index,
         folder: str,
         limit_gib: float = 0.0,
-        stop: Callable[[], bool] = never_stop,
+        stop: Callable[[], bool] = raise_on_stop,
     ) -> None:
         self.index, self.stop = index, stop
         needs_default = index.is_remote and not folder
@@ -51,31 +67,75 @@ class Cache:
         self.limit = int(limit_gib * 2**30)
 
     def path(self, shard: Shard) -> Path:
-        """Return the local file of a shard; download it first if it is remote and not in the cache.
+        """Return the local file of a shard.
+
+        A copy of a remote shard is downloaded first if it is not in the cache. It is compared with
+        the index unless these very bytes were. A copy that differs is set aside and replaced.
 
         Raises:
             DataError: it cannot be downloaded, or the cache folder cannot be used.
+            Stopped: ``stop`` returned True meanwhile.
         """
         if not self.index.is_remote:
             return Path(self.index.location).expanduser() / shard.url
-        target = self.folder / f"{shard.sha256[:16]}-{shard.url}"
+        # The names of its lock, record and download are longer.
+        name = shard.url.encode()[-LONGEST_NAME:].decode(errors="ignore")
+        target = self.folder / f"{shard.sha256[:16]}-{name}"
         try:
-            if not target.exists():
+            if not is_compared(target, shard.sha256, record=True):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.announce()
                 with FileLock(self.folder / f"{target.name}.lock") as lock:
-                    lock.acquire()
-                    if not target.exists():  # another process of this node may have been first
-                        self._make_room(shard.filesize)
-                        self._fetch(shard, target)
+                    self._wait_for(lock, target)
+                    # Another process of this node may have been first.
+                    if not is_compared(target, shard.sha256, record=True):
+                        self._obtain(shard, target)
             elif self.limit:
                 with contextlib.suppress(FileNotFoundError):  # another process evicted it just now
-                    os.utime(target)
+                    os.utime(record_of(target))
         except OSError as error:
             if error.errno in SCARCE_FILES:
                 raise  # no fault of the folder: ``Reader`` may close some
-            raise DataError(f"data.cache_dir ({self.folder}): cannot be used: {error}.") from None
+            if self.limit and isinstance(error, FileNotFoundError):
+                return target  # evicted amid this, as it may be after it: ``open`` tries again
+            raise DataError(
+                f"data.cache_dir ({self.folder}): cannot be used: {error}. {remedy_of_file(error)}."
+            ) from None
         return target
+
+    def _wait_for(self, lock: FileLock, target: Path) -> None:
+        """Wait while another process downloads or checks a copy, as long as it makes progress."""
+        seen, since = -1, time.monotonic()
+        while not lock.acquire(wait=False):
+            if self.stop():
+                raise Stopped
+            arrived = sum(size_of(path) for path in self._partials(target))
+            if arrived != seen:
+                seen, since = arrived, time.monotonic()
+            if time.monotonic() - since > LOCK_SECONDS:
+                raise DataError(
+                    f"{lock.path}: another process has held this lock for {LOCK_SECONDS:.0f} s "
+                    "and downloaded nothing. End that process, or give another data.cache_dir."
+                )
+            time.sleep(LOCK_POLL)
+
+    def _partials(self, target: Path) -> Iterator[Path]:
+        return self.folder.glob(f"{glob.escape(target.name)}.*.tmp")
+
+    def _obtain(self, shard: Shard, target: Path) -> None:
+        """Check the copy of a shard, or download it. This process holds its lock."""
+        if os.path.lexists(target):
+            if not (fault := fault_of(target, shard, self.stop)):
+                return remember(target, shard.sha256, record=True)
+            aside = set_file_aside(target)
+            name = printable(str(target))
+            say(f"{name}: {fault}: set aside as {printable(aside.name)} and downloaded again")
+        self._make_room(shard.filesize)
+        for abandoned in self._partials(target):  # no other download is in progress
+            abandoned.unlink(missing_ok=True)
+        url = f"{self.index.location}/{shard.url}"
+        fetch(url, target, shard.sha256, size=shard.filesize, stop=self.stop)
+        remember(target, shard.sha256, record=True)
 
     def announce(self) -> None:
         """Say once where the copies of remote shards are kept; only the first rank of a node does.
@@ -88,34 +148,32 @@ class Cache:
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 say(f"downloaded shards are kept in {self.folder} (data.cache_dir)")
 
-    def open(self, shard: Shard) -> IO[bytes]:
+    def open(self, shard: Shard) -> BufferedReader:
         """Open a shard of the size that the index says; download it again if it was just evicted.
 
         Raises:
             DataError: it is missing, has another size, or cannot be fetched.
+            OSError: too many files are open.
         """
         for _ in range(FETCH_ATTEMPTS):
             path = self.path(shard)
             try:
-                check_size(path, shard)
-                return path.open("rb")
-            except (DataError, FileNotFoundError):
+                return open_shard(path, shard)
+            except DataError:
                 if path.exists() or not self.index.is_remote:
                     raise
         raise DataError(f"{path}: evicted as soon as it was downloaded. Raise data.cache_gib.")
 
     def fetch_all(self, threads: int = 8) -> None:
-        """Download every shard, in threads; locks keep other ranks from downloading it again."""
-        if self.index.is_remote and not self.limit:
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(self.path, self.index.shards))
+        """Download and check every shard, in threads; other ranks wait for their locks."""
 
-    def _fetch(self, shard: Shard, target: Path) -> None:
-        """Download a shard, whose lock this process holds: no other download is in progress."""
-        for abandoned in self.folder.glob(f"{glob.escape(target.name)}.*.tmp"):
-            abandoned.unlink(missing_ok=True)
-        url = f"{self.index.location}/{shard.url}"
-        fetch(url, target, shard.sha256, size=shard.filesize, stop=self.stop)
+        def obtain(shard: Shard, stop: Callable[[], bool]) -> None:
+            hurried = copy.copy(self)
+            hurried.stop = stop
+            hurried.path(shard)
+
+        if self.index.is_remote and not self.limit:
+            map_in_threads(obtain, self.index.shards, threads, self.stop)
 
     def _make_room(self, needed: int) -> None:
         """Evict the least recently used shards. A process that has one mapped can still read it."""
@@ -124,14 +182,41 @@ class Cache:
         kept = []
         for path in self.folder.glob("*.tar"):
             with contextlib.suppress(FileNotFoundError):  # another process evicts too
-                status = path.stat()
-                kept.append((status.st_mtime, status.st_size, path))
+                used = record_of(path) if record_of(path).exists() else path
+                kept.append((used.stat().st_mtime, path.stat().st_size, path))
         total = sum(size for _, size, _ in kept)
         for _, size, path in sorted(kept):
             if total + needed <= self.limit:
                 break
             total -= size
             path.unlink(missing_ok=True)
+            record_of(path).unlink(missing_ok=True)
+
+
+def map_in_threads(
+    work: Callable[[Shard, Callable[[], bool]], object],
+    shards: Sequence[Shard],
+    threads: int,
+    stop: Callable[[], bool],
+) -> None:
+    """Call ``work(shard, stop)`` for each shard; the first error stops the other calls."""
+    failed = Event()
+    with ThreadPoolExecutor(threads) as pool:
+        calls = [pool.submit(work, one, lambda: failed.is_set() or stop()) for one in shards]
+        try:
+            for call in as_completed(calls):
+                call.result()
+        finally:
+            failed.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a file; 0 if it is gone."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def node_folder() -> Path:
@@ -151,28 +236,22 @@ def node_folder() -> Path:
     return Path(HOME_FOLDER).expanduser()
 
 
-def check_size(path: Path, shard: Shard) -> None:
-    """Raise ``DataError`` if a shard is missing or has another size than the index says."""
-    try:
-        found = path.stat().st_size
-    except FileNotFoundError:
-        raise DataError(f"{path}: missing, but listed in {INDEX_NAME}.") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}.") from None
-    if found != shard.filesize:
-        raise DataError(
-            f"{path}: {found} bytes, the index says {shard.filesize}: truncated or changed since "
-            "it was indexed. Restore it, or prepare the set again."
-        )
+def hashed_later(index: Index, how: str) -> bool:
+    """Return whether the shards of a run are too many to be hashed before it begins."""
+    total = sum(shard.filesize for shard in index.shards)
+    return not index.is_remote and how == "auto" and total > HASH_ALL_BELOW
 
 
-def check_shards(index: Index, how: str, stop: Callable[[], bool] = never_stop) -> None:
-    """Check the local shards of an index before a run.
+def check_shards(
+    index: Index, how: str, stop: Callable[[], bool] = never_stop, *, every_byte: bool = True
+) -> None:
+    """Check the local shards of an index before they are used.
 
     Args:
-        index: the shard set; remote shards are checked when they are downloaded.
-        how: ``size``; ``sha256``: every byte; or ``auto``: every byte of sets up to 2 GiB.
-        stop: called before each shard; the check ends when it returns True.
+        index: the shard set; copies of remote shards are checked when they are first used.
+        how: ``size``; or ``sha256`` and ``auto``: every byte.
+        stop: called for each MiB; the check ends when it returns True.
+        every_byte: False = sizes alone, as the caller compares the rest later.
 
     Raises:
         DataError: a shard is missing, truncated or changed.
@@ -181,18 +260,15 @@ def check_shards(index: Index, how: str, stop: Callable[[], bool] = never_stop) 
     if index.is_remote:
         return
     folder = Path(index.location).expanduser()
-    total = sum(shard.filesize for shard in index.shards)
-    every_byte = how == "sha256" or (how == "auto" and total <= HASH_ALL_BELOW)
 
-    def check(shard: Shard) -> None:
+    def check(shard: Shard, stop: Callable[[], bool]) -> None:
         if stop():
             raise Stopped
-        check_size(folder / shard.url, shard)
-        if every_byte and sha256_of(folder / shard.url) != shard.sha256:
-            raise DataError(
-                f"{folder / shard.url}: its checksum differs from the index: it was changed "
-                f"since. List the damage with: python -m pipeline.prepare --verify {folder}"
-            )
+        try:
+            open_shard(folder / shard.url, shard).close()
+        except OSError as error:
+            raise unreadable(folder / shard.url, error) from None
+        if how != "size" and every_byte:
+            check_bytes(folder / shard.url, shard, stop)
 
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(check, index.shards))
+    map_in_threads(check, index.shards, min(32, cores() + 4), stop)

@@ -15,12 +15,9 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,14 +28,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipeline.config.schema import Config
-from pipeline.data.cache import Cache, check_shards
+from pipeline.data.background import (
+    BackgroundCheck,
+    leave_signals_to_parent,
+    signals_left_to_the_parent,
+)
+from pipeline.data.cache import Cache, check_shards, hashed_later
 from pipeline.data.order import Order
 from pipeline.data.reader import Reader
+from pipeline.data.remote import Patience, raise_on_stop
 from pipeline.data.shards import Index, read_index
-from pipeline.runtime.errors import DataError
+from pipeline.runtime.console import say
+from pipeline.runtime.errors import DataError, UserError, as_user_error
 from pipeline.runtime.host import raise_open_files, remedy_for
 from pipeline.runtime.ranks import on_every_rank, run_on_selected_ranks
-from pipeline.runtime.signals import HANDLED
+from pipeline.runtime.signals import Stopped
 
 
 class Batch(NamedTuple):
@@ -60,10 +64,28 @@ def open_data(config: Config, accelerator: Accelerator) -> Index:
         Stopped: a stop signal came to any rank while shards were checked or fetched.
     """
     data = config.data
-    index = on_every_rank(accelerator, lambda: checked_index(config))
+    found: list[Index | UserError] = []
+
+    def read(stop: Callable[[], bool]) -> None:
+        try:
+            found.append(checked_index(config, stop))
+        except Stopped:
+            raise
+        except Exception as error:
+            if (known := as_user_error(error)) is None:
+                raise
+            found.append(known)
+
+    def result() -> Index:
+        if isinstance(found[0], UserError):
+            raise found[0]
+        return found[0]
+
+    run_on_selected_ranks(accelerator, True, read)  # a server may keep all of them waiting
+    index = on_every_rank(accelerator, result)
 
     def make_ready(stop: Callable[[], bool]) -> None:
-        check_shards(index, data.verify, stop)
+        check_shards(index, data.verify, stop, every_byte=not hashed_later(index, data.verify))
         cache = Cache(index, data.cache_dir, data.cache_gib, stop)
         cache.announce()
         if data.window == 0:  # a uniform order needs every shard from the first batch on
@@ -73,16 +95,18 @@ def open_data(config: Config, accelerator: Accelerator) -> Index:
     return index
 
 
-def checked_index(config: Config) -> Index:
+def checked_index(config: Config, stop: Callable[[], bool] = raise_on_stop) -> Index:
     """Read the index of ``data.shards``; check that its images and labels fit the model.
 
     Raises:
         DataError: no index, a damaged one, or other images or labels than the model takes.
+        Stopped: ``stop`` returned True while a remote index was waited for.
     """
     data, model = config.data, config.model
     make = f"python -m pipeline.prepare fashion-mnist --out {data.shards}"
     shape = f"--size {model.image_size} --channels {model.channels}"
-    index = read_index(data.shards, f"{make} {shape} (or a folder of images for fashion-mnist)")
+    command = f"{make} {shape} (or a folder of images for fashion-mnist)"
+    index = read_index(data.shards, command, stop=stop)
     index.require_shape(model.image_shape, "data.shards")
     labels, classes = index.table["label"], model.num_classes
     if classes and not ((labels >= 0) & (labels < classes)).all():
@@ -125,7 +149,8 @@ class Loader:
     ) -> None:
         self.config, self.index, self.order = config, index, order
         self.rank, self.world_size = rank, world_size
-        self.cache = Cache(index, config.data.cache_dir, config.data.cache_gib)
+        self.cache = Cache(index, config.data.cache_dir, config.data.cache_gib, Patience())
+        self._check: BackgroundCheck | None = None
 
     def batches(self, start: int = 0) -> Generator[Batch, None, None]:
         """Fork the workers and yield global batches ``start``, ``start + 1``, ... without an end.
@@ -148,15 +173,17 @@ class Loader:
             options = {
                 "prefetch_factor": data.prefetch,
                 "multiprocessing_context": "fork",
-                "worker_init_fn": _init_worker,
+                "worker_init_fn": leave_signals_to_parent,
             }
         loader = DataLoader(
             batches, batch_size=None, num_workers=data.workers, collate_fn=_identity, **options
         )
         # iter() forks the workers now, before other parts of the program start threads.
-        with _signals_left_to_the_parent(), warnings.catch_warnings():
+        with signals_left_to_the_parent(), warnings.catch_warnings():
             # Python 3.12 warns of fork beside threads; workers touch nothing that others lock.
             warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
+            if hashed_later(self.index, data.verify) and os.environ.get("LOCAL_RANK", "0") == "0":
+                self._check = BackgroundCheck(self.index, self.order, start * data.batch_size)
             items = self._started(loader)
         return self._deliver(items, ring)
 
@@ -184,22 +211,33 @@ class Loader:
                 except RuntimeError as error:  # DataLoader's word for a worker that has died
                     if "DataLoader worker" not in str(error):
                         raise
-                    raise self._killed(items) from None
-                if isinstance(item, DataError):
+                    raise self._killed() from None
+                if isinstance(item, UserError):
                     raise item
+                if self._check is not None:
+                    self._check.raise_if_faulty()
                 labels, ids = ring.numbers[item].numpy().copy()
                 yield Batch(ring.images[item], labels, ids)
         finally:
             del items  # the last reference: the workers end, even if a traceback holds the frame
+            if self._check is not None:
+                self._check.close()
 
-    def _killed(self, items: Any) -> DataError:
+    def finish_check(self, end: int, stop: Callable[[], bool]) -> None:
+        """Wait until the shards of all batches before ``end`` are compared with their checksums.
+
+        Raises:
+            DataError: one differs.
+            Stopped: ``stop`` returned True; some are not compared.
+        """
+        if self._check is not None:
+            positions = end * self.config.data.batch_size
+            if left := self._check.left(positions):
+                say(f"comparing {left} shards with their checksums before the run ends")
+            self._check.finish(positions, stop)
+
+    def _killed(self) -> DataError:
         intact = "The last checkpoint is intact"
-        codes = [worker.exitcode for worker in getattr(items, "_workers", ())]
-        if -signal.SIGBUS in codes:
-            return DataError(
-                f"data.shards ({self.index.location}): a shard shrank or its disk failed while a "
-                f"data worker read it. {intact}: restore the shard and run the same command again."
-            )
         return DataError(
             f"data.workers ({self.config.data.workers}): a data worker was killed, most often for "
             f"lack of memory. {intact}: lower data.workers or data.prefetch, or give the job more "
@@ -239,9 +277,16 @@ class _WorkerBatches(IterableDataset[Any]):
             ids = self.loader.ids_of(k)
             try:
                 numbers[slot] = reader.read(ids, images[slot]), ids
-            except DataError as error:
+            except Stopped:
+                yield DataError(
+                    f"data.shards ({self.loader.index.location}): a stop was requested while a "
+                    "shard was waited for. The last checkpoint is intact: run the same command "
+                    "again to go on."
+                )
+                return
+            except (UserError, OSError, MemoryError) as error:
                 # DataLoader would wrap a raised error in a traceback of its own.
-                yield error
+                yield as_user_error(error) or DataError(str(error))
                 return
             yield worker, slot
             k, turn = k + workers, turn + 1
@@ -254,40 +299,6 @@ def _shared(dtype: torch.dtype, *shape: int) -> Tensor:
     """
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
-@contextmanager
-def _signals_left_to_the_parent() -> Iterator[None]:
-    """Block stop signals while workers are forked. Workers keep them blocked; the parent acts.
-
-    DataLoader's handler of SIGCHLD is undone. It would raise wherever the main thread is when a
-    worker dies, also inside a checkpoint. Without it the next batch raises.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
-    on_child_death = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, on_child_death)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _init_worker(_: int) -> None:
-    threading.Thread(target=_exit_on_sigterm_of, args=(os.getppid(),), daemon=True).start()
-
-
-def _exit_on_sigterm_of(parent: int) -> None:
-    """Wait for a SIGTERM of the training process, and of no other; end the worker on it.
-
-    The worker itself may be inside a slow download then.
-    """
-    if hasattr(signal, "sigwaitinfo"):
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
-    else:  # macOS cannot tell who sent it
-        signal.sigwait({signal.SIGTERM})
-    os._exit(0)
 
 
 def _identity(item: Any) -> Any:

@@ -9,12 +9,10 @@ all shards have one.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,14 +25,15 @@ from pipeline.data.codecs import DecodeError
 from pipeline.data.order import permutation
 from pipeline.data.shard_writer import write_shard
 from pipeline.data.shards import INDEX_NAME, ROW, Shard, shard_name
+from pipeline.data.skipped import SKIPPED_NAME
 from pipeline.data.sources import Source, reader
 from pipeline.runtime.errors import DataError, UserError
-from pipeline.runtime.files import sha256_of
-from pipeline.runtime.work_folder import WorkFolder
+from pipeline.runtime.work_folder import SETTINGS_NAME, WorkFolder, remove_folder, sum_of
 
 FORMAT_VERSION = 1
 WORK_FOLDER = ".prepare"
-SKIPPED_NAME = "skipped.txt"
+MARKER = ".json"
+"""Ending of a marker, after the name of its shard."""
 ENCODERS = {"npy": "raw pixels", "png": "zlib level 6", "jpg": "quality 95, 4:4:4"}
 
 
@@ -116,7 +115,6 @@ class Packed:
     counts images smaller than ``Job.size``.
     """
 
-    number: int
     shard: Shard
     table: NDArray[np.void]
     field: str
@@ -149,41 +147,42 @@ def pack(job: Job, number: int, report: Callable[[int], None]) -> None:
                     writer.add(f"{row:08d}", pixels, int(job.source.labels[row]))
                 report(1)
         table = writer.table
-        shard = Shard(target.name, len(table), partial.stat().st_size, sha256_of(partial))
+        sums = sum_of(partial)
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
-    packed = Packed(number, shard, table, job.field if len(table) else "", skipped, enlarged)
-    document = asdict(packed) | {"table": table.tolist()}
-    job.work.mark(_marker(number), json.dumps(document).encode())
-
-
-def load_packed(job: Job, number: int) -> Packed:
-    """Return what the marker of a finished shard says.
-
-    Raises:
-        OSError, ValueError, KeyError, TypeError: there is no marker, or it is damaged.
-    """
-    found = json.loads(job.work.marker(_marker(number)).read_text())
-    table = np.array([tuple(row) for row in found["table"]], dtype=ROW)
-    skipped = [(name, why) for name, why in found["skipped"]]
-    shard = Shard(**found["shard"])
-    return Packed(number, shard, table, found["field"], skipped, found["enlarged"])
+    document = {
+        "table": table.tolist(),
+        "field": job.field if len(table) else "",
+        "skipped": skipped,
+        "enlarged": enlarged,
+    }
+    job.work.mark(_marker(number), {target.name: sums}, document)
 
 
 def finished(job: Job, numbers: Sequence[int]) -> dict[int, Packed]:
-    """Return those of the shards that have a marker and the bytes that it names."""
+    """Return those of the shards that have a marker and the bytes that it names.
 
-    def check(number: int) -> Packed | None:
-        try:
-            packed = load_packed(job, number)
-            same = sha256_of(job.out / packed.shard.url) == packed.shard.sha256
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None
-        return packed if same else None
+    What is damaged is set aside, so that its shard is packed again.
 
-    with ThreadPoolExecutor() as pool:
-        return {packed.number: packed for packed in pool.map(check, numbers) if packed}
+    Raises:
+        OSError: a file cannot be read, which is no damage.
+    """
+    markers = {_marker(number): number for number in numbers}
+    found = job.work.finished(markers, job.out, _packed)
+    return {markers[name]: packed for name, packed in found.items()}
+
+
+def _packed(document: dict[str, Any]) -> Packed:
+    """Return what a checked marker says."""
+    name = document["part"].removesuffix(MARKER)
+    shard = Shard(name, len(document["table"]), *document["files"][name])
+    table = np.array([tuple(row) for row in document["table"]], dtype=ROW)
+    ends = table["offset"] + table["length"]
+    if np.any(ends > shard.filesize) or np.any(table["offset"] > ends):  # beyond 64 bits
+        raise ValueError("an image lies outside of its shard")
+    skipped = [(str(name), str(why)) for name, why in document["skipped"]]
+    return Packed(shard, table, str(document["field"]), skipped, int(document["enlarged"]))
 
 
 def num_unfinished(job: Job) -> int:
@@ -192,7 +191,7 @@ def num_unfinished(job: Job) -> int:
 
 
 def _marker(number: int) -> str:
-    return f"{shard_name(number)}.json"
+    return f"{shard_name(number)}{MARKER}"
 
 
 # -- the work folder ----------------------------------------------------------------------------
@@ -224,7 +223,7 @@ def hold(job: Job, part: Sequence[int] | None = None) -> Iterator[None]:
             finally:
                 _remove(job.out, partial)
                 if part is None and job.is_complete:
-                    shutil.rmtree(job.work.path, ignore_errors=True)
+                    remove_folder(job.work.path)
     except OSError as error:
         raise job.work.unwritable(error) from None
 
@@ -243,6 +242,12 @@ def begin(job: Job) -> None:
         DataError: there is too little room.
     """
     foreign = [] if job.work.begun else sorted(path.name for path in job.out.glob("*.tar"))
+    if foreign and any(job.work.path.glob(f"*{MARKER}")):
+        raise UserError(
+            f"{job.work.path / SETTINGS_NAME}: is missing, so nobody knows the settings of the "
+            f"{len(foreign)} tars in {job.out}. Restore it; or remove {job.out} and run the same "
+            "command."
+        )
     if foreign:
         raise UserError(
             f"--out ({job.out}): holds {len(foreign)} tars of something else ({foreign[0]}, ...). "
@@ -252,11 +257,6 @@ def begin(job: Job) -> None:
     if not job.work.begun:
         _check_room(job)
     job.work.begin()
-
-
-def printable(text: str) -> str:
-    """Return a file name or reason on one line of UTF-8, whatever bytes the name holds."""
-    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def tar_bytes(size: int, channels: int, field: str) -> int:

@@ -1,27 +1,34 @@
-"""Read samples of a shard set by id: memory-map the shard, decode the image at its offset.
+"""Read samples of a shard set by id: read the image at its offset, decode it.
 
-Python keeps a descriptor for each map, so the shards that are mapped at a time are bounded. A
-shard that is read again later is mapped again, which takes some 40 microseconds.
+Shards are read with ``pread`` and not mapped: a file that shrinks, or a disk that fails, under a
+map ends the process with SIGBUS, without a word. The shards that are open at a time are bounded.
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
+import os
 import tarfile
+import time
+import weakref
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.cache import Cache
-from pipeline.data.codecs import DecodeError, decoder
+from pipeline.data.checksums import check_bytes, unreadable
+from pipeline.data.codecs import DecodeError, decoder, npy_header
 from pipeline.data.shards import Index
+from pipeline.data.tars import open_tar
 from pipeline.runtime.errors import CorruptSample, DataError
-from pipeline.runtime.host import SCARCE_FILES, raise_open_files, remedy_for
+from pipeline.runtime.host import SCARCE_FILES, raise_open_files
+from pipeline.runtime.text import printable
 
 OTHER_FILES = 256
 """Descriptors that are left to the rest of the process: checkpoints, logs, W&B, sockets."""
-FEWEST_MAPS, EVICTABLE_MAPS = 8, 64
+FEWEST_OPEN, EVICTABLE_OPEN = 8, 64
+LOOK_SECONDS = 1.0
+"""How often open shards are looked at: one that was written to is compared again."""
 
 
 class Reader:
@@ -35,11 +42,19 @@ class Reader:
     def __init__(self, index: Index, cache: Cache) -> None:
         self.index, self.cache = index, cache
         self._starts = np.cumsum([0, *index.sizes])
-        self._maps: dict[int, memoryview] = {}  # in the order in which they were mapped
-        self._room = max(FEWEST_MAPS, raise_open_files() - OTHER_FILES)
-        if index.is_remote and cache.limit:  # evicted files take room on the disk while mapped
-            self._room = min(self._room, EVICTABLE_MAPS)
+        self._files: dict[int, int] = {}  # descriptors, in the order in which they were opened
+        weakref.finalize(self, _close, self._files)
+        self._written: dict[int, tuple[int, int]] = {}  # size and time of the last change
+        self._looked = time.monotonic()
+        self._room = max(FEWEST_OPEN, raise_open_files() - OTHER_FILES)
+        if index.is_remote and cache.limit:  # evicted files take room on the disk while open
+            self._room = min(self._room, EVICTABLE_OPEN)
         self._decode = decoder(index.field, index.shape)
+        # Raw pixels behind this header are read to their place, without a copy in between.
+        at_once = index.field == "npy" and hasattr(os, "preadv")  # not on every macOS
+        self._header = npy_header(index.shape) if at_once else b""
+        self._found = bytearray(len(self._header))
+        self._raw = len(self._header) + int(np.prod(index.shape)) if self._header else -1
 
     def read(self, ids: NDArray[np.int64], out: NDArray[np.uint8]) -> NDArray[np.int64]:
         """Decode the samples of ``ids`` (n,) into ``out`` (n, H, W, C) uint8; return their labels.
@@ -48,52 +63,91 @@ class Reader:
 
         Raises:
             CorruptSample: a sample cannot be decoded; the message names shard, key and offset.
-            DataError: a shard is missing or has another size than the index says.
+            DataError: a shard is missing, cannot be read, or was changed while it was read.
         """
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            self._look()
         rows = self.index.table[ids]
         shards = np.searchsorted(self._starts, ids, side="right") - 1
+        if not out.flags.c_contiguous:
+            raise ValueError("out must be contiguous: samples are read to their place in it")
+        places = out.reshape(len(out), -1) if len(out) else out
         for k, (shard, offset, length) in enumerate(
             zip(shards.tolist(), rows["offset"].tolist(), rows["length"].tolist(), strict=True)
         ):
-            view = self._maps.get(shard)
-            if view is None:
-                view = self._open(shard)
+            file = self._files.get(shard)
+            if file is None:
+                file = self._open(shard)
             try:
-                self._decode(view[offset : offset + length], out[k])
+                if length == self._raw:
+                    found = os.preadv(file, (self._found, places[k]), offset)
+                    if found == length and self._found == self._header:
+                        continue
+                payload = os.pread(file, length, offset)
+            except OSError as error:
+                raise unreadable(self._name(shard), error) from None
+            if len(payload) < length:
+                raise self._cut(shard, offset)
+            try:
+                self._decode(memoryview(payload), out[k])
             except DecodeError as error:
                 raise self._corrupt(shard, offset, error) from None
         return rows["label"].astype(np.int64)
 
-    def _open(self, number: int) -> memoryview:
-        while len(self._maps) >= self._room:
-            del self._maps[next(iter(self._maps))]
+    def _look(self) -> None:
+        """Close the shards that were written to since they were opened, if they are still right.
+
+        The time of the last change alone is no fault: on some clusters users touch their files.
+        """
+        for number, file in list(self._files.items()):
+            if _written(file) != self._written[number]:
+                os.close(self._files.pop(number))
+                if not self.index.is_remote:  # ``Cache`` compares copies of remote shards itself
+                    shard = self.index.shards[number]
+                    check_bytes(self.cache.path(shard), shard, self.cache.stop)
+        self._looked = time.monotonic()
+
+    def _open(self, number: int) -> int:
+        while len(self._files) >= self._room:
+            os.close(self._files.pop(next(iter(self._files))))
         try:
-            view = self._map(number)
+            with self.cache.open(self.index.shards[number]) as opened:
+                file = os.dup(opened.fileno())
         except OSError as error:
-            if error.errno not in SCARCE_FILES or not self._maps:
-                raise self._unreadable(number, error) from None
-            self._room = max(1, len(self._maps) // 2)  # others of this process need some too
-            self._maps.clear()
+            if error.errno not in SCARCE_FILES or not self._files:
+                raise unreadable(self._name(number), error) from None
+            self._room = max(1, len(self._files) // 2)  # others of this process need some too
+            _close(self._files)
             return self._open(number)
-        self._maps[number] = view
-        return view
+        self._files[number], self._written[number] = file, _written(file)
+        return file
 
-    def _map(self, number: int) -> memoryview:
-        with self.cache.open(self.index.shards[number]) as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    def _name(self, number: int) -> str:
+        return f"{self.index.location}/{self.index.shards[number].url}"
 
-    def _unreadable(self, number: int, error: OSError) -> DataError:
-        what = f"{self.index.location}/{self.index.shards[number].url}: cannot be read"
-        remedy = remedy_for(error) if error.errno in SCARCE_FILES else ""
-        return DataError(f"{what}: {remedy or error.strerror}.")
+    def _cut(self, number: int, offset: int) -> DataError:
+        return DataError(
+            f"{self._name(number)}: was cut while it was read: it ends before the sample at offset "
+            f"{offset} does. Restore it, then run the same command again."
+        )
 
     def _corrupt(self, number: int, offset: int, error: DecodeError) -> CorruptSample:
         shard = self.index.shards[number]
         path = self.cache.path(shard)
         key = "unknown"
-        with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(path, "r:") as tar:
-            key = next((m.name for m in tar if m.offset_data == offset), key)
+        with contextlib.suppress(tarfile.TarError, OSError), open_tar(path) as tar:
+            key = next((printable(m.name) for m in tar if m.offset_data == offset), key)
         return CorruptSample(
             f"{path}: sample {key} at offset {offset} is damaged: {error}. Check the whole set "
             f"with: python -m pipeline.prepare --verify {self.index.location}"
         )
+
+
+def _written(file: int) -> tuple[int, int]:
+    status = os.fstat(file)
+    return status.st_size, status.st_mtime_ns
+
+
+def _close(files: dict[int, int]) -> None:
+    while files:
+        os.close(files.popitem()[1])

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.codecs import Pixels, encode
 from pipeline.data.shards import NO_LABEL, ROW
+from pipeline.runtime.files import new_file
 
 
 @dataclass
@@ -53,7 +54,7 @@ def write_shard(path: Path, extension: str) -> Iterator[ShardWriter]:
     """
     from webdataset import TarWriter  # imports torch, which takes seconds
 
-    with path.open("wb", buffering=1 << 20) as file:
+    with new_file(path) as file:
         with TarWriter(file, encoder=False, mtime=0) as tar:
             yield ShardWriter(tar, extension)
         file.flush()

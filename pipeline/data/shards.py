@@ -3,7 +3,8 @@
 * ``index.json``: the wids-shard-index-v1 schema (name, number of samples, size and sha256 of each
   shard) with the format and shape of the images, and how they were made;
 * ``index.json.samples.npy``: a row of 16 bytes per sample (offset and length of the image in its
-  tar, label). It is memory-mapped, so a sample is read without reading a tar header.
+  tar, label). It is held in memory, so a sample is read without reading a tar header, and what was
+  compared with its checksum is what is used.
 
 The index is written last and atomically, so a folder with an index is complete.
 """
@@ -15,7 +16,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data import index_fields
 from pipeline.data.codecs import IMAGE_FIELDS
-from pipeline.data.remote import open_url, pieces, with_retries
+from pipeline.data.remote import raise_on_stop, read_url
+from pipeline.data.tars import Tar, open_tar
+from pipeline.runtime.documents import DamagedFile, read_bytes, write_document
 from pipeline.runtime.errors import DataError
-from pipeline.runtime.files import sha256_of, write_atomic
+from pipeline.runtime.files import is_folder, sha256_of, write_atomic
+from pipeline.runtime.host import remedy_of_file
+from pipeline.runtime.text import printable
 
 INDEX_NAME = "index.json"
 TABLE_NAME = "index.json.samples.npy"
 KIND = "wids-shard-index-v1"
 ROW = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<i4")])
 NO_LABEL = -1
+LARGEST_IMAGE, LONGEST_LABEL = 1 << 30, 1024
+"""Bytes of the largest image and of the longest file with a label."""
+LARGEST_INDEX = 32 << 20
+"""Bytes; 100,000 shards take half of it. Parsed JSON may take 25 times as many."""
 
 
 @dataclass(frozen=True)
@@ -118,17 +128,18 @@ def scan(path: Path) -> tuple[Shard, NDArray[np.void], str]:
 
     Raises:
         DataError: the tar is compressed, truncated or not a WebDataset shard.
+        OSError: it cannot be read, which is no damage.
     """
     rows: list[tuple[int, int, int]] = []
     fields: set[str] = set()
     key, label, image, end = "", NO_LABEL, None, 0
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open_tar(path) as tar:
             for member in tar:
                 if not member.isfile():
                     continue
                 if member.issparse():
-                    raise tarfile.ReadError(f"{member.name} is stored sparse")
+                    raise tarfile.ReadError(f"{printable(member.name)} is stored sparse")
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
                 if (sample := f"{folder}/{stem}") != key:
@@ -137,6 +148,8 @@ def scan(path: Path) -> tuple[Shard, NDArray[np.void], str]:
                     key, label, image = sample, NO_LABEL, None
                 extension = extension.lower()
                 if extension in IMAGE_FIELDS and image is None:
+                    if member.size > LARGEST_IMAGE:
+                        raise tarfile.ReadError(f"{printable(member.name)} has {member.size} bytes")
                     image = (member.offset_data, member.size)
                     fields.add(extension)
                 elif extension == "cls":
@@ -144,39 +157,34 @@ def scan(path: Path) -> tuple[Shard, NDArray[np.void], str]:
                 end = member.offset_data + member.size
             if image is not None:
                 rows.append((*image, label))
-            ends_at = tar.offset
-    except (tarfile.TarError, OSError, EOFError) as error:
+            if rows and end > path.stat().st_size:
+                raise tarfile.ReadError("its last member ends past the end of the file")
+            tar.require_end()
+    except tarfile.ReadError as error:
         raise DataError(
             f"{path}: truncated, damaged or compressed: not readable as a plain tar ({error}). "
             "Copy it again. Samples are read by offset, so unpack a .tar.gz first."
         ) from None
-    if rows and end > path.stat().st_size:
-        raise DataError(f"{path}: truncated; its last member ends past the end of the file.")
-    with path.open("rb") as file:
-        # tarfile reads a damaged header, or a cut between two members, as the end of the archive.
-        file.seek(ends_at)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise DataError(
-                f"{path}: truncated or damaged at byte {ends_at}, where a tar must have a member "
-                "or its end mark. Copy it again."
-            )
+    size = path.stat().st_size
     if len(fields) > 1:
         raise DataError(f"{path}: images must share one extension; found {sorted(fields)}.")
-    if not rows and path.stat().st_size > 10240:
+    if not rows and size > 10240:
         raise DataError(f"{path}: holds no images; known extensions are {', '.join(IMAGE_FIELDS)}.")
-    shard = Shard(path.name, len(rows), path.stat().st_size, sha256_of(path))
+    shard = Shard(path.name, len(rows), size, sha256_of(path))
     return shard, np.array(rows, dtype=ROW), fields.pop() if fields else ""
 
 
-def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:
-    stored = tar.extractfile(member)
-    text = stored.read().strip() if stored else b""
+def _label(tar: Tar, member: tarfile.TarInfo, path: Path) -> int:
+    name = printable(member.name)
     try:
+        text = tar.content(member, LONGEST_LABEL).strip()
         label = int(text)
+    except tarfile.ReadError as error:
+        raise DataError(f"{path}: {name} {error}: not an integer.") from None
     except ValueError:
-        raise DataError(f"{path}: {member.name} holds {text[:20]!r}, not an integer.") from None
+        raise DataError(f"{path}: {name} holds {text[:20]!r}, not an integer.") from None
     if not 0 <= label < 2**31:
-        raise DataError(f"{path}: {member.name} holds {label}; labels are 0 to 2**31 - 1.")
+        raise DataError(f"{path}: {name} holds {label}; labels are 0 to 2**31 - 1.")
     return label
 
 
@@ -215,104 +223,101 @@ def write_index(
         "made_by": made_by,
         "shardlist": [asdict(shard) for shard, _, _ in scans],
     }
-    write_atomic(folder / INDEX_NAME, json.dumps(document, indent=1).encode())
+    write_document(folder / INDEX_NAME, document, indent=1)
     return read_index(str(folder))
 
 
 # -- reading ------------------------------------------------------------------------------------
 
 
-def read_index(location: str, command: str = "", field: str = "data.shards") -> Index:
+def read_index(
+    location: str,
+    command: str = "",
+    field: str = "data.shards",
+    stop: Callable[[], bool] = raise_on_stop,
+) -> Index:
     """Read and check the index of a folder or URL.
 
     Args:
         location: folder or URL of the set.
         command: the command that makes the set, for the message when the index is missing.
         field: the option that named the set, for the same message.
+        stop: called while a remote index is waited for.
 
     Raises:
         DataError: there is no index, it is damaged, or it names files outside its folder.
+        Stopped: ``stop`` returned True.
     """
     location = location.rstrip("/") if "://" in location else location
-    document_bytes = _read_beside(location, INDEX_NAME, command=command, field=field)
+    name = f"{location}/{INDEX_NAME}"
+    content = _read_beside(location, INDEX_NAME, command, field, LARGEST_INDEX, stop)
     try:
-        document = json.loads(document_bytes)
-        if document["__kind__"] != KIND:
-            raise ValueError(f"__kind__ is {document['__kind__']!r}")
-        shards = tuple(
-            Shard(str(s["url"]), int(s["nsamples"]), int(s["filesize"]), str(s["sha256"]))
-            for s in document["shardlist"]
-        )
-        height, width, channels = map(int, document["shape"])
-        name, digest = str(document["field"]), str(document["samples_sha256"])
-        made_by = dict(document.get("made_by", {}))
-        if any(shard.nsamples < 0 or shard.filesize < 1 for shard in shards):
-            raise ValueError("a shard has a negative number of samples or no bytes")
-        if min(height, width, channels) < 1:
-            raise ValueError(f"shape is {document['shape']}")
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        document = index_fields.parsed(content, KIND)
+    except ValueError as error:
         raise DataError(
-            f"{location}/{INDEX_NAME}: not an index of this project ({error}). "
+            f"{name}: not an index of this project ({error}). "
             f"Make it again: python -m pipeline.prepare {location} --out {location}"
         ) from None
-    for shard in shards:
-        # fsspec would open a second file system for what follows "::".
-        odd = shard.url in ("", ".", "..") or "::" in shard.url or not shard.url.isprintable()
-        if odd or Path(shard.url).name != shard.url:
-            raise DataError(
-                f"{location}/{INDEX_NAME}: shard {shard.url!r} must be a plain file name beside it."
-            )
-    raw = _read_beside(location, TABLE_NAME, lazy=True)
-    table = _open_table(raw, digest, f"{location}/{TABLE_NAME}")
-    if sum(shard.nsamples for shard in shards) != len(table):
-        raise DataError(f"{location}: {INDEX_NAME} and {TABLE_NAME} count different samples.")
-    if len(table) == 0:
-        raise DataError(f"{location}: the index lists no samples.")
-    return Index(location, name, (height, width, channels), shards, table, made_by)
-
-
-def _open_table(raw: bytes | Path, digest: str, name: str) -> NDArray[np.void]:
-    table: NDArray[np.void]
+    shards = tuple(Shard(**entry) for entry in document["shardlist"])
+    if odd := index_fields.odd_name([shard.url for shard in shards]):
+        raise DataError(f"{name}: shard {odd}.")
+    count = sum(shard.nsamples for shard in shards)
+    if count == 0:
+        raise DataError(f"{name}: lists no samples.")
+    limit = count * ROW.itemsize + index_fields.LONGEST_NPY_HEADER
+    raw = _read_beside(location, TABLE_NAME, "", field, limit, stop)
     try:
-        if isinstance(raw, Path):
-            if sha256_of(raw) != digest:
-                raise ValueError("its checksum differs from the index")
-            table = np.load(raw, mmap_mode="r", allow_pickle=False)
-        else:
-            if hashlib.sha256(raw).hexdigest() != digest:
-                raise ValueError("its checksum differs from the index")
-            table = np.load(io.BytesIO(raw), allow_pickle=False)
-        if table.dtype != ROW or table.ndim != 1:
-            raise ValueError(f"its dtype is {table.dtype}")
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{name}: damaged or not of this index ({error}). Index again.") from None
-    return table
+        if hashlib.sha256(raw).hexdigest() != document["samples_sha256"]:
+            raise ValueError("its checksum differs from the index")
+        table = index_fields.table(raw, ROW)
+        if len(table) != count:
+            raise ValueError(f"has {len(table)} rows; the shards of the index have {count} samples")
+        index_fields.check_rows(table, [(one.nsamples, one.filesize) for one in shards])
+    except ValueError as error:
+        raise DataError(
+            f"{location}/{TABLE_NAME}: damaged or not of this index ({error}). Make both again: "
+            f"remove {name}, then run python -m pipeline.prepare {location} --out {location}"
+        ) from None
+    shape, made_by = tuple(document["shape"]), document["made_by"]
+    return Index(location, document["field"], shape, shards, table, made_by)
 
 
 def _read_beside(
-    location: str, name: str, lazy: bool = False, command: str = "", field: str = "data.shards"
-) -> Any:
-    """Return the bytes of a file beside the shards, or its path if it is local and ``lazy``."""
+    location: str,
+    name: str,
+    command: str,
+    field: str,
+    limit: int,
+    stop: Callable[[], bool],
+) -> bytes:
+    """Return the bytes of a file beside the shards."""
     if "://" in location:
-
-        def read() -> bytes:
-            with open_url(f"{location}/{name}") as file:
-                return b"".join(pieces(file))
-
-        return with_retries(f"{location}/{name}", read)
+        try:
+            return read_url(f"{location}/{name}", limit, stop)
+        except DataError as error:
+            raise DataError(f"{field}: {error}") from None
     path = Path(location).expanduser() / name
     try:
-        return path if lazy and path.is_file() else path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        tars = len(list(path.parent.glob("*.tar"))) if path.parent.is_dir() else 0
-        remedy = command or f"python -m pipeline.prepare SOURCE --out {location} --size SIZE"
-        if tars and name == INDEX_NAME:
-            found, remedy = (
-                f"{tars} tars without an index",
-                f"python -m pipeline.prepare {location} --out {location}",
-            )
-        else:
-            found = f"no {name}" if path.parent.is_dir() else "no such folder"
-        raise DataError(f"{field} ({location}): {found}. Make it with: {remedy}") from None
+        return read_bytes(path, limit)
+    except DamagedFile as error:
+        if is_folder(path.parent):
+            reason = str(error).removeprefix(f"{path}: ")
+            raise DataError(
+                f"{field} ({location}): {path} cannot be read: {reason}. Restore it, or make it "
+                f"again: python -m pipeline.prepare {location} --out {location}"
+            ) from None
+    except FileNotFoundError:
+        pass
     except OSError as error:
-        raise DataError(f"{field} ({location}): cannot be read: {error}.") from None
+        raise DataError(
+            f"{field} ({location}): {path} cannot be read: {error.strerror}. "
+            f"{remedy_of_file(error)}."
+        ) from None
+    tars = len(list(path.parent.glob("*.tar"))) if is_folder(path.parent) else 0
+    remedy = command or f"python -m pipeline.prepare SOURCE --out {location} --size SIZE"
+    if tars and name == INDEX_NAME:
+        found = f"{tars} tars without an index"
+        remedy = f"python -m pipeline.prepare {location} --out {location}"
+    else:
+        found = f"no {name}" if is_folder(path.parent) else "no such folder"
+    raise DataError(f"{field} ({location}): {found}. Make it with: {remedy}")

@@ -7,31 +7,44 @@ images in a worker process; ``to_square`` crops and resizes them, for every kind
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
 import os
 import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from pipeline.data.codecs import DecodeError, Pixels, flatten, open_pillow, read_npy, reason
+from pipeline.data.codecs import (
+    DecodeError,
+    Pixels,
+    flatten,
+    npy_image,
+    open_pillow,
+    reason,
+    require_pixels,
+)
+from pipeline.data.idx_files import fashion_mnist, idx_file, read_idx
 from pipeline.data.shards import NO_LABEL, scan
+from pipeline.data.source_files import open_zip, read_file, read_member, read_span, zip_images
+from pipeline.runtime.console import printable
+from pipeline.runtime.documents import NOT_DAMAGE, DamagedFile, open_regular
 from pipeline.runtime.errors import DataError
+from pipeline.runtime.files import exists
+from pipeline.runtime.host import remedy_of_file
 
 SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".dib"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".tga"),
 )
-DEBIAN_FOLDER = "/usr/share/datasets/fashion-mnist"  # of the package dataset-fashion-mnist
-DOWNLOAD_FOLDER = "~/.cache/dcgan-pipeline/fashion-mnist"
-IDX_PREFIX = {"train": "train", "test": "t10k"}
+MOST_FOLDERS = 1_000_000
+"""Folders that are listed; links between a dozen folders make more paths than this."""
+MOST_TYPES = 10
 
 
 @dataclass(frozen=True)
@@ -73,19 +86,22 @@ def find(name: str, *, split: str, idx: str | None, download: bool) -> Source:
 
     Raises:
         DataError: the source does not exist, holds no images, or is damaged.
+        OSError: it cannot be read, which is no damage.
     """
     if name == "fashion-mnist":
-        return _idx(_fashion_mnist(split, idx, download), split, name)
+        return _idx(fashion_mnist(split, idx, download), split, name)
     path = Path(name).expanduser()
-    if path.is_file() and zipfile.is_zipfile(path):
-        return _zip(path)
+    if path.is_file():
+        with open_regular(path) as file:
+            if zipfile.is_zipfile(file):
+                return _zip(path)
     if not path.is_dir():
         found = "is not a zip archive" if path.exists() else "no such folder or file"
         raise DataError(
             f"SOURCE ({name}): {found}. Give a folder of images, of IDX files or of tars, a zip "
             "archive of images, or the word fashion-mnist."
         )
-    if _idx_file(path, split, "images"):
+    if idx_file(path, split, "images"):
         return _idx(path, split, name)
     tars = sorted(path.glob("*.tar"))
     return _tars(path, tars) if tars else _folder(path)
@@ -96,47 +112,64 @@ def find(name: str, *, split: str, idx: str | None, download: bool) -> Source:
 
 def _folder(root: Path) -> Source:
     names, sizes, ignored = [], [], Counter[str]()
-
-    def walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> None:
+    # (folder, its name in the listing, the folders above it)
+    left: list[tuple[Path, str, frozenset[tuple[int, int]]]] = [(root, "", frozenset())]
+    visited = 0
+    while left:
+        folder, prefix, above = left.pop()
         status = folder.stat()
         if (inode := (status.st_dev, status.st_ino)) in above:
-            return  # a link to a folder that contains the link
-        for entry in os.scandir(folder):
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                walk(folder / entry.name, f"{prefix}{entry.name}/", above | {inode})
-            elif (suffix := PurePosixPath(entry.name).suffix.lower()) in SUFFIXES:
-                names.append(f"{prefix}{entry.name}")
-                sizes.append(entry.stat().st_size if entry.is_file() else -1)  # -1: dangling link
-            else:
-                ignored[suffix or "no extension"] += 1
-
-    try:
-        walk(root, "", frozenset())
-    except OSError as error:
-        raise DataError(f"SOURCE ({root}): cannot be listed: {error}.") from None
+            continue  # a link to a folder that contains the link
+        if (visited := visited + 1) > MOST_FOLDERS:
+            raise DataError(
+                f"SOURCE ({root}): has more than {MOST_FOLDERS} folders; links may lead from one "
+                f"to the next, e.g. {printable(prefix[-200:])}. Remove the links."
+            )
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                size = _size_of(entry)
+                if size is None:
+                    left.append((folder / entry.name, f"{prefix}{entry.name}/", above | {inode}))
+                elif (suffix := PurePosixPath(entry.name).suffix.lower()) in SUFFIXES:
+                    names.append(f"{prefix}{entry.name}")
+                    sizes.append(size)
+                else:
+                    ignored[suffix or "no extension"] += 1
     return _listed("folder", root, names, sizes, ignored)
+
+
+def _size_of(entry: os.DirEntry[str]) -> int | None:
+    """Return the size of a file, -1 for what cannot be one, like a dangling link; None: a folder.
+
+    Raises:
+        OSError: it cannot be looked at, which says nothing about it.
+    """
+    try:
+        if entry.is_dir():
+            return None
+        return entry.stat().st_size if entry.is_file() else -1
+    except OSError as error:
+        if error.errno in NOT_DAMAGE:
+            raise
+        return -1  # a link to itself
 
 
 def _zip(path: Path) -> Source:
     names, sizes, ignored = [], [], Counter[str]()
     try:
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                parts = PurePosixPath(entry.filename).parts
-                hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-                if entry.is_dir() or hidden:
-                    continue
-                if entry.flag_bits & 1:
-                    raise DataError(f"SOURCE ({path}): encrypted; unpack it into a folder first.")
-                if (suffix := PurePosixPath(entry.filename).suffix.lower()) in SUFFIXES:
-                    names.append(entry.filename)
-                    sizes.append(entry.CRC)
-                else:
-                    ignored[suffix or "no extension"] += 1
-    except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"SOURCE ({path}): not a readable zip archive: {error}.") from None
+        members = zip_images(path)
+    except DamagedFile as error:
+        raise DataError(f"SOURCE ({path}): {error}.") from None
+    for name, entry in members.items():
+        if entry.flag_bits & 1:
+            raise DataError(f"SOURCE ({path}): encrypted; unpack it into a folder first.")
+        if (suffix := PurePosixPath(name).suffix.lower()) in SUFFIXES:
+            names.append(name)
+            sizes.append(entry.CRC)
+        else:
+            ignored[suffix or "no extension"] += 1
     return _listed("zip", path, names, sizes, ignored)
 
 
@@ -145,7 +178,7 @@ def _listed(
 ) -> Source:
     """Sort the names, and label them by their top folders as torchvision's ImageFolder does."""
     if not names:
-        types = ", ".join(f"{n} {suffix}" for suffix, n in ignored.most_common(5)) or "no files"
+        types = listed_types(ignored) or "no files"
         raise DataError(
             f"SOURCE ({path}): holds no images (found: {types}). Known types are "
             f"{' '.join(SUFFIXES)}."
@@ -165,6 +198,13 @@ def _listed(
     return Source(kind, str(path), names, labels, digest.hexdigest(), tuple(classes), dict(ignored))
 
 
+def listed_types(ignored: Mapping[str, int]) -> str:
+    """Return the most frequent extensions of files that are no images, with their numbers."""
+    found = Counter(ignored).most_common(MOST_TYPES + 1)
+    types = [f"{n} {printable(suffix[:20])}" for suffix, n in found[:MOST_TYPES]]
+    return ", ".join([*types, *(["..."] if len(found) > MOST_TYPES else [])])
+
+
 def _tars(folder: Path, paths: list[Path]) -> Source:
     spans: list[tuple[str, int, int, str]] = []
     names, labels, digest = [], [], hashlib.sha256()
@@ -182,8 +222,8 @@ def _tars(folder: Path, paths: list[Path]) -> Source:
 
 
 def _idx(folder: Path, split: str, location: str) -> Source:
-    pixels = _read_idx(folder, split, "images", 3)
-    labels = _read_idx(folder, split, "labels", 1)
+    pixels = read_idx(folder, split, "images", 3)
+    labels = read_idx(folder, split, "labels", 1)
     if len(pixels) != len(labels) or not pixels.size:
         raise DataError(
             f"{folder}: the {split} split has {len(pixels)} images and {len(labels)} labels. There "
@@ -192,66 +232,6 @@ def _idx(folder: Path, split: str, location: str) -> Source:
     digest = hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest()
     names = [f"{split}[{i}]" for i in range(len(pixels))]
     return Source("idx", location, names, labels.astype(np.int32), digest, pixels=pixels)
-
-
-def _idx_file(folder: Path, split: str, what: str) -> Path | None:
-    kind = {"images": "idx3-ubyte", "labels": "idx1-ubyte"}[what]
-    stems = [f"{IDX_PREFIX[split]}-{what}{dot}{kind}" for dot in "-."]
-    files = [folder / f"{stem}{end}" for stem in stems for end in ("", ".gz")]
-    return next((file for file in files if file.is_file()), None)
-
-
-def _read_idx(folder: Path, split: str, what: str, dimensions: int) -> Pixels:
-    """Return the uint8 array of an IDX file, whose length must be exactly that of its header."""
-    path = _idx_file(folder, split, what)
-    if path is None:
-        raise DataError(
-            f"{folder}: has no file {IDX_PREFIX[split]}-{what}-idx{dimensions}-ubyte[.gz]."
-        )
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}. Get the file again.") from None
-    head = 4 + 4 * dimensions
-    shape = tuple(np.frombuffer(raw[4:head], ">u4").tolist()) if len(raw) >= head else ()
-    if raw[:4] != bytes((0, 0, 8, dimensions)) or len(raw) - head != int(np.prod(shape)):
-        raise DataError(
-            f"{path}: {len(raw)} bytes do not fit an IDX header of uint8 with {dimensions} "
-            f"dimensions {shape}: damaged or another file. Get it again."
-        )
-    return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)
-
-
-def _fashion_mnist(split: str, idx: str | None, download: bool) -> Path:
-    """Return the folder of Fashion-MNIST's IDX files; download them if no folder has them."""
-    if idx is not None:
-        if _idx_file(Path(idx).expanduser(), split, "images") is None:
-            raise DataError(
-                f"--idx ({idx}): must be a folder with {IDX_PREFIX[split]}-images-idx3-ubyte[.gz] "
-                f"and {IDX_PREFIX[split]}-labels-idx1-ubyte[.gz]."
-            )
-        return Path(idx).expanduser()
-    package = Path(os.environ.get("FASHION_MNIST_FOLDER", DEBIAN_FOLDER))
-    cache = Path(os.environ.get("FASHION_MNIST_CACHE", DOWNLOAD_FOLDER)).expanduser()
-    raw = cache / "FashionMNIST" / "raw"  # torchvision's own layout
-    for folder in (package, raw):
-        if _idx_file(folder, split, "images") and _idx_file(folder, split, "labels"):
-            return folder
-    refused = "not tried: --no-download"
-    if download:
-        try:
-            from torchvision.datasets import FashionMNIST  # imports torch: seconds
-
-            FashionMNIST(str(cache), train=split == "train", download=True)  # checks the md5 sums
-            return raw
-        except (ImportError, OSError, RuntimeError) as error:
-            refused = f"failed: {reason(error)}"
-    raise DataError(
-        f"fashion-mnist: not found in {package} or {raw}. One of these gives it: "
-        "(1) --idx FOLDER, a folder with the four original IDX files, gzipped or not; "
-        "(2) the Debian package: apt-get install dataset-fashion-mnist; "
-        f"(3) torchvision's checksummed download, on a machine with network ({refused})."
-    )
 
 
 # -- one image ----------------------------------------------------------------------------------
@@ -268,39 +248,43 @@ def reader(
     if (pixels := source.pixels) is not None:
         return lambda row: to_square(Image.fromarray(pixels[row]), size, channels, background)
     folder = Path(source.location).expanduser()
-    if source.kind == "zip":
-        archive = zipfile.ZipFile(folder)
+    archive = cache(lambda: open_zip(folder))  # opened once, when the first image is read
 
     def read(row: int) -> bytes:
         if source.kind == "zip":
-            return archive.read(source.names[row])
+            return read_member(archive(), source.names[row])
         if not source.spans:
-            return (folder / source.names[row]).read_bytes()
+            return read_file(folder / source.names[row])
         name, offset, length, _ = source.spans[row]
-        with (folder / name).open("rb") as file:
-            file.seek(offset)
-            return file.read(length)
+        return read_span(folder / name, offset, length)
 
     def pixels_of(row: int) -> tuple[Pixels, bool]:
         try:
-            raw = read(row)
-        except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-            raise DecodeError(reason(error)) from None
+            raw = memoryview(read(row))
+            if source.spans and source.spans[row][3] == "npy":
+                return to_square(npy_image(raw), size, channels, background)
+            with open_pillow(raw) as image:
+                return to_square(image, size, channels, background)
+        except DecodeError:
+            if not exists(folder):  # the file system went away
+                raise _gone(source, row, "the source is gone") from None
+            raise
+        except (DamagedFile, KeyError) as error:
+            raise _gone(source, row, f"the archive was changed: {reason(error)}") from None
         except OSError as error:
-            if isinstance(error, FileNotFoundError | PermissionError) and folder.exists():
-                raise DecodeError(str(error.strerror)) from None
-            raise DataError(
-                f"{source.names[row]}: cannot be read from {source.location}: {error}. When it can "
-                "be read again, the same command continues."
+            raise _gone(
+                source, row, f"{error.strerror or error}: {remedy_of_file(error)}"
             ) from None
-        if source.spans and source.spans[row][3] == "npy":
-            array = read_npy(memoryview(raw))
-            array = array[:, :, 0] if array.shape[2:] == (1,) else array
-            return to_square(Image.fromarray(array), size, channels, background)
-        with open_pillow(memoryview(raw)) as image:
-            return to_square(image, size, channels, background)
 
     return pixels_of
+
+
+def _gone(source: Source, row: int, why: str) -> DataError:
+    """Return the message for a source that cannot be read, which says nothing about its images."""
+    return DataError(
+        f"{printable(source.names[row])}: cannot be read from {source.location}: {why}. When it "
+        "can be read again, the same command continues."
+    )
 
 
 def to_square(
@@ -310,7 +294,11 @@ def to_square(
 
     The image is turned upright by EXIF, composited on the background, cropped to the central square
     and resized with an antialiased Lanczos filter. Of an animation the first frame is used.
+
+    Raises:
+        DecodeError: it has more than ``MOST_PIXELS`` pixels, or none.
     """
+    require_pixels(image.size)
     image.load()
     with contextlib.suppress(Exception):  # damaged metadata: viewers show the image as stored
         ImageOps.exif_transpose(image, in_place=True)

@@ -1,5 +1,6 @@
 """Compare generated with real images.
 
-``extractors`` computes features of images and ``metrics`` the scores of features. ``scorer`` scores
-one set of images, and ``run_scores`` the checkpoints of a run.
+``extractors`` computes features of images, and ``metrics`` the scores of features that
+``catalogue`` lists. ``scorer`` scores one set of images, and ``run_scores`` the checkpoints of a
+run.
 """

@@ -6,13 +6,18 @@ images on every rank and for any batch size, so ``extractors.extract`` can divid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import functools
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.config.loading import load
 from pipeline.config.schema import DataConfig, ModelConfig
@@ -23,13 +28,15 @@ from pipeline.data.reader import Reader
 from pipeline.data.shards import Index
 from pipeline.evaluation.protocol import PURPOSE
 from pipeline.models.noise import z_rows
-from pipeline.models.sampling import Images, draw_images, make_sampler
-from pipeline.runs import checkpoint
+from pipeline.models.sampling import Images, draw_images, generator_id, make_sampler
+from pipeline.runs import checkpoint, snapshot
 from pipeline.runs.step_folders import SNAPSHOTS, committed, step_of
 from pipeline.runtime.errors import (
     CheckpointError,
+    ConfigError,
     DataError,
     EvaluationError,
+    RunFolderError,
     is_out_of_memory,
 )
 
@@ -40,14 +47,15 @@ WHITE = (255, 255, 255)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A generator on disk: the folder of a snapshot or a checkpoint, and its step."""
+    """A generator on disk: the folder of a snapshot or a checkpoint, its step, its id if known."""
 
     path: Path
     step: int
+    generator: str = ""
 
     @property
     def is_snapshot(self) -> bool:
-        return (self.path / checkpoint.GENERATOR).is_file()
+        return (self.path / snapshot.GENERATOR).is_file()
 
 
 def find_in_run(run_dir: Path, weights: str) -> list[Candidate]:
@@ -68,19 +76,43 @@ def open_folder(path: Path, weights: str) -> Candidate:
     Raises:
         EvaluationError: the folder is neither a snapshot nor a checkpoint, or lacks the weights.
     """
-    snapshot = (path / checkpoint.GENERATOR).is_file()
+    is_snapshot = (path / snapshot.GENERATOR).is_file()
     number = path.name.removeprefix("step_")
-    if not number.isdecimal() or not (snapshot or (path / checkpoint.STATE).is_file()):
+    if not number.isdecimal() or not (is_snapshot or (path / checkpoint.STATE).is_file()):
         raise EvaluationError(
             f"--checkpoint {path}: is neither a checkpoint nor a snapshot. Give a folder step_N "
             "in checkpoints/ or snapshots/ of a run."
         )
-    if snapshot and weights != "ema":
+    if is_snapshot and weights != "ema":
         raise EvaluationError(
             f"--checkpoint {path}: a snapshot contains G_ema only, but eval.weights is {weights}. "
             "Give a folder in checkpoints/, or set eval.weights=ema."
         )
     return Candidate(path, int(number))
+
+
+def with_generator(candidate: Candidate, run_dir: Path, weights: str) -> Candidate:
+    """Return a candidate with the id of its generator; "" if it is damaged.
+
+    It is read from the small files. Those of early versions do not have it, so it is computed.
+    """
+    path = candidate.path
+    with suppress(CheckpointError, RunFolderError, OSError):
+        if candidate.is_snapshot:
+            stated = snapshot.stated_generator(path)
+        else:
+            stated = checkpoint.generators(path).get(NETWORK[weights], "")
+        file = snapshot.weights_file(path) if candidate.is_snapshot else path / checkpoint.STATE
+        stated = stated or _computed_id(candidate, run_dir, weights, file.stat().st_mtime_ns)
+        return replace(candidate, generator=stated)
+    return replace(candidate, generator="")
+
+
+@functools.lru_cache(maxsize=4096)
+def _computed_id(candidate: Candidate, run_dir: Path, weights: str, changed: int) -> str:
+    """Return the id of a generator that does not state it; ``changed`` makes the cache follow."""
+    G, model = open_generator(candidate, run_dir, weights, torch.device("cpu"))
+    return generator_id(model, G.state_dict())
 
 
 def open_generator(
@@ -90,7 +122,7 @@ def open_generator(
 
     Args:
         candidate: to load from.
-        run_dir: run folder; the configuration of a checkpoint is read from it.
+        run_dir: run folder; what a checkpoint of an early version does not state is read from it.
         weights: "ema" = G_ema, "raw" = G. Only "ema" for a snapshot.
         device: to put G on.
 
@@ -102,23 +134,76 @@ def open_generator(
             NaN or infinite values.
     """
     if candidate.is_snapshot:
-        G, config = checkpoint.load_snapshot(candidate.path, device)
+        G, config = snapshot.load_snapshot(candidate.path, device)
     else:
-        config = load(run_dir / "config.yaml")
-        networks = checkpoint.read(candidate.path).weights
+        found = checkpoint.read(candidate.path)
         try:
-            G = make_sampler(config.model, networks[NETWORK[weights]], device)
-        except (KeyError, ValueError, RuntimeError) as error:
+            config = load(run_dir / "config.yaml", _model_overrides(found.state), saved=True)
+            G = make_sampler(config.model, found.weights[NETWORK[weights]], device)
+        except (KeyError, ValueError, RuntimeError, ConfigError) as error:
             if is_out_of_memory(error):
                 raise
             raise CheckpointError(f"{candidate.path}: cannot be used: {error}.") from None
-    checkpoint.check_finite(G, candidate.path)
+    snapshot.check_finite(G, candidate.path)
     return G, config.model
 
 
-def generated_images(G: nn.Module, model: ModelConfig, seed: int) -> Images:
-    """Return the images that G makes of the evaluation noise of ``seed``; any number of rows."""
-    return lambda start, stop: draw_images(G, z_rows(model, seed, PURPOSE, start, stop - start))
+def _model_overrides(state: Mapping[str, Any]) -> list[str]:
+    """Return the architecture that a checkpoint was trained with, as overrides.
+
+    The run's own configuration may be of a later training in the same folder.
+    """
+    known = {f"model.{entry.name}" for entry in dataclasses.fields(ModelConfig)}
+    values = {k: v for k, v in (state.get("config") or {}).items() if k in known}
+    return [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in values.items()]
+
+
+def generated_images(
+    G: nn.Module, model: ModelConfig, seed: int, classes: Tensor | None = None
+) -> Images:
+    """Return the images that G makes of the evaluation noise of ``seed``.
+
+    Args:
+        G: as ``open_generator`` returns it.
+        model: its architecture.
+        seed: ``eval.seed``.
+        classes: of the rows, as ``classes_like`` returns them; None = as of ``z_rows``.
+    """
+    return lambda start, stop: draw_images(
+        G, z_rows(model, seed, PURPOSE, start, stop - start, classes)
+    )
+
+
+def classes_like(index: Index, num_classes: int, count: int) -> Tensor:
+    """Return classes for generated images, in the shares that they have in a shard set.
+
+    The numbers of images are rounded by the largest remainder; of equal remainders the class with
+    the lower number gets the image. The order is a fixed random one.
+
+    Args:
+        index: of the shards.
+        num_classes: of G.
+        count: number of generated images.
+
+    Returns:
+        (count,) int64, 0 to num_classes - 1.
+
+    Raises:
+        EvaluationError: some images of the shards have no label, or one that G does not know.
+    """
+    labels = index.table["label"]
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise EvaluationError(
+            f"eval.labels (data): data.shards ({index.location}) has labels {labels.min()} (-1: "
+            f"none) to {labels.max()}, but G has the classes 0 to {num_classes - 1}. Give the "
+            "shards that it was trained on, or set eval.labels=uniform."
+        )
+    quotas = np.bincount(labels, minlength=num_classes) * count  # in units of 1 / num_samples
+    numbers, remainders = np.divmod(quotas, index.num_samples)
+    rest = count - int(numbers.sum())
+    numbers[np.argsort(-remainders, kind="stable")[:rest]] += 1
+    classes = np.repeat(np.arange(num_classes), numbers)
+    return torch.from_numpy(classes[permutation(count, f"{PURPOSE}|labels")])
 
 
 def real_images(index: Index, data: DataConfig, count: int) -> Images:

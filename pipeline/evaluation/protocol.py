@@ -16,28 +16,32 @@ from typing import Any
 
 from pipeline.config.schema import EvalConfig
 from pipeline.data.shards import Index
-from pipeline.evaluation.extractors import Extractor, slug
+from pipeline.evaluation.catalogue import METRIC_OF, METRICS, choose, floor_of
+from pipeline.evaluation.extractors import MOST_FEATURES, Extractor, slug
 from pipeline.runtime.errors import EvaluationError
 
 PURPOSE = "evaluation"
 """Seeds, with ``eval.seed``, the noise of the generated images, and the choice of real images."""
 SAMPLING = "z-table blocks of 64, standing BatchNorm, round and clamp to uint8: v1"
 """Name of the way images are generated. Part of the protocol, so a changed way needs a new name."""
-STANDARD_NUM_IMAGES = 50_000
-"""Number of images that most published scores are computed from."""
-MIN_IMAGES = 10
-"""Least number of generated and of real images. IS divides the generated ones into 10 parts."""
 KID_SUBSET = 1000
 """Images in each of the random subsets that KID is the mean of."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceProtocol:
-    """The settings that a reference file depends on."""
+    """The settings that a reference file depends on.
+
+    ``data`` is the fingerprint of the shards, or "npz:" and the sha256 of a file with mu and sigma,
+    whose ``reference_images`` are unknown: 0.
+    """
 
     data: str
     image_shape: tuple[int, int, int]
     reference_images: int
+    kept_features: int
+    has_statistics: bool
+    has_radii: bool
     extractor: str
     extractor_sha256: str
     layer: str
@@ -57,45 +61,63 @@ class Protocol:
     """All settings that a score depends on, except for the generator."""
 
     reference: ReferenceProtocol
+    metrics: tuple[str, ...]
     num_images: int
     seed: int
     weights: str
+    labels: str
     kid_subset_size: int
     dim: int
+    is_full: bool
+    is_undersampled: bool
     sampling: str = SAMPLING
 
-    columns = ("fid", "is", "kid", "precision", "recall")
-    higher_is_better = False
+    columns = ("fid", "is", "kid", "mind", "precision", "recall", "density", "coverage")
 
     @property
     def id(self) -> str:
         """12 hex digits, the same if and only if all fields are the same."""
         return hash_fields(dataclasses.asdict(self))
 
-    @property
-    def has_fid(self) -> bool:
-        """Whether both sets have at least twice as many images as features have numbers.
-
-        With fewer images, a Frechet distance consists mostly of the bias of its estimate.
-        """
-        return min(self.num_images, self.reference.reference_images) >= 2 * self.dim
-
     def key(self, score: str) -> str:
         """Return the metric key of a score in ledger and W&B.
 
-        Only scores of Inception on 50,000 images are called ``eval/fid``, ``eval/is``, ... The key
-        of others contains extractor, layer or number of images, like ``eval/fd_my-net_64_2k``.
+        It says what differs: ``eval/fid_50k_full`` compares Inception's features of 50,000 images
+        with those of all real ones, ``eval/fd_my-net_64_2k_ref10k_raw`` features of another
+        extractor, of 2,000 images of G itself, with 10,000 real ones. The names of precision,
+        recall, density and coverage have the extractor in any case, because published ones are of
+        VGG16.
 
         Args:
-            score: fid, is, is_std, kid, kid_std, precision or recall.
+            score: of ``catalogue.METRICS``.
         """
-        real = self.reference
+        real, metric = self.reference, METRIC_OF[score]
         parts = [score]
         if (real.extractor, real.layer) != ("inception", "2048"):
             other = {"fid": "fd", "kid": "kd", "kid_std": "kd_std"}
             parts = [other.get(score, score), slug(real.extractor), real.layer]
-        if self.num_images != STANDARD_NUM_IMAGES:
-            parts.append(short_count(self.num_images))
+        elif metric in ("prc", "density_coverage"):
+            parts.append("inception")
+        if real.precision != "fp32":
+            parts.append(real.precision)
+        cap = METRICS[metric].cap
+        images, references = self.num_images, real.reference_images
+        if cap is not None:
+            images, references = min(images, cap), min(references, cap)
+        if metric == "mind":
+            images = references = min(images, references)
+        parts.append(short_count(images))
+        if real.data.startswith("npz:"):
+            parts += [f"ref-{real.data[4:12]}"] if metric != "is" else []
+        elif metric != "is":
+            full = self.is_full and references == real.reference_images
+            parts.append("full" if full else f"ref{short_count(references)}")
+        if self.weights == "raw":
+            parts.append("raw")
+        if self.labels == "uniform":
+            parts.append("uniform")
+        if metric == "fid" and self.is_undersampled:
+            parts.append("undersampled")
         return "eval/" + "_".join(parts)
 
     def title(self, score: str) -> str:
@@ -104,30 +126,49 @@ class Protocol:
 
     @property
     def headline(self) -> str:
-        """Key of the score by which the best checkpoint is chosen; lower is better."""
-        return self.key("fid" if self.has_fid else "kid")
+        """Key of the score by which the best checkpoint is chosen."""
+        return self.key(METRICS[self.metrics[0]].scores[0])
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether the best checkpoint has the highest headline score."""
+        return METRICS[self.metrics[0]].higher_is_better
 
     def describe(self) -> str:
         """Return the protocol as one line to print."""
         real = self.reference
         return (
             f"protocol {self.id}: {real.extractor} layer {real.layer} ({self.dim} numbers, "
-            f"{real.precision}), {self.num_images} images against {real.reference_images} real "
-            f"ones, {'G_ema' if self.weights == 'ema' else 'G'}, seed {self.seed}"
+            f"{real.precision}), {', '.join(self.metrics)}, {self.num_images} images against "
+            f"{real.reference_images or 'statistics of'} real ones, "
+            f"{'G_ema' if self.weights == 'ema' else 'G'}, seed {self.seed}"
+            f"{'' if self.labels == 'none' else f', labels: {self.labels}'}"
         )
 
 
-def make_protocol(config: EvalConfig, extractor: Extractor, index: Index) -> Protocol:
+def label_rule(labels: str, num_classes: int) -> str:
+    """Return how the classes of generated images are chosen: "none", "data" or "uniform"."""
+    return labels if num_classes else "none"
+
+
+def make_protocol(
+    config: EvalConfig, extractor: Extractor, index: Index, num_classes: int = 0, npz: str = ""
+) -> tuple[Protocol, list[str]]:
     """Make the protocol of a configuration.
 
     Args:
         config: section eval of the configuration.
         extractor: loaded by it.
         index: of the shards with the real images.
+        num_classes: ``model.num_classes``.
+        npz: sha256 of the npz file that ``eval.reference`` names; "" = it names none.
+
+    Returns:
+        the protocol, and a line for each usual metric that is left out.
 
     Raises:
-        EvaluationError: there are fewer than ``MIN_IMAGES`` generated or real images, or
-            ``eval.reference_images`` is more than the shards have.
+        EvaluationError: ``eval.reference_images`` is more than the shards have, or a metric needs
+            more images.
     """
     available, wanted = index.num_samples, config.reference_images
     if wanted > available:
@@ -135,17 +176,16 @@ def make_protocol(config: EvalConfig, extractor: Extractor, index: Index) -> Pro
             f"eval.reference_images ({wanted}): data.shards ({index.location}) has {available} "
             f"images. Use at most {available}, or 0 for all."
         )
-    numbers = {"eval.num_images": config.num_images, "eval.reference_images": wanted or available}
-    for field, number in numbers.items():
-        if number < MIN_IMAGES:
-            raise EvaluationError(
-                f"{field} ({number}): IS, precision and recall need at least {MIN_IMAGES} "
-                "generated and as many real images. Use more."
-            )
+    count = 0 if npz else wanted or available
+    metrics, left_out = choose(config, extractor, None if npz else count)
+    caps = [METRICS[name].cap or 0 for name in metrics]
     reference = ReferenceProtocol(
-        data=index.fingerprint,
+        data=f"npz:{npz}" if npz else index.fingerprint,
         image_shape=index.shape,
-        reference_images=wanted or available,
+        reference_images=count,
+        kept_features=min(count, max(caps)),
+        has_statistics="fid" in metrics,
+        has_radii=bool({"prc", "density_coverage"} & set(metrics)),
         extractor=extractor.name,
         extractor_sha256=extractor.sha256,
         layer=extractor.layer,
@@ -154,14 +194,20 @@ def make_protocol(config: EvalConfig, extractor: Extractor, index: Index) -> Pro
         batch_size=config.batch_size,
         torch_fidelity=version("torch-fidelity"),
     )
-    return Protocol(
+    few = min(config.num_images, config.num_images if npz else count)
+    protocol = Protocol(
         reference=reference,
+        metrics=metrics,
         num_images=config.num_images,
         seed=config.seed,
         weights=config.weights,
-        kid_subset_size=_kid_subset(min(config.num_images, reference.reference_images)),
+        labels=label_rule(config.labels, num_classes),
+        kid_subset_size=_kid_subset(min(few, MOST_FEATURES)),
         dim=extractor.dim,
+        is_full=count == available,
+        is_undersampled="fid" in metrics and few < floor_of("fid", extractor),
     )
+    return protocol, left_out
 
 
 def _kid_subset(count: int) -> int:

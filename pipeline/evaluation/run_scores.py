@@ -9,6 +9,8 @@ import dataclasses
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,14 @@ from pipeline.data.codecs import encode
 from pipeline.evaluation import candidates
 from pipeline.evaluation.candidates import Candidate
 from pipeline.evaluation.scorer import Scorer
-from pipeline.models.sampling import sample_grid
+from pipeline.models.sampling import generator_id, sample_grid
 from pipeline.runs import checkpoint, identity
 from pipeline.runs.results import Key, Ledger, Row, best, key_of
+from pipeline.runs.step_folders import SNAPSHOTS, committed, step_of
 from pipeline.runs.wandb_log import STEP_KEY, Picture, WandbLog, wandb_mode
 from pipeline.runtime.console import say
-from pipeline.runtime.errors import CheckpointError, RunFolderError
+from pipeline.runtime.documents import set_file_aside
+from pipeline.runtime.errors import CheckpointError, DamagedSnapshot, RunFolderError
 from pipeline.runtime.files import write_atomic
 from pipeline.runtime.ranks import VISIBLE_SECONDS, on_every_rank, on_rank_zero
 
@@ -48,7 +52,8 @@ class RunScores:
     def __init__(self, scorer: Scorer, run_dir: Path) -> None:
         self.scorer, self.run_dir = scorer, run_dir
         self.config, self.protocol = scorer.config, scorer.protocol
-        self._errors: dict[int, str] = {}  # by step
+        self._errors: dict[int, str] = {}  # by step; on rank 0, as is _gone
+        self._gone: set[Path] = set()  # candidates that were removed before they were scored
         self.ledger: Ledger | None = None
         self._wandb: WandbLog | None = None
         self._logged: list[Key] = []
@@ -85,8 +90,9 @@ class RunScores:
         Raises:
             CheckpointError: there are some; the message has a line for each.
         """
-        if self._errors:
-            raise CheckpointError("\n".join(self._errors.values()))
+        errors = on_rank_zero(self.scorer.accelerator, lambda: list(self._errors.values()))
+        if errors:
+            raise CheckpointError("\n".join(errors))
 
     def training_has_ended(self) -> bool:
         """Return whether the training reached its last step, so that no checkpoint will follow."""
@@ -100,7 +106,7 @@ class RunScores:
 
     def key(self, candidate: Candidate) -> Key:
         """Return the ledger key of a candidate under this protocol."""
-        return Key(candidate.step, self.protocol.weights, self.protocol.id)
+        return Key(candidate.step, self.protocol.weights, self.protocol.id, candidate.generator)
 
     def _claim_one(self, found: list[Candidate]) -> tuple[Candidate | None, int]:
         """Claim the first candidate that is neither scored nor claimed by another process.
@@ -111,9 +117,10 @@ class RunScores:
         assert self.ledger is not None
         done = {key_of(row) for row in self.ledger.rows()}
         busy = 0
-        for candidate in found:
+        for listed in found:
+            candidate = candidates.with_generator(listed, self.run_dir, self.config.eval.weights)
             key = self.key(candidate)
-            if key in done or candidate.step in self._errors:
+            if key in done or candidate.step in self._errors or self.ledger.revive(key):
                 continue
             if not self.ledger.claim(key):
                 busy = candidate.step
@@ -127,28 +134,42 @@ class RunScores:
         scorer, config, start = self.scorer, self.config, time.monotonic()
         try:
             G, model = on_every_rank(scorer.accelerator, lambda: self._open_generator(candidate))
-            images = candidates.generated_images(G, model, config.eval.seed)
+            images = scorer.generated_images(G, model)
             scores = scorer.score(images, f"step {candidate.step}")
             on_rank_zero(
                 scorer.accelerator,
                 lambda: self._record(
                     candidate,
                     scores,
+                    generator_id(model, G.state_dict()),
                     sample_grid(G, model, config.run.seed),
                     time.monotonic() - start,
                 ),
             )
         except CheckpointError as error:  # of ``_open_generator``, hence on all ranks
-            if on_rank_zero(scorer.accelerator, candidate.path.is_dir):
-                self._errors[candidate.step] = str(error)
-                reason = str(error)
-            else:  # by the training, which keeps the newest train.keep checkpoints
-                reason = "removed meanwhile"
-            if scorer.is_main:
-                say(f"step {candidate.step} passed over: {reason}")
+            on_rank_zero(scorer.accelerator, partial(self._pass_over, candidate, error))
         finally:
             if self.ledger is not None:
                 self.ledger.release(self.key(candidate))
+
+    def _pass_over(self, candidate: Candidate, error: CheckpointError) -> None:
+        """Say why a candidate is not scored; set a damaged snapshot aside. Rank 0 only.
+
+        A checkpoint of the step, if there is one, is then found in its place.
+        """
+        path, reason = candidate.path, str(error)
+        if not path.is_dir() and path not in self._gone:
+            # By the training, which keeps the newest train.keep checkpoints. Seen twice, it is odd.
+            self._gone.add(path)
+            reason = "removed meanwhile"
+        elif isinstance(error, DamagedSnapshot) and path.parent == self.run_dir / SNAPSHOTS:
+            with suppress(OSError):
+                reason += f" Set aside as {set_file_aside(path).name}."
+            if path.is_dir() or candidate.step not in map(step_of, committed(self.run_dir)):
+                self._errors[candidate.step] = reason
+        else:
+            self._errors[candidate.step] = reason
+        say(f"step {candidate.step} passed over: {reason}")
 
     def _open_generator(self, candidate: Candidate) -> tuple[nn.Module, ModelConfig]:
         if not self.scorer.is_main:  # rank 0 has found the folder; another node may see it later
@@ -167,6 +188,7 @@ class RunScores:
         self,
         candidate: Candidate,
         scores: dict[str, float],
+        generator: str,
         grid: NDArray[np.uint8],
         seconds: float,
     ) -> None:
@@ -181,11 +203,8 @@ class RunScores:
                 f"{path}: cannot be written: {error.strerror or error}. Free space or give write "
                 "permission, then run the same command again. Earlier scores are kept."
             ) from None
-        step, weights, protocol = self.key(candidate)
-        row = {
-            "step": step,
-            "weights": weights,
-            "protocol": protocol,
+        step = candidate.step
+        row = self.key(replace(candidate, generator=generator))._asdict() | {
             "scores": scores,
             "headline": self.protocol.headline,
             "higher_is_better": self.protocol.higher_is_better,

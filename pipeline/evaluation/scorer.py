@@ -11,25 +11,28 @@ from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
-from torch import Tensor
+from torch import nn
 from tqdm import tqdm
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, ModelConfig
 from pipeline.data.cache import check_shards
 from pipeline.data.shards import Index, read_index
 from pipeline.evaluation import candidates
+from pipeline.evaluation.catalogue import METRICS
 from pipeline.evaluation.extractors import extract, load_extractor
-from pipeline.evaluation.metrics import (
+from pipeline.evaluation.metrics import compute_scores
+from pipeline.evaluation.moments import FeatureSet, npz_id
+from pipeline.evaluation.protocol import Protocol, make_protocol
+from pipeline.evaluation.references import (
     Reference,
-    compute_scores,
     make_reference,
     read_reference,
     write_reference,
 )
-from pipeline.evaluation.protocol import Protocol, make_protocol
 from pipeline.models.sampling import Images
 from pipeline.runtime import signals
 from pipeline.runtime.console import say
+from pipeline.runtime.documents import set_file_aside
 from pipeline.runtime.errors import EvaluationError
 from pipeline.runtime.locks import FileLock
 from pipeline.runtime.ranks import on_every_rank, on_rank_zero, run_on_selected_ranks
@@ -69,18 +72,21 @@ class Scorer:
 
     def _set_protocol(self) -> None:
         """Set ``extractor`` and ``protocol``."""
-        self.extractor = load_extractor(self.config.eval, self.accelerator)
-        self.protocol: Protocol = make_protocol(self.config.eval, self.extractor, self.index)
+        config, given = self.config.eval, Path(self.config.eval.reference)
+        self.extractor = load_extractor(config, self.accelerator)
+        npz = ""
+        if given.suffix == ".npz":
+            npz = on_every_rank(self.accelerator, lambda: npz_id(given))
+        self.protocol: Protocol
+        self.protocol, self._left_out = make_protocol(
+            config, self.extractor, self.index, self.config.model.num_classes, npz
+        )
         self.reference: Reference | None = None  # set on rank 0 by ``load_reference``
 
     def describe(self) -> str:
-        """Return the protocol as text to print, with a remark if there will be no FID."""
-        dim, text = self.extractor.dim, self.protocol.describe()
-        if self.protocol.has_fid:
-            return text
-        return (
-            f"{text}\nno Frechet distance: with {dim} features it needs at least {2 * dim} "
-            "generated and real images. KID chooses the best checkpoint instead."
+        """Return the protocol as text to print, with a line for each metric that is left out."""
+        return "\n".join(
+            [self.protocol.describe(), *(f"left out: {line}" for line in self._left_out)]
         )
 
     def load_reference(self) -> None:
@@ -120,14 +126,26 @@ class Scorer:
         check = partial(check_shards, self.index, self.config.data.verify)
         run_on_selected_ranks(self.accelerator, self.is_main, check)
         images = candidates.real_images(self.index, self.config.data, count)
-        features = self._extract(images, count, "reference")
+        found = FeatureSet(protocol.layer, protocol.kept_features, protocol.has_statistics)
+        self._extract(images, count, "reference", found)
 
         def make_and_write() -> None:
-            self.reference = make_reference(protocol, features[self.extractor.layer])
+            self.reference = make_reference(protocol, found, self.accelerator.device)
             write_reference(path, self.reference)
             say(f"reference: {count} real images -> {path}")
 
         on_rank_zero(self.accelerator, make_and_write, lengthy=True)
+
+    def generated_images(self, G: nn.Module, model: ModelConfig) -> Images:
+        """Return the images of a generator that ``score`` takes.
+
+        Raises:
+            EvaluationError: ``eval.labels`` is data, and the labels of the shards do not fit G.
+        """
+        config, classes = self.config.eval, None
+        if model.num_classes and config.labels == "data":
+            classes = candidates.classes_like(self.index, model.num_classes, config.num_images)
+        return candidates.generated_images(G, model, config.seed, classes)
 
     def score(self, images: Images, name: str) -> dict[str, float]:
         """Score the first ``eval.num_images`` images; call ``load_reference`` before.
@@ -142,19 +160,27 @@ class Scorer:
         Raises:
             Stopped: a stop signal came.
         """
-        features = self._extract(images, self.protocol.num_images, name)
+        found = self._new_set()
+        self._extract(images, self.protocol.num_images, name, found)
         scores: dict[str, float] = {}
         on_rank_zero(
             self.accelerator,
-            lambda: scores.update(self._compute_scores(features)),
+            lambda: scores.update(self._compute_scores(found)),
             lengthy=True,
         )
         return scores
 
-    def _compute_scores(self, features: dict[str, Tensor]) -> dict[str, float]:
+    def _new_set(self) -> FeatureSet:
+        """Return an empty set for the features of generated images."""
+        protocol = self.protocol
+        caps = [METRICS[name].cap or 0 for name in protocol.metrics]
+        logits = self.extractor.logits if "is" in protocol.metrics else None
+        return FeatureSet(self.extractor.layer, max(caps), "fid" in protocol.metrics, logits)
+
+    def _compute_scores(self, found: FeatureSet) -> dict[str, float]:
         """Compute the scores of generated images from their features, on rank 0."""
         assert self.reference is not None
-        return compute_scores(features, self.extractor, self.reference, self.protocol)
+        return compute_scores(found, self.reference, self.protocol, self.accelerator.device)
 
     def close(self) -> None:
         """Finish the pending exchange of stop requests."""
@@ -178,7 +204,7 @@ class Scorer:
         self._reason = reason
         self.wait(POLL_SECONDS)
 
-    def _extract(self, images: Images, count: int, name: str) -> dict[str, Tensor]:
+    def _extract(self, images: Images, count: int, name: str, found: FeatureSet) -> None:
         """Call ``extract`` with a progress bar; raises Stopped after a stop signal."""
         with tqdm(
             total=count,
@@ -188,21 +214,21 @@ class Scorer:
             leave=False,
             disable=not (self.is_main and sys.stderr.isatty()),
         ) as bar:
-            features = extract(
+            finished = extract(
                 images,
                 count,
                 self.extractor,
                 self.accelerator,
                 self.config.eval.batch_size,
                 self._agreement,
+                found.add,
                 bar.update,
             )
-        if features is None:
+        if not finished:
             raise signals.Stopped
-        return features
 
     def _read_reference(self, path: Path) -> None:
-        self.reference = read_reference(path, self.protocol.reference)
+        self.reference = read_reference(path, self.protocol.reference, self.protocol.dim)
 
     def _read_cached_or_lock(self, cached: Path, lock: _ReferenceLock) -> str:
         """Read the reference of the cache, or get the right to compute it, on rank 0.
@@ -211,16 +237,16 @@ class Scorer:
             "read"; "locked" if the file is missing or damaged and ``lock`` is held now; or "busy"
             if another process holds it.
         """
-        if not cached.is_file() and not lock.acquire():
+        if not cached.exists() and not lock.acquire():
             return "busy"
-        if not cached.is_file():  # checked again: its last holder may have written the file
+        if not cached.exists():  # checked again: its last holder may have written the file
             return "locked"
         try:
             self._read_reference(cached)
         except EvaluationError as error:
             if not lock.acquire():
                 return "busy"
-            say(f"{error}\ncomputing it anew")
+            say(f"{error}\nset aside as {set_file_aside(cached).name}; computing it anew")
             return "locked"
         lock.release()
         return "read"

@@ -14,23 +14,29 @@ import logging
 import os
 import shutil
 import warnings
+from os.path import realpath
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pipeline.config.schema import ModelConfig
 from pipeline.generation.figures import png
 from pipeline.models.noise import z_rows
 from pipeline.models.sampling import draw_images, image_grid
-from pipeline.runs.checkpoint import HUB_WEIGHTS, to_cpu_contiguous, weights_file
+from pipeline.runs.snapshot import HUB_WEIGHTS, weights_bytes, weights_file
+from pipeline.runtime.documents import DamagedFile, read_bytes
 from pipeline.runtime.errors import GenerationError
 from pipeline.runtime.files import sha256_of, sync_folder, write_atomic
+from pipeline.runtime.tensor_files import (
+    LARGEST,
+    parse_safetensors,
+    tensors_sha256,
+    to_cpu_contiguous,
+)
 
 OPSET = 20
 TOLERANCE = 1e-4  # of pixels in [-1, 1], where a grey level is 0.0078
@@ -48,7 +54,7 @@ def _require(modules: tuple[str, ...], what: str, remedy: str) -> None:
 def describe(snapshot: Path, model: ModelConfig) -> dict[str, str]:
     """Return what an export says of its weights: snapshot, sha256, input."""
     return {
-        "snapshot": snapshot.resolve().name,
+        "snapshot": Path(realpath(snapshot)).name,
         "sha256 of its weights": sha256_of(weights_file(snapshot)),
         "z": f"{model.z_dim} numbers, {model.z_distribution}",
     }
@@ -154,7 +160,7 @@ def write_hub_folder(
     except OSError as error:
         raise GenerationError(f"--out ({out}): cannot be written: {error}.") from None
     try:
-        write_atomic(partial / HUB_WEIGHTS, save(weights, metadata={"format": "pt"}))
+        write_atomic(partial / HUB_WEIGHTS, weights_bytes(G, model, step=None))
         for name, content in _configuration(model).items():
             write_atomic(partial / name, content)
         write_atomic(partial / "grid.png", png(image_grid(draw_images(G, z))))
@@ -189,6 +195,7 @@ def check_hub_folder(folder: Path, G: nn.Module, model: ModelConfig, source: Pat
 
     Raises:
         GenerationError: a file is missing, or weights or configuration differ.
+        OSError: a file cannot be read.
     """
     missing = [name for name in HUB_FILES if not (folder / name).is_file()]
     if missing:
@@ -197,18 +204,20 @@ def check_hub_folder(folder: Path, G: nn.Module, model: ModelConfig, source: Pat
             "another --out."
         )
     weights, files = to_cpu_contiguous(G.state_dict()), _configuration(model)
+    name = HUB_WEIGHTS
     try:
-        stored = load_file(folder / HUB_WEIGHTS)
-        same = weights.keys() == stored.keys() and all(
-            torch.equal(value, stored[name]) for name, value in weights.items()
-        )
-        same = same and all((folder / name).read_bytes() == files[name] for name in files)
-    except (OSError, SafetensorError):
+        stored, _ = parse_safetensors(read_bytes(folder / name, LARGEST), folder)
+        same = tensors_sha256(stored) == tensors_sha256(weights)
+        for other in files if same else ():
+            name, same = other, read_bytes(folder / other) == files[other]
+            if not same:
+                break
+    except DamagedFile:
         same = False
     if not same:
         raise GenerationError(
-            f"--out ({folder}): exists and holds another G than {source}; give another --out, or "
-            f"remove {folder}."
+            f"--out ({folder}): exists and holds another G than {source}, says {name}; give "
+            f"another --out, or remove {folder}."
         )
 
 

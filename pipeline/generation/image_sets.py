@@ -13,80 +13,33 @@ for each finished part. A finished part is not made again.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import shutil
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
-from numpy.typing import NDArray
 
-from pipeline.data.shard_writer import write_shard
-from pipeline.data.shards import NO_LABEL, read_index, scan, shard_name, write_index
-from pipeline.generation.image_files import add_png, assemble_npz
+from pipeline.data.shards import scan, shard_name, write_index
+from pipeline.generation.finished_sets import (
+    RECORD_NAME,
+    read_record,
+    record_name,
+    record_of,
+    refuse_changes,
+)
+from pipeline.generation.image_files import assemble_npz, part_writer
+from pipeline.generation.image_set import WORK_FOLDER, ImageSet, marker_of
 from pipeline.models.noise import BLOCK
 from pipeline.models.sampling import Images
-from pipeline.runtime.errors import DataError, GenerationError
-from pipeline.runtime.files import sync_folder, write_atomic
+from pipeline.runtime.documents import write_document
+from pipeline.runtime.errors import GenerationError
+from pipeline.runtime.files import sync_folder
 from pipeline.runtime.ranks import gather, on_rank_zero
 from pipeline.runtime.signals import Agreement, received
-from pipeline.runtime.work_folder import WorkFolder
+from pipeline.runtime.work_folder import SETTINGS_NAME, FileSum, remove_folder
 
-RECORD_NAME = "generated.json"
-WORK_FOLDER = ".generate"
 INFORMATIVE = ("snapshot", "torch", "device")
 """Keys of the record that may differ from those of a complete set."""
-MOST_BLOCKS = 16
-Add = Callable[[int, NDArray[np.uint8]], object]
-"""Appends images (n, H, W, C) uint8 to a part, given the row of the first of them."""
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """A set of images to write.
-
-    Args:
-        out: the folder, or the file of an npz.
-        format: ``png``, ``npz`` or ``shards``.
-        num: number of images; image i is ``images(i, i + 1)``.
-        shape: (H, W, C) of each image.
-        record: everything that decides the pixels, as JSON; kept with the set.
-        label: returns the class of an image, which is written into shards; None = no class.
-    """
-
-    out: Path
-    format: str
-    num: int
-    shape: tuple[int, int, int]
-    record: dict[str, Any] = field(default_factory=dict)
-    label: Callable[[int], int | None] = lambda _: None
-
-    @property
-    def unfinished(self) -> Path:
-        """The folder in which the set is written."""
-        return self.out.with_name(f"{self.out.name}.tmp")
-
-    @property
-    def work(self) -> WorkFolder:
-        """The records of what is written; a resumed command may name the snapshot otherwise."""
-        path = self.unfinished / WORK_FOLDER
-        return WorkFolder(path, self.out, self.record, free={"snapshot"})
-
-    @property
-    def blocks_per_part(self) -> int:
-        """Blocks of ``BLOCK`` images in a part: 16 parts of a small set, 1024 images of a large."""
-        return min(MOST_BLOCKS, -(-self.num // (16 * BLOCK)))
-
-    def parts(self) -> list[range]:
-        """Return the rows of each part."""
-        size = self.blocks_per_part * BLOCK
-        return [range(k, min(k + size, self.num)) for k in range(0, self.num, size)]
 
 
 def write(
@@ -111,7 +64,7 @@ def write(
     """
     agreement = Agreement(accelerator.num_processes)
     with contextlib.ExitStack() as held:
-        missing = on_rank_zero(accelerator, lambda: _begin(job, held))
+        missing = on_rank_zero(accelerator, lambda: _begin(job, held), lengthy=True)
         if missing is None:
             return "complete"
         parts = job.parts()
@@ -161,38 +114,14 @@ def _write_parts(
 def _write_part(job: ImageSet, number: int, images: Images) -> Iterator[None]:
     """Write one block of images per ``next()``; the last one marks the part as finished."""
     part = job.parts()[number]
-    with _part_writer(job, number) as add:
+    sums: dict[str, FileSum] = {}
+    with part_writer(job, number, sums) as add:
         for start in range(part.start, part.stop, BLOCK):
             if start > part.start:
                 yield
             add(start, images(start, min(start + BLOCK, part.stop)))
-    job.work.mark(_marker(number))
+    job.work.mark(marker_of(number), sums)
     yield
-
-
-# -- the three formats --------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _part_writer(job: ImageSet, number: int) -> Iterator[Add]:
-    """Open a part for writing; after the block its bytes are on disk."""
-    if job.format == "png":
-        yield lambda first, images: add_png(job.unfinished, first, images)
-        sync_folder(job.unfinished)
-    elif job.format == "shards":
-        with write_shard(job.unfinished / shard_name(number), "png") as shard:
-
-            def add(first: int, images: NDArray[np.uint8]) -> None:
-                for row, pixels in enumerate(images, first):
-                    label = job.label(row)
-                    shard.add(f"{row:08d}", pixels, NO_LABEL if label is None else label)
-
-            yield add
-    else:
-        with _raw(job, number).open("wb", buffering=1 << 20) as file:
-            yield lambda _, images: file.write(images.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
 
 
 # -- the folder in which the set is written -----------------------------------------------------
@@ -201,12 +130,10 @@ def _part_writer(job: ImageSet, number: int) -> Iterator[Add]:
 def _begin(job: ImageSet, held: contextlib.ExitStack) -> list[int] | None:
     """Lock the work folder; returns the parts that are missing, None if the set is complete."""
     if job.out.exists() and not (job.out.is_dir() and not any(job.out.iterdir())):
-        found = _record_at(job)
-        if not found:
-            raise GenerationError(f"--out ({job.out}): holds something else. Give another --out.")
-        job.work.refuse_differences(found, job.out, free=INFORMATIVE)
-        _refuse_gaps(job)
-        shutil.rmtree(_left_at_the_end(job), ignore_errors=True)  # after a kill at the very end
+        found = read_record(job)
+        job.work.refuse_differences(found, record_name(job), job.out, free=INFORMATIVE)
+        refuse_changes(job, found)
+        remove_folder(_left_at_the_end(job))  # after a kill at the very end
         return None
     if job.out.is_dir() and job.format == "npz":
         raise GenerationError(f"--out ({job.out}): is a folder; --format npz writes a file.")
@@ -217,15 +144,16 @@ def _begin(job: ImageSet, held: contextlib.ExitStack) -> list[int] | None:
         )
     if not job.work.begun and _is_foreign(job.unfinished):
         raise GenerationError(
-            f"--out ({job.out}): is written in {job.unfinished}, which holds something else. Move "
-            "that away, or give another --out."
+            f"--out ({job.out}): is written in {job.unfinished}, which holds something else: it "
+            f"has no {WORK_FOLDER}/{SETTINGS_NAME}. Move that away, or give another --out."
         )
     held.enter_context(job.work.hold())
     try:
         job.work.begin()
+        finished = job.finished()
     except OSError as error:
         raise job.work.unwritable(error) from None
-    return _missing(job)
+    return [part for part in range(len(job.parts())) if part not in finished]
 
 
 def _is_foreign(folder: Path) -> bool:
@@ -236,30 +164,35 @@ def _is_foreign(folder: Path) -> bool:
 
 
 def _finish(job: ImageSet) -> None:
-    """Check that every part is present, add the record, and rename the set to ``out``."""
-    if missing := _missing(job):
-        raise GenerationError(
-            f"--out ({job.out}): {len(missing)} of {len(job.parts())} parts cannot be seen by rank "
-            "0. With several nodes it must be on a file system that they share."
-        )
+    """Check every part, add the record, and rename the set to ``out``."""
     try:
+        finished = job.finished()
+        if lost := len(job.parts()) - len(finished):
+            raise GenerationError(
+                f"--out ({job.out}): {lost} of {len(job.parts())} parts were changed while others "
+                "were written, or cannot be seen by rank 0. Run the same command again: it makes "
+                "them again. With several nodes --out must be on a file system that they share."
+            )
+        record = record_of(job, finished)
         if job.format == "npz":
             joined = job.unfinished / "joined.npz"
-            raw = [_raw(job, k) for k in range(len(job.parts()))]
-            assemble_npz(joined, raw, (job.num, *job.shape), job.record)
+            joined.unlink(missing_ok=True)  # of a killed process
+            raw = [
+                (job.parts_folder / n, s) for k in sorted(finished) for n, s in finished[k].items()
+            ]
+            assemble_npz(joined, raw, (job.num, *job.shape), record)
             os.replace(joined, job.out)
         else:
             if job.format == "shards":
-                scans = [scan(job.unfinished / shard_name(k)) for k in range(len(job.parts()))]
-                write_index(job.unfinished, scans, job.shape, job.record)
+                scans = [scan(job.unfinished / shard_name(k)) for k in sorted(finished)]
+                write_index(job.unfinished, scans, job.shape, record)
             else:
-                record = json.dumps(job.record, indent=1).encode()
-                write_atomic(job.unfinished / RECORD_NAME, record)
+                write_document(job.unfinished / RECORD_NAME, record, indent=1)
             os.replace(job.unfinished, job.out)
         sync_folder(job.out.parent)
     except OSError as error:
         raise job.work.unwritable(error) from None
-    shutil.rmtree(_left_at_the_end(job), ignore_errors=True)
+    remove_folder(_left_at_the_end(job))
 
 
 def _left_at_the_end(job: ImageSet) -> Path:
@@ -267,48 +200,3 @@ def _left_at_the_end(job: ImageSet) -> Path:
     if job.format == "npz" and job.work.path.is_dir():
         return job.unfinished
     return job.out / WORK_FOLDER
-
-
-def _refuse_gaps(job: ImageSet) -> None:
-    """Raise ``GenerationError`` if files of a complete set were removed."""
-    wanted: Iterable[str] = ()
-    if job.format == "png":
-        wanted = (f"{row:08d}.png" for row in range(job.num))
-    elif job.format == "shards":
-        wanted = (shard_name(k) for k in range(len(job.parts())))
-    present = {path.name for path in job.out.iterdir()} if job.out.is_dir() else set()
-    if missing := [name for name in wanted if name not in present]:
-        raise GenerationError(
-            f"--out ({job.out}): {len(missing)} files of the set are missing, the first is "
-            f"{missing[0]}. Give another --out, or remove what is left."
-        )
-
-
-def _record_at(job: ImageSet) -> dict[str, Any]:
-    """Return the record of the set at ``out``; {} if it is no set of this format."""
-    try:
-        if job.format == "npz":
-            with np.load(job.out, allow_pickle=False) as archive:
-                found = json.loads(str(archive["made_by"]))
-        elif job.format == "shards":
-            found = read_index(str(job.out)).made_by
-        else:
-            found = json.loads((job.out / RECORD_NAME).read_text())
-    except (OSError, ValueError, KeyError, EOFError, TypeError, RecursionError, DataError):
-        return {}
-    except (zipfile.BadZipFile, zlib.error):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _missing(job: ImageSet) -> list[int]:
-    """Return the numbers of the parts that are not finished."""
-    return [int(part) for part in job.work.unfinished(map(_marker, range(len(job.parts()))))]
-
-
-def _marker(number: int) -> str:
-    return f"{number:06d}"
-
-
-def _raw(job: ImageSet, number: int) -> Path:
-    return job.work.path / f"{number:06d}.raw"

@@ -11,13 +11,14 @@ ranks. A G for sampling has them: ``sampling.make_sampler`` recomputes them from
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config.schema import ModelConfig
-from pipeline.models.layers import Down, FromVector, ToVector, Up
+from pipeline.models.layers import BatchNorm, Down, FromVector, ToVector, Up
 from pipeline.models.mlp import D_RANGE, G_RANGE, MLPDiscriminator, MLPGenerator
 from pipeline.models.spectral_norm import (
     FIRST_ITERATIONS,
@@ -66,24 +67,26 @@ class Discriminator(nn.Module):
     equation 3): logit(x, y) = logit(x) + <v_y, features(x)>, where the features are the flattened
     last feature map.
 
-    With ``spectral_norm`` the convolutions have biases and no BatchNorm follows them, because
-    BatchNorm would undo the norm. The weights of the logit and of the classes are normalised as
-    one matrix.
+    ``d_norm`` other than ``batch``: the convolutions have biases, and no BatchNorm follows them. It
+    would undo a spectral norm. The weights of the logit and of the classes are normalised as one
+    matrix.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.d_norm = config.d_norm
         widths = [config.ndf * 2**k for k in range(num_halvings(config))]
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         in_channels = config.channels
         for index, width in enumerate(widths):
             size = config.image_size // 2 ** (index + 1)
+            batch_norm = config.d_norm == "batch"
             layers[f"down_{size}"] = Down(
-                in_channels, width, config.kernel_size, bias=config.spectral_norm
+                in_channels, width, config.kernel_size, bias=not batch_norm
             )
             # No BatchNorm on D's input layer (section 3).
-            if index > 0 and not config.spectral_norm:
-                layers[f"norm_{size}"] = nn.BatchNorm2d(width, track_running_stats=False)
+            if index > 0 and batch_norm:
+                layers[f"norm_{size}"] = BatchNorm(width)
             layers[f"leaky_{size}"] = nn.LeakyReLU(LEAK, inplace=True)  # (N, width, size, size)
             in_channels = width
         # Output 0 is the logit, output 1 + y is <v_y, features>: (N, 1 + num_classes, 1, 1).
@@ -112,7 +115,7 @@ def make_discriminator(config: ModelConfig) -> nn.Module:
     ``y`` is None for a D without classes. ``generator`` draws the dropout masks; None: no dropout.
     """
     D = MLPDiscriminator(config) if config.architecture == "mlp" else Discriminator(config)
-    if config.spectral_norm:
+    if config.d_norm == "spectral":
         apply_spectral_norm(D)
     return D
 
@@ -128,11 +131,17 @@ def init_weights(network: nn.Module, generator: torch.Generator) -> None:
     Convolutions are N(0, 0.02) (section 4). BatchNorm gains are N(1, 0.02) and shifts 0, as in the
     authors' code. Matrices of the MLPs are uniform, as their authors published. Biases are 0.
 
+    A dcgan D without normalisation (``d_norm`` none) is N(0, gain^2 / fan_in) instead, after He et
+    al. 2015 (arXiv 1502.01852, equations 10 and 15). With gain^2 = 2 / (1 + LEAK^2) every layer
+    keeps the mean square of its input. With N(0, 0.02) each layer would shrink it, and nothing
+    rescales it. No LeakyReLU follows the last layer: its gain is 1.
+
     Args:
         network: on the CPU.
         generator: of the CPU. The weights are a function of its seed alone.
     """
     limit = G_RANGE if isinstance(network, MLPGenerator) else D_RANGE
+    norm_free = isinstance(network, Discriminator) and network.d_norm == "none"
     with torch.no_grad():
         for module in network.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
@@ -140,13 +149,21 @@ def init_weights(network: nn.Module, generator: torch.Generator) -> None:
                 if isinstance(module, nn.Linear):
                     weight.uniform_(-limit, limit, generator=generator)
                 else:
-                    weight.normal_(0.0, INIT_STD, generator=generator)
+                    std = _kaiming_std(module) if norm_free else INIT_STD
+                    weight.normal_(0.0, std, generator=generator)
                 if module.bias is not None:
                     module.bias.zero_()
             elif isinstance(module, nn.BatchNorm2d):
                 module.weight.normal_(1.0, INIT_STD, generator=generator)
                 module.bias.zero_()
     power_iterate(network, FIRST_ITERATIONS)
+
+
+def _kaiming_std(layer: nn.Module) -> float:
+    """Return the standard deviation of a layer's initial weights in a D without normalisation."""
+    assert isinstance(layer, nn.Conv2d)
+    gain = 1.0 if isinstance(layer, ToVector) else math.sqrt(2 / (1 + LEAK**2))
+    return gain / math.sqrt(layer.weight[0].numel())
 
 
 def update_ema(averaged: nn.Module, network: nn.Module, decay: float) -> None:

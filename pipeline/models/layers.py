@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn.functional import conv2d, conv_transpose2d, linear, pad
 
 MIN_CHANNELS = 512
@@ -55,6 +56,33 @@ def _is_nhwc(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
+def has_tangent(x: Tensor) -> bool:
+    """Return whether a forward-mode derivative is computed with x."""
+    return unpack_dual(x).tangent is not None
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` without running statistics, whose forward-mode derivative is right.
+
+    PyTorch's own treats the batch's mean and variance as constants where that derivative is
+    differentiated again, in the weights (``tests/training/test_penalties.py``).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised map, in the shape and dtype of x: (N, channels, h, w) float."""
+        if torch.compiler.is_compiling() or not has_tangent(x):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x if x.dtype == torch.float64 else x.float()
+            centred = wide - wide.mean(dim=(0, 2, 3), keepdim=True)
+            variance = centred.square().mean(dim=(0, 2, 3), keepdim=True)
+            gain, shift = self.weight[:, None, None], self.bias[:, None, None]
+            return (centred * (variance + self.eps).rsqrt() * gain + shift).to(x.dtype)
+
+
 class Down(nn.Conv2d):
     """``nn.Conv2d`` that halves a map: stride 2, padding (kernel - 1) // 2."""
 
@@ -95,6 +123,7 @@ def _use_matrix_product(weight: Tensor, x: Tensor) -> bool:
         and torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
         and not torch.compiler.is_compiling()
+        and not has_tangent(x)  # _StridedConvolution has no forward mode
     )
 
 

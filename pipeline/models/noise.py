@@ -47,11 +47,26 @@ def append_classes(model: ModelConfig, z: Tensor, y: Tensor) -> Tensor:
     return torch.cat([z, one_hot(y, model.num_classes).to(z)], 1) if model.num_classes else z
 
 
-def z_rows(model: ModelConfig, seed: int, purpose: str, start: int, count: int) -> Tensor:
+def z_rows(
+    model: ModelConfig,
+    seed: int,
+    purpose: str,
+    start: int,
+    count: int,
+    classes: Tensor | None = None,
+) -> Tensor:
     """Return rows [start, start + count) of the endless noise table of (seed, purpose).
 
-    A row is the same in any range that holds it. With ``num_classes`` row i has class
-    i mod num_classes, so that all classes are equally frequent.
+    A row is the same in any range that holds it.
+
+    Args:
+        model: gives the length and the distribution of z, and the number of classes.
+        seed: of the table.
+        purpose: of the table.
+        start: number of the first row.
+        count: number of rows.
+        classes: (at least start + count,) int64, the class of each row from row 0. None = row i has
+            class i mod num_classes, so that all classes are equally frequent.
 
     Returns:
         G's input, (count, z_dim + num_classes) float32 on the CPU.
@@ -60,6 +75,8 @@ def z_rows(model: ModelConfig, seed: int, purpose: str, start: int, count: int) 
     blocks = [draw_z(model, BLOCK, rng(seed, purpose, k)) for k in range(first, last)]
     table = torch.cat(blocks) if blocks else torch.empty(0, model.z_dim)
     rows = table[start - first * BLOCK :][:count]
-    return append_classes(
-        model, rows, torch.arange(start, start + count) % max(1, model.num_classes)
-    )
+    if classes is None:
+        y = torch.arange(start, start + count) % max(1, model.num_classes)
+    else:
+        y = classes[start : start + count]
+    return append_classes(model, rows, y)

@@ -7,6 +7,7 @@ come from z of a fixed seed, so they are a function of the weights.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -19,11 +20,14 @@ from pipeline.config.schema import ModelConfig
 from pipeline.models.dcgan import make_generator
 from pipeline.models.noise import BLOCK, z_rows
 from pipeline.runtime.hardware import deterministic_fp32
+from pipeline.runtime.tensor_files import tensors_sha256
 
 STATISTICS_BATCHES = 16
 """Batches of ``BLOCK`` rows of z that the BatchNorm statistics are the mean of."""
 GRID_IMAGES = 64
 """Images in a grid of samples."""
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+OTHER_ARCHITECTURE = "the weights belong to another architecture than the configuration"
 Images = Callable[[int, int], NDArray[np.uint8]]
 """A function (start, stop) that returns these rows of a set of images: (n, H, W, C) uint8."""
 
@@ -43,20 +47,13 @@ def make_sampler(
         device: where G is put and the statistics are computed.
 
     Raises:
-        ValueError: the weights have another architecture, only some of the statistics, or a
-            negative variance.
+        ValueError: the weights have another architecture or dtype, only some of the statistics, or
+            a negative variance.
     """
+    with torch.device("meta"):  # takes no memory: the configuration may ask for any size
+        statistics = _check_weights(make_generator(model, running_stats=True), weights)
     with torch.random.fork_rng(devices=[]):  # PyTorch's own first weights are overwritten below
         G = make_generator(model, running_stats=True).to(device)
-    statistics = {name for name, _ in G.named_buffers()}
-    expected = {name: value.shape for name, value in G.state_dict().items()}
-    given = {name: value.shape for name, value in weights.items()}
-    if {n: s for n, s in expected.items() if n in given or n not in statistics} != given:
-        raise ValueError("the weights belong to another architecture than the configuration")
-    if statistics & given.keys() not in (set(), statistics):
-        raise ValueError("some of the BatchNorm statistics are missing")
-    if any(bool((v < 0).any()) for name, v in weights.items() if name.endswith("running_var")):
-        raise ValueError("a BatchNorm variance is negative")
     G.load_state_dict(dict(weights), strict=False)
     G.requires_grad_(False)
     if statistics and not statistics & set(weights):
@@ -64,11 +61,45 @@ def make_sampler(
     return G.eval()
 
 
+def _check_weights(G: nn.Module, weights: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of G's statistics; raise ``ValueError`` if the weights do not fit G."""
+    statistics = {name for name, _ in G.named_buffers()}
+    expected = G.state_dict()
+    if missing := sorted(expected.keys() - statistics - weights.keys()):
+        raise ValueError(f"{OTHER_ARCHITECTURE}: {missing[0]} is missing")
+    for name, value in weights.items():
+        if name not in expected:
+            raise ValueError(f"{OTHER_ARCHITECTURE}: {name!r} is none of its tensors")
+        wanted = expected[name]
+        if value.shape != wanted.shape:
+            shapes = f"{tuple(value.shape)}, must be {tuple(wanted.shape)}"
+            raise ValueError(f"{OTHER_ARCHITECTURE}: {name} has shape {shapes}")
+        if value.dtype not in (FLOATS if wanted.is_floating_point() else (wanted.dtype,)):
+            raise ValueError(f"{name} has dtype {value.dtype}, must be {wanted.dtype}")
+    if statistics & weights.keys() not in (set(), statistics):
+        raise ValueError("some of the BatchNorm statistics are missing")
+    if any(bool((v < 0).any()) for name, v in weights.items() if name.endswith("running_var")):
+        raise ValueError("a BatchNorm variance is negative")
+    return statistics
+
+
 def _recompute_statistics(G: nn.Module, model: ModelConfig, device: torch.device | str) -> None:
     """Set the BatchNorm statistics of G to their mean over fixed-seed batches, in place."""
     z = (z_rows(model, 0, "standing", k * BLOCK, BLOCK) for k in range(STATISTICS_BATCHES))
     with deterministic_fp32(), torch.autocast(torch.device(device).type, enabled=False):
         update_bn(z, G, torch.device(device))
+
+
+def generator_id(model: ModelConfig, weights: Mapping[str, Tensor]) -> str:
+    """Return 16 hex digits that are the same only for generators that make the same images of z.
+
+    The BatchNorm statistics do not count. They are a function of the parameters, so a checkpoint
+    and the snapshot of its step have one id.
+    """
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    parameters = {k: v for k, v in weights.items() if k.rpartition(".")[2] not in statistics}
+    text = f"{model.z_distribution} {tensors_sha256(parameters)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def draw_images(G: nn.Module, z: Tensor) -> NDArray[np.uint8]:

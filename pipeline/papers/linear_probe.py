@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
 from pipeline.config.schema import DataConfig
-from pipeline.data.cache import Cache
+from pipeline.data.cache import Cache, check_shards
 from pipeline.data.loader import normalise
 from pipeline.data.order import permutation
 from pipeline.data.reader import Reader
@@ -83,6 +83,7 @@ def read_images(
     index: Index, count: int, seed: int, data: DataConfig
 ) -> tuple[NDArray[np.uint8], Labels]:
     """Read images as ``read_labelled_images`` does. The label of an unlabelled sample is -1."""
+    check_shards(index, data.verify)
     ids = permutation(index.num_samples, f"probe|{seed}")[: count or None]
     images = np.empty((len(ids), *index.shape), np.uint8)
     cache = Cache(index, data.cache_dir, data.cache_gib)

@@ -157,13 +157,14 @@ def load_discriminators(
         CheckpointError: there is no usable checkpoint.
     """
     from pipeline.config.loading import load
+    from pipeline.config.sizes import discriminator_size
     from pipeline.models.dcgan import init_weights, make_discriminator
     from pipeline.models.noise import rng
     from pipeline.runs import checkpoint
 
     if not exists(run / "config.yaml"):
         raise EvaluationError(f"--run ({run}): the folder has no config.yaml. Give a run folder.")
-    config = load(run / "config.yaml")
+    config = load(run / "config.yaml", saved=True)
     if config.model.architecture != "dcgan":
         raise EvaluationError(
             f"--run ({run}): model.architecture is {config.model.architecture}, whose D has no "
@@ -176,6 +177,12 @@ def load_discriminators(
         raise CheckpointError(
             f"--run ({run}): the run has no checkpoint. (A snapshot does not contain D.) Training "
             f"writes one every train.checkpoint_every ({config.train.checkpoint_every}) steps."
+        )
+    if discriminator_size(config.model) > sum(
+        v.numel() for v in found.weights.get("D", {}).values()
+    ):
+        raise CheckpointError(  # before memory is asked for
+            f"{found.path}: D cannot be loaded: it is smaller than model in {run}/config.yaml says."
         )
     trained, random = make_discriminator(config.model), make_discriminator(config.model)
     try:

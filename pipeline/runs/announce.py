@@ -70,6 +70,26 @@ def say_start(
         f"{config.model.channels} in {len(index.shards)} shard(s); {total} steps are "
         f"{epochs:.1f} epochs"
     )
+    for line in cautions(config):
+        say(f"  {line}")
+
+
+def cautions(config: Config) -> list[str]:
+    """Return a line for every combination of values that is allowed but rarely meant."""
+    stability, batch = config.stability, config.data.batch_size
+    penalised = stability.r1_gamma or stability.r2_gamma
+    lines = []
+    if penalised and stability.r1_every > 1 and config.model.loss == "relativistic":
+        lines.append(
+            f"stability.r1_every ({stability.r1_every}): model.loss=relativistic relies on R1 and "
+            "R2 to converge; 1 applies them in every update"
+        )
+    if penalised and stability.penalty == "random" and batch < 1024:
+        lines.append(
+            f"stability.penalty (random): noisy with data.batch_size ({batch}) below 1024; tangent "
+            "is exact"
+        )
+    return lines
 
 
 def say_end(config: Config, step: int) -> None:

@@ -1,7 +1,6 @@
-"""Write and read checkpoints (all that a resume needs) and snapshots (G_ema for users).
+"""Write and read checkpoints: all that a resume needs.
 
     checkpoints/step_00010000/  {G,D,G_ema}.safetensors  optimizers.pt  state.json
-    snapshots/step_00010000/    generator.safetensors  config.yaml
 
 Each is written to ``step_N.tmp``, synced and renamed: a folder without ``.tmp`` is complete.
 ``state.json`` holds a SHA-256 of every file and of itself, its step, the id and folder of the run,
@@ -13,37 +12,52 @@ between two log rows start anew.
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.config.loading import dump, load
 from pipeline.config.schema import Config
 from pipeline.models.dcgan import make_discriminator, make_generator
-from pipeline.models.sampling import make_sampler
 from pipeline.runs.results import kept_steps
 from pipeline.runs.step_folders import CHECKPOINTS, SNAPSHOTS, committed, folder_of, step_of
-from pipeline.runtime.errors import CheckpointError, RunFolderError, is_out_of_memory
+from pipeline.runtime.documents import DamagedFile, read_document, sealed
+from pipeline.runtime.errors import CheckpointError, RunFolderError
 from pipeline.runtime.files import sha256_of, sync_folder
+from pipeline.runtime.host import remedy_of_file
+from pipeline.runtime.tensor_files import (
+    parse_optimizers,
+    parse_safetensors,
+    read_checked,
+    to_cpu_contiguous,
+)
+from pipeline.runtime.work_folder import remove_folder
 
-STATE, OPTIMIZERS, GENERATOR = "state.json", "optimizers.pt", "generator.safetensors"
-HUB_WEIGHTS = "model.safetensors"
-"""File name of G's weights in a folder for the Hugging Face Hub; ``GENERATOR`` in a snapshot."""
+STATE, OPTIMIZERS = "state.json", "optimizers.pt"
+GENERATORS = "generators"
+"""Field of state.json with the ``generator_id`` of each network that can be evaluated: G, G_ema."""
+FIELDS: dict[str, type] = {
+    "step": int,
+    "images_seen": int,
+    "run_id": str,
+    "precision": str,
+    "micro_batch": int,
+    "stream": dict,
+    "files": dict,
+}
+"""What state.json must have, also that of an early version."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,7 @@ def save(
         step: number of optimizer steps done.
         networks: networks by name, on any device; their state_dict is saved.
         optimizers: objects with ``state_dict`` by name: optimizers, a gradient scaler.
-        state: JSON values for state.json.
+        state: JSON values for state.json: those of ``FIELDS`` that are not known here.
 
     Raises:
         RunFolderError: the disk is full or the folder cannot be written; earlier checkpoints stay.
@@ -92,64 +106,8 @@ def save(
             "versions": _versions(),
             "files": {path.name: sha256_of(path) for path in sorted(partial.iterdir())},
         }
-        document["digest"] = _digest(document)
-        (partial / STATE).write_text(json.dumps(document, indent=1))
+        (partial / STATE).write_text(json.dumps(sealed(document), indent=1))
     return final
-
-
-def export_snapshot(
-    run_dir: Path, step: int, weights: Mapping[str, Tensor], config: Config, device: Any = "cpu"
-) -> Path:
-    """Write G's weights, with recomputed BatchNorm statistics, and the configuration.
-
-    Args:
-        run_dir: the run's folder.
-        step: the step of the weights.
-        weights: G's parameters by name, usually of G_ema.
-        config: the whole configuration of the run.
-        device: where the BatchNorm statistics are computed.
-
-    Raises:
-        RunFolderError: the disk is full or the folder cannot be written.
-    """
-    final = folder_of(run_dir, SNAPSHOTS, step)
-    tensors = to_cpu_contiguous(make_sampler(config.model, weights, device).state_dict())
-    with new_folder(final) as partial:
-        save_file(tensors, partial / GENERATOR, metadata={"step": str(step)})
-        (partial / "config.yaml").write_text(dump(config))
-    return final
-
-
-def load_snapshot(path: Path, device: Any = "cpu") -> tuple[nn.Module, Config]:
-    """Load a snapshot folder, or one made for the Hub. Returns (G in eval mode, configuration).
-
-    Raises:
-        CheckpointError: not a snapshot, damaged, or of another architecture than its configuration.
-    """
-    file = weights_file(path)
-    if not (file.is_file() and (path / "config.yaml").is_file()):
-        raise CheckpointError(f"{path}: not a snapshot; it must hold {GENERATOR} and config.yaml.")
-    config = load(path / "config.yaml")
-    try:
-        return make_sampler(config.model, load_file(file), device), config
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be used: {error}.") from None
-
-
-def check_finite(G: nn.Module, path: Path) -> None:
-    """Raise if a network loaded from ``path`` has NaN or infinity in parameters or buffers.
-
-    Raises:
-        CheckpointError: naming ``path``.
-    """
-    if not all(bool(torch.isfinite(values).all()) for values in G.state_dict().values()):
-        raise CheckpointError(f"{path}: its weights are NaN or infinite: training had diverged.")
-
-
-def weights_file(path: Path) -> Path:
-    """Return the file of G's weights in a snapshot folder, or in one made for the Hub."""
-    hub = path / HUB_WEIGHTS
-    return hub if hub.is_file() else path / GENERATOR
 
 
 def read_newest(run_dir: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
@@ -190,18 +148,25 @@ def read_state(path: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: it is missing, damaged or of another step.
+        RunFolderError: it cannot be read, which is no damage.
     """
     try:
-        state: dict[str, Any] = json.loads((path / STATE).read_text())
-        digest = state.pop("digest")
-        if digest != _digest(state):
-            raise ValueError(f"{STATE} is damaged")
-        if state["step"] != step_of(path):
-            raise ValueError(f"{STATE} is of step {state['step']}")
-    except PermissionError:
-        raise _unreadable(path / STATE) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        state = read_document(path / STATE, FIELDS, must_be_sealed=True)
+    except (DamagedFile, FileNotFoundError) as error:
+        raise CheckpointError(_in_folder(path, error)) from None
+    except OSError as error:
+        raise unreadable(path / STATE, error) from None
+    if state["step"] != step_of(path):
+        raise CheckpointError(f"{path}: {STATE} is of step {state['step']}")
+    if state["precision"] not in ("fp32", "bf16", "fp16"):
+        raise CheckpointError(f"{path}: {STATE} has the precision {state['precision']!r}")
+    if not isinstance(state.get("config") or {}, dict):
+        raise CheckpointError(f"{path}: {STATE} has no configuration under config")
+    if OPTIMIZERS not in state["files"]:
+        raise CheckpointError(f"{path}: {STATE} does not list {OPTIMIZERS}")
+    for name, digest in state["files"].items():
+        if Path(name).name != name or not isinstance(digest, str):
+            raise CheckpointError(f"{path}: {STATE} lists {name!r}, which is no file beside it")
     return state
 
 
@@ -209,29 +174,26 @@ def read(path: Path) -> Checkpoint:
     """Read a checkpoint after verifying the SHA-256 of each file.
 
     Raises:
-        CheckpointError: a file is missing or its checksum differs.
-        RunFolderError: a file may not be read, which is no damage.
+        CheckpointError: a file is missing or damaged.
+        RunFolderError: a file cannot be read, which is no damage.
     """
     state = read_state(path)
+    weights: dict[str, dict[str, Tensor]] = {}
+    optimizers: dict[str, Any] = {}
+    file = path
     try:
-        for name, expected in state["files"].items():
-            if Path(name).name != name or sha256_of(path / name) != expected:
-                raise ValueError(f"{name} is damaged (its checksum differs)")
-        weights = {
-            name.removesuffix(".safetensors"): load_file(path / name)
-            for name in state["files"]
-            if name.endswith(".safetensors")
-        }
-        optimizers = torch.load(path / OPTIMIZERS, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise _unreadable(Path(error.filename or path)) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
-        if is_out_of_memory(error):  # no damage: an older checkpoint is as large
-            raise
-        # The checksums are right, so another program wrote the files like this.
-        raise CheckpointError(f"{path}: not tensors alone: {str(error).splitlines()[0]}") from None
+        for name, digest in state["files"].items():
+            file = path / name
+            content = read_checked(file, digest)
+            # The checksums are right, so another program wrote what cannot be parsed.
+            if name.endswith(".safetensors"):
+                weights[file.stem], _ = parse_safetensors(content, file)
+            elif name == OPTIMIZERS:
+                optimizers = parse_optimizers(content, file)
+    except (DamagedFile, FileNotFoundError) as error:
+        raise CheckpointError(_in_folder(path, error)) from None
+    except OSError as error:
+        raise unreadable(file, error) from None
     return Checkpoint(path, state, weights, optimizers)
 
 
@@ -246,7 +208,7 @@ def prune(run_dir: Path, saved: int, keep: int, keep_every: int, keep_best: bool
         keep_best: also keep the best checkpoint by each protocol, and all not yet evaluated.
     """
     folders = [path for path in committed(run_dir) if step_of(path) <= saved]
-    kept = kept_steps(run_dir, [step_of(path) for path in folders]) if keep_best else set()
+    kept = kept_steps(run_dir, dict(map(_generators, folders))) if keep_best else set()
     for path in folders[:-keep]:
         step = step_of(path)
         if step not in kept and (not keep_every or step % keep_every):
@@ -257,16 +219,28 @@ def prune(run_dir: Path, saved: int, keep: int, keep_every: int, keep_best: bool
                 shutil.rmtree(doomed)
 
 
+def _generators(path: Path) -> tuple[int, Collection[str]]:
+    """Return the step of a checkpoint, and the ids of its generators as far as it states them."""
+    with suppress(CheckpointError):
+        return step_of(path), {"", *generators(path).values()}
+    return step_of(path), {""}
+
+
+def generators(path: Path) -> dict[str, str]:
+    """Return the ``generator_id`` of G and of G_ema as state.json of a checkpoint states them.
+
+    Raises:
+        CheckpointError: state.json is damaged.
+    """
+    found = read_state(path).get(GENERATORS)
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
 def remove_unfinished(run_dir: Path) -> None:
     """Remove the ``.tmp`` folders of a process that was killed while it wrote."""
     for kind in (CHECKPOINTS, SNAPSHOTS):
         for path in (run_dir / kind).glob("step_*.tmp"):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def to_cpu_contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors as safetensors needs them: to the CPU, contiguous in their logical order."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            remove_folder(path)
 
 
 @contextmanager
@@ -298,12 +272,7 @@ def _commit(partial: Path, final: Path) -> None:
         final.rename(displaced)
     os.replace(partial, final)
     sync_folder(final.parent)
-    shutil.rmtree(displaced, ignore_errors=True)
-
-
-def _digest(state: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of the content of state.json without its own digest."""
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    remove_folder(displaced)
 
 
 def _versions() -> dict[str, str]:
@@ -312,10 +281,16 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
-def _unreadable(path: Path) -> RunFolderError:
-    return RunFolderError(
-        f"{path}: may not be read. Give read permission, then run the same command again."
-    )
+def unreadable(path: Path, error: OSError) -> RunFolderError:
+    """Return the message for a file that cannot be read, though it may be whole."""
+    return RunFolderError(f"{path}: cannot be read: {error.strerror}: {remedy_of_file(error)}.")
+
+
+def _in_folder(path: Path, error: Exception) -> str:
+    """Return a message that begins with the folder of the checkpoint."""
+    if isinstance(error, FileNotFoundError):
+        return f"{path}: {Path(error.filename).name} is missing"
+    return f"{path}: " + str(error).removeprefix(f"{path}/").replace(": is", " is", 1)
 
 
 def _unwritable(path: Path, error: Exception) -> RunFolderError:

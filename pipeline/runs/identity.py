@@ -8,7 +8,6 @@ of its own, so that two folders never write one W&B run. run.json of a copy name
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
@@ -19,7 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.runtime.console import say
-from pipeline.runtime.files import write_atomic
+from pipeline.runtime.documents import (
+    DamagedFile,
+    read_document,
+    require_fields,
+    set_file_aside,
+    write_document,
+)
 
 IDENTITY = "run.json"
 
@@ -40,15 +45,39 @@ class Identity:
 
     def write(self) -> None:
         """Write run.json."""
-        write_atomic(Path(self.path) / IDENTITY, json.dumps(asdict(self)).encode())
+        write_document(Path(self.path) / IDENTITY, asdict(self))
 
 
 def read_identity(run_dir: Path) -> Identity | None:
     """Return the content of run.json; None if it is missing or damaged."""
+    with suppress(OSError, DamagedFile):
+        return _read(run_dir)
+    return None
+
+
+def damage_of(run_dir: Path) -> str:
+    """Return what is wrong with run.json, if it is there and cannot be used; else ""."""
     try:
-        return _parse(json.loads((run_dir / IDENTITY).read_text()), run_dir)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        _read(run_dir)
+    except FileNotFoundError:
+        return ""
+    except (OSError, DamagedFile) as error:
+        return str(error)
+    return ""
+
+
+def set_damaged_aside(run_dir: Path) -> None:
+    """Rename a damaged run.json, with a message; ``identify`` then asks the newest checkpoint.
+
+    Raises:
+        OSError: it cannot be read or renamed.
+    """
+    try:
+        _read(run_dir)
+    except FileNotFoundError:
+        return
+    except DamagedFile as error:
+        say(f"{error}; set aside as {set_file_aside(run_dir / IDENTITY).name}")
 
 
 def identify(run_dir: Path, state: Mapping[str, Any] | None = None) -> Identity:
@@ -83,6 +112,8 @@ def new_identity(run_dir: Path, origin: Identity | None = None) -> Identity:
 
 def settle(run_dir: Path, state: Mapping[str, Any] | None) -> Identity:
     """Return what ``identify`` returns, after writing it to run.json if that can be written."""
+    with suppress(OSError):
+        set_damaged_aside(run_dir)
     identity = identify(run_dir, state)
     if identity != read_identity(run_dir):
         with suppress(OSError):
@@ -113,11 +144,19 @@ def _neighbour_with(run_id: str, run_dir: Path) -> bool:
     return False
 
 
-def _parse(content: Any, run_dir: Path) -> Identity:
-    origin = content.get("origin") if isinstance(content, dict) else None
-    return Identity(
-        str(content["id"]),
-        str(content.get("path") or run_dir.resolve()),  # older ones have neither
-        content.get("inode"),
-        _parse(origin, run_dir) if origin else None,
-    )
+def _read(run_dir: Path) -> Identity:
+    path = run_dir / IDENTITY
+    try:
+        return _parse(read_document(path), run_dir)
+    except RecursionError:
+        raise DamagedFile(f"{path}: has too many origins") from None
+
+
+def _parse(content: dict[str, Any], run_dir: Path) -> Identity:
+    # Early versions wrote neither path nor inode.
+    known: dict[str, Any] = {"path": str(run_dir.resolve()), "inode": 0, "origin": {}}
+    content = known | {key: value for key, value in content.items() if value is not None}
+    fields: dict[str, type] = {"id": str, "path": str, "inode": int, "origin": dict}
+    require_fields(content, fields, run_dir / IDENTITY)
+    origin = _parse(content["origin"], run_dir) if content["origin"] else None
+    return Identity(content["id"], content["path"], content["inode"] or None, origin)

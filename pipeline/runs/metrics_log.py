@@ -5,13 +5,13 @@ Each row is on disk before it is sent to W&B. Training never waits for W&B (``wa
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import io
-import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,16 @@ from tqdm import tqdm
 from pipeline.config.schema import Config
 from pipeline.runs.wandb_log import STEP_KEY, Picture, WandbLog
 from pipeline.runtime.console import say
+from pipeline.runtime.documents import (
+    DamagedFile,
+    append_rows,
+    parse_rows,
+    read_bytes,
+    set_lines_aside,
+)
 from pipeline.runtime.errors import RunFolderError
 from pipeline.runtime.files import write_atomic
+from pipeline.runtime.log_file import open_to_append
 
 
 class MetricsLog:
@@ -57,7 +65,7 @@ class MetricsLog:
         with _raise_run_folder_error(self._path):
             self._last_step = _rewind(self._path, start_step)
             # Unbuffered: when log() returns, the kernel has the row and no kill can lose it.
-            self._file = self._path.open("ab", buffering=0)
+            self._file = open_to_append(self._path)
         self._began = time.monotonic()
         self._bar: Any = None
         if sys.stderr.isatty():
@@ -75,11 +83,9 @@ class MetricsLog:
         assert step > self._last_step, f"step {step} after {self._last_step}: one row per step"
         numbers = {key: float(value) for key, value in values.items()}
         finite = {key: v if math.isfinite(v) else None for key, v in numbers.items()}
-        line = json.dumps({"step": step, **finite, "time": round(time.time(), 3)}) + "\n"
-        rest = memoryview(line.encode())
+        row = {"step": step, **finite, "time": round(time.time(), 3)}
         with _raise_run_folder_error(self._path):
-            while rest:  # a disk that becomes full writes a part first
-                rest = rest[self._file.write(rest) :]
+            append_rows(self._file, [row])
         self._last_step = step
         self._wandb.log({STEP_KEY: step, **numbers})
         self._print_progress(step, numbers)
@@ -159,22 +165,55 @@ class NullMetricsLog(MetricsLog):
 
 
 def _rewind(path: Path, start_step: int) -> int:
-    """Remove rows after ``start_step`` and incomplete lines; return the last step kept, or -1.
+    """Remove the rows after ``start_step``; return the last step kept, or -1.
 
-    The file is replaced atomically.
+    Damaged lines are moved to a file beside it. So are rows whose step does not fit those around
+    them; rows of early versions have no check. The file is replaced atomically.
+
+    Raises:
+        DamagedFile: it is no regular file.
     """
-    before = path.read_bytes() if path.exists() else b""
-    kept, last = [], -1
-    for line in before.splitlines(keepends=True):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            step = int(json.loads(line)["step"])
-            if line.endswith(b"\n") and last < step <= start_step:
-                kept.append(line)
-                last = step
-    after = b"".join(kept)
-    if after != before:
+    try:
+        before = read_bytes(path)
+    except FileNotFoundError:
+        return -1
+    steps: list[int] = []
+    lines: list[bytes] = []
+    damaged: list[bytes] = []
+    for _, line, row in parse_rows(before, {"step": int}, path):
+        if isinstance(row, DamagedFile):
+            damaged.append(line)
+            say(f"{row}; moved to {path.name}.damaged")
+        else:
+            steps.append(row["step"])
+            lines.append(line)
+    growing = _longest_growing(steps)
+    for misplaced in sorted(set(range(len(steps))) - set(growing)):
+        damaged.append(lines[misplaced])
+        step = steps[misplaced]
+        say(f"{path}: the row of step {step} is misplaced; moved to {path.name}.damaged")
+    kept = [k for k in growing if steps[k] <= start_step]
+    if damaged:
+        set_lines_aside(path, damaged)
+    if (after := b"".join(lines[k] for k in kept)) != before:
         write_atomic(path, after)
-    return last
+    return steps[kept[-1]] if kept else -1
+
+
+def _longest_growing(steps: Sequence[int]) -> list[int]:
+    """Return the indices of the longest strictly increasing subsequence."""
+    last: list[int] = []  # for each length, the index at which the lowest such sequence ends
+    previous: list[int] = []
+    for index, step in enumerate(steps):
+        length = bisect.bisect_left(last, step, key=lambda k: steps[k])
+        previous.append(last[length - 1] if length else -1)
+        last[length : length + 1] = [index]
+    found: list[int] = []
+    index = last[-1] if last else -1
+    while index >= 0:
+        found.append(index)
+        index = previous[index]
+    return found[::-1]
 
 
 @contextlib.contextmanager
@@ -182,6 +221,8 @@ def _raise_run_folder_error(path: Path) -> Iterator[None]:
     """Turn an OSError of the block into a RunFolderError that names ``path``."""
     try:
         yield
+    except DamagedFile as error:
+        raise RunFolderError(f"{error}. Move it away, then run the same command again.") from None
     except OSError as error:
         raise RunFolderError(
             f"{path}: cannot be written: {error.strerror or error}. Free space, or set run.dir to "

@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from pipeline.config.schema import Config, micro_batching
+from pipeline.config.schema import Config
+from pipeline.config.sizes import micro_batching, require_memory
 from pipeline.data.cache import Cache
 from pipeline.data.loader import checked_index
 from pipeline.data.shards import Index
@@ -31,7 +32,8 @@ from pipeline.runs.checkpoint import checkpoint_bytes, written_bytes
 from pipeline.runs.wandb_log import wandb_mode
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import exists, nearest_existing, sha256_of
-from pipeline.runtime.host import cores
+from pipeline.runtime.hardware import local_world_size
+from pipeline.runtime.host import cores, memory
 from pipeline.runtime.locks import FileLock
 from pipeline.runtime.ranks import (
     VISIBLE_SECONDS,
@@ -111,10 +113,11 @@ def _driver() -> str:
 
 
 def _batch(accelerator: Accelerator, config: Config) -> Finding:
-    """Check that ``data.batch_size`` can be divided among the ranks."""
+    """Check that ``data.batch_size`` can be divided among the ranks, and fits their memory."""
     world_size = accelerator.num_processes
     try:
         micro_batch, accumulation = micro_batching(config, world_size)
+        require_memory(config, world_size, local_world_size(), memory())
     except UserError as error:
         return Finding("batch", "FAILED", str(error))
     parts = f"{world_size} processes x {accumulation} micro-batches x {micro_batch}"

@@ -1,6 +1,10 @@
-"""The ledger of a run's scores: evaluations.jsonl, one row per (step, weights, protocol).
+"""The ledger of a run's scores: evaluations.jsonl, one row per step, weights, protocol, generator.
 
-    {"step": 300, "weights": "ema", "protocol": "5f0c…", "scores": {"eval/fid": 31.2, …}, …}
+    {"step": 300, "weights": "ema", "protocol": "5f0c…", "generator": "9a41…",
+     "scores": {"eval/fid": 31.2, …}, …}
+
+A score belongs to the weights that ``generator`` identifies. If a step is trained anew with other
+weights, its newer row counts; rows of steps that a resume goes back before are marked superseded.
 
 A row is appended under a lock and synced before it is sent to W&B. So a killed evaluation loses
 only the score that it was computing, and a repeated one adds no row. The locks are bytes of one
@@ -10,57 +14,131 @@ checkpoint, so this module imports nothing of evaluation/.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import json
+import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.runtime.console import say
+from pipeline.runtime.documents import (
+    DamagedFile,
+    append_rows,
+    parse_rows,
+    read_bytes,
+    row_line,
+    set_lines_aside,
+)
 from pipeline.runtime.errors import RunFolderError
+from pipeline.runtime.files import write_atomic
+from pipeline.runtime.host import remedy_of_file
 from pipeline.runtime.locks import FileLock
+from pipeline.runtime.log_file import open_to_append
 
 LEDGER_NAME = "evaluations.jsonl"
+SENT_NAME = ".evaluations.sent"
 APPEND, SENDER, FIRST_KEY = 0, 1, 2  # offsets of bytes in the lock file
+KEY_FIELDS: dict[str, type] = {"step": int, "weights": str, "protocol": str}
+FIELDS = KEY_FIELDS | {"scores": dict, "headline": str}
+"""What a row must have, besides more for readers."""
 
 
 class Key(NamedTuple):
-    """Primary key of a ledger row."""
+    """Primary key of a ledger row; ``generator`` is "" in rows of an early version."""
 
     step: int
     weights: str
     protocol: str
+    generator: str = ""
 
 
 Row = dict[str, Any]
 
 
 def read_rows(run_dir: Path) -> list[Row]:
-    """Return the rows of a run's ledger, oldest first; [] without a ledger.
+    """Return the rows of a run's ledger that count, oldest first; [] without a ledger.
 
-    A line that a full disk or a power cut left incomplete is skipped: its evaluation is repeated.
+    Damaged lines are left out, with a message; ``Ledger.append`` sets them aside.
+
+    Raises:
+        RunFolderError: the ledger cannot be read.
     """
+    good, damaged = _read(run_dir / LEDGER_NAME)
+    for error in damaged.values():  # also of a row that is being appended, which is seldom met
+        _say_once(f"{error}; left out")
+    counting: dict[tuple[int, str, str], Row] = {}
+    for row in good:
+        if not row.get("superseded"):
+            slot = (row["step"], row["weights"], row["protocol"])
+            if slot not in counting or key_of(counting[slot]) != key_of(row):
+                counting.pop(slot, None)  # the weights of an earlier training
+                counting[slot] = row
+    return list(counting.values())
+
+
+def supersede_after(run_dir: Path, step: int) -> None:
+    """Mark the rows of later steps superseded: a training goes on from ``step``.
+
+    Such a row counts again once its step has the same weights again (``Ledger.revive``).
+
+    Raises:
+        RunFolderError: the ledger cannot be read or written.
+    """
+    path = run_dir / LEDGER_NAME
+    if not any(row["step"] > step for row in read_rows(run_dir)):
+        return
+    with closing(Ledger(run_dir)) as ledger, ledger.appending():
+        lines, count = [], 0
+        for _, line, row in parse_rows(read_bytes(path), FIELDS, path):
+            if isinstance(row, DamagedFile) or row["step"] <= step or row.get("superseded"):
+                lines.append(line)
+            else:
+                lines.append(row_line(row | {"superseded": True}))
+                count += 1
+        write_atomic(path, b"".join(lines))
+    say(
+        f"{path}: {count} scores of steps after {step} no longer count: training goes on from there"
+    )
+
+
+def _read(path: Path, required: Mapping[str, type] = FIELDS) -> tuple[list[Row], dict[bytes, str]]:
+    """Return the rows of a JSONL file, and the message of each damaged line by its bytes."""
     try:
-        lines = (run_dir / LEDGER_NAME).read_bytes().splitlines()
+        content = read_bytes(path)
     except FileNotFoundError:
-        return []
+        return [], {}
+    except (OSError, DamagedFile) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RunFolderError(f"{path}: cannot be read: {reason}. Mend it or move it.") from None
     rows: list[Row] = []
-    seen: set[Key] = set()
-    for line in lines:
-        try:
-            row = json.loads(line)
-            key = key_of(row)
-        except (ValueError, KeyError, TypeError):
-            continue
-        if key not in seen:
-            seen.add(key)
-            rows.append(row)
-    return rows
+    damaged: dict[bytes, str] = {}
+    for number, line, found in parse_rows(content, required, path):
+        if isinstance(found, DamagedFile):
+            damaged[line] = str(found)
+        elif odd := [v for v in found.get("scores", {}).values() if not _is_score(v)]:
+            damaged[line] = f"{path}, line {number}: a score is {odd[0]!r}"
+        else:
+            rows.append(found)
+    return rows, damaged
+
+
+def _is_score(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value is None
+    return math.isfinite(value)
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    say(text)
 
 
 def key_of(row: Row) -> Key:
     """Return the primary key of a row."""
-    return Key(int(row["step"]), str(row["weights"]), str(row["protocol"]))
+    return Key(row["step"], row["weights"], row["protocol"], str(row.get("generator", "")))
 
 
 def best(rows: Collection[Row]) -> Row | None:
@@ -81,14 +159,22 @@ def _sort_key(row: Row) -> tuple[float, int]:
     return (-score if row.get("higher_is_better") else score), int(row["step"])
 
 
-def kept_steps(run_dir: Path, steps: Collection[int]) -> set[int]:
-    """Return the steps that ``eval.keep_best`` keeps: not yet evaluated, or best by a protocol."""
-    rows = read_rows(run_dir)
-    kept = set(steps) - {int(row["step"]) for row in rows}
+def kept_steps(run_dir: Path, generators: Mapping[int, Collection[str]]) -> set[int]:
+    """Return the steps that ``eval.keep_best`` keeps: not yet evaluated, or best by a protocol.
+
+    Args:
+        run_dir: the run's folder.
+        generators: by step, the ids of the generators in its checkpoint. Scores of others, whose
+            checkpoint was removed or replaced, do not count.
+    """
+    rows = [
+        row
+        for row in read_rows(run_dir)
+        if str(row.get("generator", "")) in generators.get(row["step"], ())
+    ]
+    kept = set(generators) - {int(row["step"]) for row in rows}
     for protocol in {row["protocol"] for row in rows}:
-        # Only steps that still exist: a better checkpoint may have been removed before.
-        existing = [r for r in rows if r["protocol"] == protocol and r["step"] in steps]
-        if (row := best(existing)) is not None:
+        if (row := best([row for row in rows if row["protocol"] == protocol])) is not None:
             kept.add(int(row["step"]))
     return kept
 
@@ -102,12 +188,13 @@ class Ledger:
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir, self.path = run_dir, run_dir / LEDGER_NAME
+        lock = run_dir / ".evaluations.lock"
         try:
-            self._lock = FileLock(run_dir / ".evaluations.lock")
+            self._lock = FileLock(lock)
         except OSError as error:
             raise RunFolderError(
-                f"{run_dir}: evaluations cannot be recorded there ({error.strerror}); give write "
-                "permission, or evaluate a copy of the run."
+                f"{run_dir}: evaluations cannot be recorded there ({lock.name}: {error.strerror}). "
+                f"{remedy_of_file(error)}; or evaluate a copy of the run."
             ) from None
 
     def rows(self, protocol: str | None = None) -> list[Row]:
@@ -126,27 +213,50 @@ class Ledger:
         Raises:
             RunFolderError: the disk is full or the folder read-only.
         """
-        self._lock.acquire(APPEND)
-        try:
+        with self.appending():
             if self.has(key_of(row)):
                 return False
-            try:
-                complete = not self.path.exists() or self.path.read_bytes()[-1:] in (b"", b"\n")
-                line = b"" if complete else b"\n"  # end the incomplete line of a crash
-                line += json.dumps(row).encode() + b"\n"
-                with self.path.open("ab", buffering=0) as file:
-                    rest = memoryview(line)
-                    while rest:
-                        rest = rest[file.write(rest) :]
-                    os.fsync(file.fileno())
-            except OSError as error:
-                raise RunFolderError(
-                    f"{self.path}: cannot be written: {error.strerror}. Free space, then run the "
-                    "same command again: earlier rows are kept."
-                ) from None
-            return True
+            self._set_damaged_lines_aside()
+            with open_to_append(self.path) as file:
+                append_rows(file, [row])
+                os.fsync(file.fileno())
+        return True
+
+    def revive(self, key: Key) -> bool:
+        """Append a row that no longer counted again, if its weights are back; return whether."""
+        rows, _ = _read(self.path)
+        for row in rows:
+            if key.generator and key_of(row) == key:
+                return self.append({k: v for k, v in row.items() if k != "superseded"})
+        return False
+
+    @contextmanager
+    def appending(self) -> Iterator[None]:
+        """Hold the lock for changes of the ledger.
+
+        Raises:
+            RunFolderError: the disk is full or the folder read-only.
+        """
+        self._lock.acquire(APPEND)
+        try:
+            yield
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.path}: cannot be written: {error.strerror}. Free space, then run the "
+                "same command again: earlier rows are kept."
+            ) from None
         finally:
             self._lock.release(APPEND)
+
+    def _set_damaged_lines_aside(self) -> None:
+        """Move damaged lines, also the incomplete one of a crash, to a file beside the ledger."""
+        _, damaged = _read(self.path)
+        if damaged:
+            aside = set_lines_aside(self.path, damaged)
+            for error in damaged.values():
+                say(f"{error}; moved to {aside.name}")
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            write_atomic(self.path, b"".join(line for line in lines if line not in damaged))
 
     def claim(self, key: Key) -> bool:
         """Try to lock a key until ``release``. Returns False if another process evaluates it."""
@@ -166,17 +276,19 @@ class Ledger:
         return [row for row in read_rows(self.run_dir) if key_of(row) not in sent]
 
     def sent(self) -> list[Key]:
-        """Return the keys of the rows marked as sent to W&B, in order."""
-        try:
-            lines = (self.run_dir / ".evaluations.sent").read_text().splitlines()
-            return [Key(int(s), w, p) for s, w, p in (line.split() for line in lines)]
-        except (FileNotFoundError, ValueError):
-            return []
+        """Return the keys of the rows marked as sent to W&B, in order.
+
+        A row whose mark is damaged is sent again, with the same values.
+        """
+        rows, damaged = _read(self.run_dir / SENT_NAME, KEY_FIELDS)
+        for error in damaged.values():
+            _say_once(f"{error}; the row is sent to W&B again")
+        return [key_of(row) for row in rows]
 
     def mark_sent(self, keys: Collection[Key]) -> None:
         """Mark rows as sent to W&B, in a file of its own beside the ledger."""
-        with (self.run_dir / ".evaluations.sent").open("a") as file:
-            file.writelines(f"{step} {weights} {protocol}\n" for step, weights, protocol in keys)
+        with open_to_append(self.run_dir / SENT_NAME) as file:
+            append_rows(file, [key._asdict() for key in keys])
 
     def close(self) -> None:
         """Release all locks."""

@@ -17,15 +17,24 @@ from typing import Any
 from pipeline.config.loading import dump, load
 from pipeline.config.schema import Config, fixed_differences, flatten
 from pipeline.runs import checkpoint, wandb_names
-from pipeline.runs.identity import identify, new_identity, read_identity
+from pipeline.runs.identity import (
+    damage_of,
+    identify,
+    new_identity,
+    read_identity,
+    set_damaged_aside,
+)
 from pipeline.runs.step_folders import CHECKPOINTS, committed, folder_of, steps_set_aside
 from pipeline.runtime.console import say
+from pipeline.runtime.documents import DamagedFile, read_bytes, sign
 from pipeline.runtime.errors import CheckpointError, ConfigError, RunFolderError
 from pipeline.runtime.files import write_atomic
 from pipeline.runtime.locks import FileLock
 
 WRITTEN = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "progress")
 """Files of a run folder that a run replaces or cuts: none may be there before run.json is."""
+LONGEST_PROGRESS = 100
+"""Bytes of the file ``progress``."""
 
 
 def saved_precision(config: Config) -> str | None:
@@ -64,6 +73,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._acquire_lock()
             self._refuse_files_of_others()
+            set_damaged_aside(self.path)
             checkpoint.remove_unfinished(self.path)
             if config.run.fork:
                 self._fork(config)
@@ -72,11 +82,13 @@ class RunFolder:
             if state is not None:
                 self._check_configuration(config, state)
             self.identity.write()
-            write_atomic(self.path / "config.yaml", dump(config).encode())
+            write_atomic(self.path / "config.yaml", sign(dump(config)).encode())
             self.unmark("PREEMPTED")
         except OSError as error:
+            inside = Path(str(error.filename or self.path))
+            reason = error.strerror if inside == self.path else f"{inside.name}: {error.strerror}"
             raise RunFolderError(
-                f"run.dir ({self.path}): cannot be written ({error.strerror}); "
+                f"run.dir ({self.path}): cannot be written ({reason}); "
                 "choose another folder with run.dir=... or give write permission."
             ) from None
 
@@ -90,9 +102,13 @@ class RunFolder:
 
     def progress(self) -> int:
         """Return the step of the last checkpoint that was saved, as the file ``progress`` says."""
+        path = self.path / "progress"
         try:
-            return int((self.path / "progress").read_text())
-        except (OSError, ValueError):
+            return int(read_bytes(path, LONGEST_PROGRESS))
+        except FileNotFoundError:
+            return 0
+        except (OSError, DamagedFile, ValueError) as error:
+            say(f"{path}: holds no step, so a lost checkpoint would not be noticed ({error})")
             return 0
 
     def require_progress(self, step: int) -> None:
@@ -128,7 +144,7 @@ class RunFolder:
         """
         if (run_id := found.state["run_id"]) not in self.identity.ids:
             raise CheckpointError(
-                f"{found.path}: is of run {run_id}, but this folder is of run {self.identity.id}. "
+                f"{found.path}: is of run {run_id}, but run.json says {self.identity.id}. "
                 "Move it away; to train on from another run, start a new one with run.dir=... and "
                 "run.fork=THAT_RUN."
             )
@@ -167,9 +183,17 @@ class RunFolder:
                     "from there; leave run.fork out to resume them, or choose another run.dir."
                 )
             return
-        found, _ = checkpoint.read_newest(source)
+        try:
+            found, damaged = checkpoint.read_newest(source)
+        except OSError as error:
+            raise ConfigError(
+                f"run.fork ({source}): cannot be read: {error.strerror}. Give the folder of a run."
+            ) from None
         if parent is None or found is None:
-            raise ConfigError(f"run.fork ({source}): must be the folder of a run with checkpoints.")
+            fault = damage_of(source) or "must be the folder of a run with checkpoints"
+            raise ConfigError(f"run.fork ({source}): {fault}.")
+        for reason in damaged.values():
+            say(f"run.fork ({source}): damaged checkpoint passed over: {reason}")
         _check_networks(config, found.state, f"run.fork ({source})")
         self.identity = own or new_identity(self.path, parent)
         self.identity.write()  # first: a checkpoint of another run must not come alone
@@ -202,7 +226,7 @@ class RunFolder:
         """Return the keys of config.yaml: early checkpoints have no configuration."""
         path = self.path / "config.yaml"
         try:
-            return flatten(load(path))
+            return flatten(load(path, saved=True))
         except ConfigError as error:
             raise RunFolderError(
                 f"{path}: the configuration this run was started with cannot be read: {error}"

@@ -31,15 +31,6 @@ def folder_of(run_dir: Path, kind: str, step: int) -> Path:
     return run_dir / kind / f"step_{step:08d}"
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged ``step_N`` to ``step_N.damaged``, so that nothing counts it; return it."""
-    aside, number = path.with_name(f"{path.name}.damaged"), 1
-    while aside.exists():
-        number += 1
-        aside = path.with_name(f"{path.name}.damaged-{number}")
-    return path.rename(aside)
-
-
 def steps_set_aside(run_dir: Path) -> list[int]:
     """Return the steps of the damaged checkpoints that were set aside."""
     found = (run_dir / CHECKPOINTS).glob("step_*.damaged*")

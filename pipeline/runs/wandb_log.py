@@ -13,6 +13,7 @@ import netrc
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -24,12 +25,15 @@ from urllib.parse import urlsplit
 from pipeline.config.schema import Config
 from pipeline.runs import wandb_names
 from pipeline.runtime.console import say
+from pipeline.runtime.text import masked, masked_tree
 
 STEP_KEY = "train/step"
 METRIC_GROUPS = ("loss", "scores", "perf", "progress", "memory", "eval", "samples")
 QUEUE_ROWS = 10_000  # one row in 10 s for a day; the queue holds paths of images, not pixels
 FLUSH_SECONDS = 1.0  # a SIGTERM to wandb-core loses this much; its default is 15 s
 SAAS_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # one service under two names
+SETTINGS = Path("wandb/settings")
+"""Where wandb looks for settings in the working folder."""
 COMPLETE_FILES = " metrics.jsonl and samples/ have everything."
 
 
@@ -182,6 +186,11 @@ def open_run(
     if mode == "online" and not _has_key():
         # wandb.init would prompt for a key.
         raise LookupError("no API key configured; log in with: wandb login")
+    if mode == "online" and _came_with_a_run():
+        raise LookupError(
+            f"{SETTINGS} of the working folder came with a run and could send your API key to any "
+            "server; start the command from another folder, or remove that file"
+        )
     tracking = config.tracking
     settings: dict[str, Any] = {
         "mode": mode,
@@ -194,11 +203,12 @@ def open_run(
     }
     known = {k: v for k, v in settings.items() if k in wandb.Settings.model_fields}
     wandb.setup(settings=wandb.Settings(silent=True))  # init() prints a line before its settings
+    sys.argv[1:] = map(masked, sys.argv[1:])  # W&B keeps the command line, too
     run = wandb.init(
         **wandb_names.of_run(config, run_id, job_type),
         job_type=job_type,
         dir=Path(config.run.dir).expanduser(),
-        config={**dataclasses.asdict(config), "train_run_id": run_id, **extra},
+        config=masked_tree({**dataclasses.asdict(config), "train_run_id": run_id, **extra}),
         allow_val_change=True,  # a resume may change total_steps, for example
         resume="allow",  # offline too: otherwise `wandb sync` overwrites the first folder's rows
         reinit="create_new",
@@ -247,14 +257,20 @@ def _has_key() -> bool:
 
 
 def _settings_files() -> dict[str, str]:
-    """Read wandb's settings files; the working folder's overrides the user's."""
+    """Read wandb's settings files; the working folder's overrides the user's, unless foreign."""
     folder = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb"))
     with contextlib.suppress(RuntimeError):  # no home folder can be determined
         folder = folder.expanduser()
     parser = configparser.ConfigParser(interpolation=None)
     with contextlib.suppress(configparser.Error, OSError, UnicodeDecodeError):
-        parser.read([folder / "settings", Path("wandb/settings")])
+        parser.read([folder / "settings", *([] if _came_with_a_run() else [SETTINGS])])
     return dict(parser["default"]) if parser.has_section("default") else {}
+
+
+def _came_with_a_run() -> bool:
+    """Return whether the working folder is a run's, or of data, and holds settings for wandb."""
+    beside = ("run.json", "config.yaml", "index.json")
+    return SETTINGS.exists() and any(Path(name).exists() for name in beside)
 
 
 def _kill_core() -> None:

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from pipeline.runtime.text import printable
+
+# Without 1_000, 0x10 and digits of other scripts, which int() and float() take.
+WHOLE = re.compile(r"[+-]?(0|[1-9][0-9]{0,39})", re.ASCII)
+DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,4})?", re.ASCII)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -16,16 +24,32 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
 
+class Once(argparse.Action):
+    """An option with one value that is refused if it is given twice: one would be ignored."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Set the value, or end the command with code 2."""
+        if getattr(namespace, self.dest, self.default) is not self.default:
+            parser.error(f"argument {option_string}: was given twice; give it once")
+        setattr(namespace, self.dest, values)
+
+
 def integer(low: int, high: int) -> Callable[[str], int]:
     """Return an argparse type for a whole number in [low, high]."""
 
     def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
+        value = int(text) if WHOLE.fullmatch(text) else low - 1
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text}: must be a whole number from {low} to {high}")
+            shown = printable(text[:80])
+            raise argparse.ArgumentTypeError(
+                f"{shown}: must be a whole number from {low} to {high}, in decimal digits"
+            )
         return value
 
     return parse
@@ -35,12 +59,12 @@ def number(low: float, high: float) -> Callable[[str], float]:
     """Return an argparse type for a number in [low, high]."""
 
     def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
+        value = float(text) if DECIMAL.fullmatch(text) else float("nan")
         if not low <= value <= high:  # also NaN
-            raise argparse.ArgumentTypeError(f"{text}: must be a number from {low:g} to {high:g}")
+            shown = printable(text[:80])
+            raise argparse.ArgumentTypeError(
+                f"{shown}: must be a number from {low:g} to {high:g}, in decimal digits"
+            )
         return value
 
     return parse
@@ -51,7 +75,7 @@ def file_ending_in(suffix: str) -> Callable[[str], Path]:
 
     def parse(text: str) -> Path:
         if Path(text).suffix != suffix:
-            raise argparse.ArgumentTypeError(f"{text}: must end in {suffix}")
+            raise argparse.ArgumentTypeError(f"{printable(text)}: must end in {suffix}")
         return Path(text)
 
     return parse

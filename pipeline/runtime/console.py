@@ -10,12 +10,17 @@ from collections.abc import Callable, Iterator
 from tqdm import tqdm
 
 from pipeline.runtime.log_file import write_line
+from pipeline.runtime.text import printable as printable
+from pipeline.runtime.text import printable_lines
 
 
 def say(text: str) -> None:
-    """Print a line to stderr, above the progress bar if one is shown, and to the run's log.txt."""
+    """Print a line to stderr, above the progress bar if one is shown, and to the run's log.txt.
+
+    Names from outside cannot reach the terminal as escape codes; newlines and tabs stay.
+    """
     write_line(text)
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(printable_lines(text), file=sys.stderr)
     sys.stderr.flush()
 
 

@@ -13,11 +13,13 @@ import sys
 from contextlib import suppress
 
 from pipeline.runtime.errors import LaunchError
+from pipeline.runtime.text import printable
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torch.distributed needs; torchrun and accelerate launch set all of it, and LOCAL_RANK."""
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 """Values that say of a process what is true without them."""
+BELOW = {"RANK": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_WORLD_SIZE"}
 TASKS = {
     "SLURM_STEP_NUM_TASKS": "srun",
     "OMPI_COMM_WORLD_SIZE": "mpirun",
@@ -54,12 +56,42 @@ def is_rank_of_a_launch() -> bool:
     return joined or "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def world_size() -> int:
+    """Return the number of launched processes; 1 if WORLD_SIZE is not set or no number."""
+    text = os.environ.get("WORLD_SIZE", "")
+    return max(1, int(text)) if _is_number(text) else 1
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
+
+
+def _require_numbers() -> None:
+    """Raise ``LaunchError`` if a variable of the launch is no number, or a rank is too high."""
+    wrong = "Launchers set it; unset it to train in one process, or use " + HOW
+    for name in (*BELOW, *BELOW.values(), "MASTER_PORT"):
+        text = os.environ.get(name, "0")
+        if text and not _is_number(text):
+            shown = printable(text[:80])
+            raise LaunchError(f"{name} ({shown}): must be a whole number. {wrong}.")
+    for name, limit in BELOW.items():
+        value, end = os.environ.get(name) or 0, os.environ.get(limit) or 2**31
+        if int(value) >= max(1, int(end)):
+            raise LaunchError(f"{name} ({value}): must be below {limit} ({end}). {wrong}.")
+    if int(os.environ.get("MASTER_PORT") or 0) >= 2**16:
+        raise LaunchError(
+            f"MASTER_PORT ({os.environ['MASTER_PORT']}): must be below 65536. {wrong}."
+        )
+
+
 def require_whole_launch() -> None:
     """Refuse tasks that would not find each other; drop variables that say a process is alone.
 
     Raises:
-        LaunchError: a rendezvous is half described, or a scheduler started several tasks without.
+        LaunchError: a rendezvous is half described, or a scheduler started several tasks without;
+            or a variable is no number.
     """
+    _require_numbers()
     given = {name for name in (*RENDEZVOUS, "LOCAL_RANK") if os.environ.get(name)}
     missing = [name for name in RENDEZVOUS if name not in given]
     if not missing:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipeline.runtime.host import SCARCE_FILES, remedy_for
+from pipeline.runtime.host import remedy_of_file
 from pipeline.runtime.log_file import write_line
+from pipeline.runtime.text import printable_lines
 
 USER_ERROR_EXIT_CODE = 2
 
@@ -46,6 +48,10 @@ class CheckpointError(UserError):
     """No usable checkpoint, or one that does not belong to this run."""
 
 
+class DamagedSnapshot(CheckpointError):
+    """A snapshot is not what was exported."""
+
+
 class RunFolderError(UserError):
     """The run folder is locked by another run, read-only or full."""
 
@@ -69,7 +75,7 @@ SEEN_BY_ALL_RANKS = (ConfigError, CheckpointError, RunFolderError, EvaluationErr
 def exit_on_user_error(memory_advice: str = "") -> Iterator[None]:
     """Print the message of a ``UserError`` and exit with code 2, without a traceback.
 
-    Running out of memory or of open files and losing another rank end the same way. In a
+    What ``as_user_error`` knows and the loss of another rank end the same way. In a
     distributed run all ranks raise the errors in ``SEEN_BY_ALL_RANKS`` and those marked
     ``raised_on_all``: rank 0 prints them. The first process of each node prints a ``LaunchError``.
     Every other error is printed by the rank that raised it. A process that is no rank of a launch
@@ -94,28 +100,57 @@ def exit_on_user_error(memory_advice: str = "") -> Iterator[None]:
                 speaker = os.environ.get("RANK", "0")
         if speaker == "0":
             _tell(str(error))
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         if is_lost_rank(error):
             _report_lost_rank(error)
-            sys.exit(USER_ERROR_EXIT_CODE)
-        if not is_out_of_memory(error):
+        elif (known := as_user_error(error, memory_advice)) is None:
             raise
-        advice = memory_advice or "Start fewer processes, or use a machine with more memory."
-        detail = str(error).partition("\n")[0] or "no more memory for Python"
-        rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
-        _tell(f"out of memory{rank}: {detail}. {advice}")
-    except OSError as error:
-        if error.errno not in SCARCE_FILES:
-            raise
-        _tell(f"{error}: {remedy_for(error)}.")
+        else:
+            write_line("".join(traceback.format_exception(error)).rstrip())
+            rank = f"rank {os.environ['RANK']}: " if is_rank_of_a_launch() else ""
+            _tell(f"{rank}{known}")
     else:
         return
     sys.exit(USER_ERROR_EXIT_CODE)
 
 
+def as_user_error(error: BaseException, memory_advice: str = "") -> UserError | None:
+    """Return the message for an error that the machine causes; None for another, which is a bug.
+
+    The machine causes every ``OSError``, an allocation that fails and a data worker that dies.
+    """
+    if isinstance(error, UserError):
+        return error
+    if is_out_of_memory(error):
+        advice = memory_advice or "Start fewer processes, or use a machine with more memory."
+        detail = str(error).partition("\n")[0] or "no more memory for Python"
+        return UserError(f"out of memory: {detail}. {advice}")
+    if isinstance(error, OSError):
+        return UserError(f"{_describe(error)}: {remedy_of_file(error)}.")
+    if type(error) is RuntimeError and "DataLoader worker" in str(error):
+        return UserError(
+            "a data worker was killed, most often for lack of memory. The last checkpoint is "
+            "intact: lower data.workers or data.prefetch, and run the same command again."
+        )
+    return None
+
+
+def _describe(error: OSError) -> str:
+    """Return ``FILE: reason`` as far as the error has both."""
+    names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name)
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{names}: {reason}" if names else reason
+
+
 def _tell(message: str) -> None:
     write_line(f"error: {message}")
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {printable_lines(message)}", file=sys.stderr, flush=True)
+
+
+NO_MEMORY = (
+    *("DefaultCPUAllocator: can't allocate memory", "could not create a primitive"),  # torch's
+    "can't start new thread",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -123,7 +158,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"  # torch's, of a GPU
-        or "DefaultCPUAllocator: can't allocate memory" in str(error)
+        or (isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY))
     )
 
 

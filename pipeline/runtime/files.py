@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from pipeline.runtime.errors import GenerationError
 
@@ -104,8 +107,17 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
+def new_file(path: Path) -> BinaryIO:
+    """Open a new file for writing; what has this name is removed first, if it is no folder.
+
+    A FIFO there would be waited for, and a link would be followed.
+    """
+    path.unlink(missing_ok=True)
+    return path.open("xb", buffering=1 << 20)
+
+
 def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as out:
+    with new_file(path) as out:
         out.write(content)
         out.flush()
         os.fsync(out.fileno())
@@ -138,8 +150,14 @@ def sync_folder(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    with path.open("rb") as file:
+    """Return the SHA-256 of a regular file in hexadecimal; a FIFO or a device may never end.
+
+    Raises:
+        OSError: it is no regular file, or cannot be read.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -153,4 +171,12 @@ def exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError:  # a parent is no folder, or its permissions forbid it
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether a path is a folder; False if the file system refuses to tell."""
+    try:
+        return path.is_dir()
+    except OSError:  # its name is too long, or links form a circle
         return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 from contextlib import suppress
+from pathlib import Path
 
 MOST_FILES = 10240
 """The limit of open files that is asked for; macOS refuses more, and half of it is plenty."""
@@ -20,6 +21,19 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # macOS and Windows have no such call
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def memory() -> int:
+    """Return the bytes of memory that this process may use: the machine's, or its cgroup's."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    root = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # Linux with cgroups of version 2; others keep the first
+        own = Path("/proc/self/cgroup").read_text().strip().rpartition("::/")[2]
+        for folder in (root / own, *(root / own).parents):
+            limit = folder / "memory.max"
+            if limit.is_file() and (text := limit.read_text().strip()) != "max":
+                found = min(found, int(text))
+    return found
 
 
 def raise_open_files() -> int:
@@ -39,6 +53,17 @@ def raise_open_files() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         return wanted
     return soft
+
+
+def remedy_of_file(error: OSError) -> str:
+    """Return what to do about an error of a file, without a full stop."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "Make room, then run the same command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "Give permission, then run the same command again"
+    if error.errno in (*SCARCE_FILES, errno.ENOMEM, errno.EAGAIN):
+        return f"{remedy_for(error)}, then run the same command again"
+    return "Mend it, then run the same command again"
 
 
 def remedy_for(error: OSError) -> str:

@@ -24,6 +24,11 @@ from pipeline.runtime.signals import STOP_SIGNALS
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 REPORT_SECONDS = 0.1
+CRASHES = tuple(  # Windows lacks SIGBUS
+    getattr(signal, name)
+    for name in ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT")
+    if hasattr(signal, name)
+)
 
 _work: Callable[[int], Any]
 """In a worker process: computes the task of a number."""
@@ -75,7 +80,7 @@ def map_in_processes(
     raise_open_files()
     with _one_message(count):
         executor = ProcessPoolExecutor(count, get_context("fork"), _start_worker, (run,))
-    with executor as pool:
+    with _explained(processes, count), executor as pool:
         try:
             # Workers start with the signals blocked, or they would run this process's handlers.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -83,7 +88,7 @@ def map_in_processes(
                 with _one_message(count):
                     futures += [pool.submit(_run, number) for number in range(len(tasks))]
             finally:
-                processes = set(active_children()) - others
+                processes |= set(active_children()) - others
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for future in futures:
                 future.add_done_callback(finished.put)
@@ -98,7 +103,7 @@ def map_in_processes(
                 advance(total - advanced)
                 advanced = total
             return [future.result() for future in futures]
-        except BaseException as error:
+        except BaseException:
             for process in processes:  # the pool alone would wait for the tasks under way
                 process.terminate()
             while wait(futures, REPORT_SECONDS).not_done:  # they fail when the first process ends
@@ -106,12 +111,31 @@ def map_in_processes(
                     _end_results(pool, processes)
             for process in processes:
                 process.kill()
-            if isinstance(error, BrokenProcessPool):
-                raise UserError(
-                    "a worker process was killed, most often for lack of memory. Run the same "
-                    f"command again with fewer --workers than {count}; finished shards are kept."
-                ) from None
             raise
+
+
+@contextmanager
+def _explained(processes: Iterable[Any], count: int) -> Iterator[None]:
+    """Turn the end of a worker into a ``UserError``; the block must have waited for all of them."""
+    try:
+        yield
+    except BrokenProcessPool:
+        raise UserError(_why_broken(processes, count)) from None
+
+
+def _why_broken(processes: Iterable[Any], count: int) -> str:
+    signals = [-(process.exitcode or 0) for process in processes]
+    crashed = [number for number in signals if number in CRASHES]
+    if crashed:
+        return (
+            f"a worker process crashed ({signal.Signals(crashed[0]).name}), most often in the "
+            "decoder of a damaged image, which is in one of the shards that are missing. Finished "
+            "shards are kept."
+        )
+    return (
+        "a worker process was killed, most often for lack of memory. Run the same command again "
+        f"with fewer --workers than {count}; finished shards are kept."
+    )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline.runtime import signals
-from pipeline.runtime.errors import USER_ERROR_EXIT_CODE, UserError
+from pipeline.runtime.errors import USER_ERROR_EXIT_CODE, UserError, as_user_error
 
 T = TypeVar("T")
 VISIBLE_SECONDS = 30.0  # how long a network file system may hide a new file from other nodes
@@ -23,7 +23,7 @@ POLL_SECONDS = 1.0  # between two collectives in which ranks ask whether the oth
 
 
 def on_rank_zero(accelerator: Accelerator, work: Callable[[], T], *, lengthy: bool = False) -> T:
-    """Run ``work`` on rank 0 and broadcast its result, or raise its ``UserError``, on all ranks.
+    """Run ``work`` on rank 0 and broadcast its result, or raise its error, on all ranks.
 
     Args:
         accelerator: the ranks.
@@ -36,10 +36,7 @@ def on_rank_zero(accelerator: Accelerator, work: Callable[[], T], *, lengthy: bo
     outcome: list[object] = [None, None]
 
     def attempt(_: object = None) -> None:
-        try:
-            outcome[0] = work()
-        except UserError as error:
-            outcome[1] = error
+        outcome[0], outcome[1] = _attempt(work)
 
     if lengthy:
         run_on_selected_ranks(accelerator, accelerator.is_main_process, attempt, stoppable=False)
@@ -55,15 +52,11 @@ def on_rank_zero(accelerator: Accelerator, work: Callable[[], T], *, lengthy: bo
 def on_every_rank(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """Run ``work`` on every rank and return this rank's result after all ranks have finished.
 
-    If ``work`` raises a ``UserError`` on any rank, all ranks raise it. Otherwise a rank that finds
-    a damaged file would leave, and the others would wait for it in the next collective.
+    If ``work`` raises what ``as_user_error`` knows on any rank, all ranks raise it. Otherwise a
+    rank that finds a damaged file would leave, and the others would wait for it in the next
+    collective.
     """
-    result: T | None = None
-    failure: UserError | None = None
-    try:
-        result = work()
-    except UserError as error:
-        failure = error
+    result, failure = _attempt(work)
     failures = gather(accelerator, failure)
     nodes = gather_by_node(accelerator, str(failure or ""))
     if failed := next(filter(None, failures), None):
@@ -72,6 +65,16 @@ def on_every_rank(accelerator: Accelerator, work: Callable[[], T]) -> T:
         failed.raised_on_all = True
         raise failed
     return result  # type: ignore[return-value]
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
+    """Return the result of ``work``, or the error that all ranks are to raise."""
+    try:
+        return work(), None
+    except Exception as error:
+        if (known := as_user_error(error)) is None:
+            raise
+        return None, known
 
 
 def try_on_every_rank(

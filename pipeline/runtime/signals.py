@@ -8,6 +8,7 @@ entry points call ``install`` before they import torch, which takes seconds.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import signal
 import sys
@@ -34,6 +35,7 @@ LAUNCHERS = (
 )
 PR_SET_PDEATHSIG = 1
 _received: list[str] = []  # names of the signals, in order of arrival
+_requested = mmap.mmap(-1, 1)  # shared with forked processes: not 0 after the first signal
 
 
 class Stopped(Exception):
@@ -73,6 +75,14 @@ def _stop_with_the_launcher() -> None:
 def received() -> str | None:
     """Return the name of the first stop signal that this process received, or None."""
     return _received[0] if _received else None
+
+
+def requested() -> bool:
+    """Return whether this process, or the one that forked it, received a stop signal.
+
+    Data workers block the signals: only the process that forked them acts.
+    """
+    return _requested[0] != 0
 
 
 def never_stop() -> bool:
@@ -129,6 +139,7 @@ def exit_code(finished: bool) -> int:
 
 def _note(number: int, _: FrameType | None) -> None:
     _received.append(signal.Signals(number).name)
+    _requested[0] = 1
     if number == signal.SIGINT:  # the second Ctrl-C raises KeyboardInterrupt at once
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -24,7 +24,7 @@ def augment(images: Tensor, policy: tuple[str, ...], generator: torch.Generator)
 
     Args:
         images: (N, C, S, S) float in [-1, 1].
-        policy: names out of ``config.schema.POLICIES``; they are applied in the order given there.
+        policy: names out of ``config.recipe.POLICIES``; they are applied in the order given there.
         generator: a CPU generator. It always draws ``NUMBERS`` numbers per image, so that one
             policy's numbers do not depend on the others.
 

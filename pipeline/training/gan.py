@@ -29,7 +29,13 @@ from pipeline.runtime.errors import ConfigError, NonFiniteLoss
 from pipeline.runtime.ranks import node_name
 from pipeline.training.diffaugment import augment
 from pipeline.training.finite_guard import FiniteGuard
-from pipeline.training.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, gradient_penalty
+from pipeline.training.losses import (
+    DISCRIMINATOR_LOSSES,
+    GENERATOR_LOSSES,
+    PAIRED,
+)
+from pipeline.training.penalties import PENALTIES, UNCOMPILED
+from pipeline.training.restore import restore
 
 log = logging.getLogger("pipeline")
 
@@ -88,6 +94,7 @@ class GAN:
             self.D.compile(mode=config.train.compile_mode)
         self._loss_D = DISCRIMINATOR_LOSSES[config.model.loss]
         self._loss_G = GENERATOR_LOSSES[config.model.loss]
+        self._is_paired = config.model.loss in PAIRED
         self._policy = tuple(config.stability.augment)
         self._fake: Tensor | None = None
 
@@ -109,8 +116,8 @@ class GAN:
             turn: number of this update among the ``optim.d_steps`` of the step, from 0.
 
         Returns:
-            (3,) float32 on the device: D's loss without the R1 penalty, mean D(x) and mean D(G(z)),
-            each averaged over the micro-batches of this rank.
+            (3,) float32 on the device: D's loss without the penalties R1 and R2, mean D(x) and mean
+            D(G(z)), each averaged over the micro-batches of this rank.
 
         Raises:
             NonFiniteLoss: the objective is NaN or infinite on any rank; D is unchanged. On a GPU
@@ -120,22 +127,25 @@ class GAN:
             torch.compiler.cudagraph_mark_step_begin()
         stability = self.config.stability
         number = (step - 1) * self.config.optim.d_steps + turn + 1  # of D's updates, from 1
-        with_r1 = stability.r1_gamma > 0 and number % stability.r1_every == 0
+        # Times r1_every, for the updates that leave the penalties out.
+        weight = 0 if number % stability.r1_every else stability.r1_every / 2
+        r1_weight, r2_weight = weight * stability.r1_gamma, weight * stability.r2_gamma
         terms = torch.zeros(3, device=self.accelerator.device)
         objective_total = torch.zeros((), device=self.accelerator.device)
         self._fake = None
         for k, (x, noise) in enumerate(zip(real, z, strict=True)):
-            fake = self._generate_for_D(noise, turn)
-            generator, classes = self._micro_batch_rng("D", step, turn, k), y[k] if y else None
-            x.requires_grad_(with_r1)
+            fake = self._generate_for_D(noise, turn).detach()
+            generator, classes = self._draws("D", step, turn, k), y[k] if y else None
+            directions = None
+            if r1_weight or r2_weight:
+                directions = self._micro_batch_rng("directions", step, turn, k)
+            place = classes, generator, directions
             with self._no_sync_before_the_last(self._D, k):
                 # Two passes: BatchNorm must not mix the statistics of real and generated images.
-                real_logits = self._logits(self._D, x, classes, generator)
-                fake_logits = self._logits(self._D, fake.detach(), classes, generator)
-                loss = objective = self._loss_D(real_logits, fake_logits, stability.label_smoothing)
-                if with_r1:  # times r1_every, for the updates that leave the penalty out
-                    weight = stability.r1_gamma / 2 * stability.r1_every
-                    objective = loss + weight * gradient_penalty(real_logits, x)
+                real_logits, r1 = self._penalised(x, *place, r1_weight)
+                fake_logits, r2 = self._penalised(fake, *place, r2_weight)
+                loss = self._loss_D(real_logits, fake_logits, stability.label_smoothing)
+                objective = loss + r1 + r2
                 self.accelerator.backward(objective / self.accumulation)
             with torch.no_grad():
                 scores = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
@@ -147,7 +157,13 @@ class GAN:
         power_iterate(self.D)
         return terms
 
-    def update_G(self, z: Sequence[Tensor], step: int, y: Sequence[Tensor] | None = None) -> Tensor:
+    def update_G(
+        self,
+        z: Sequence[Tensor],
+        step: int,
+        y: Sequence[Tensor] | None = None,
+        real: Sequence[Tensor] = (),
+    ) -> Tensor:
         """Update G by the configured objective; by default maximise log D(G(z)).
 
         Args:
@@ -156,6 +172,8 @@ class GAN:
                 serves both updates.
             step: number of the step, from 1.
             y: classes of the same micro-batches, as for ``update_D``.
+            real: the images of the last ``update_D``. Only a relativistic loss needs them: image i
+                is paired with G(z) of row i.
 
         Returns:
             G's loss, a float32 scalar on the device, averaged over the micro-batches of this rank.
@@ -167,10 +185,11 @@ class GAN:
         # D passes gradients on to G. Its own weights' gradients are not computed or all-reduced.
         self.D.requires_grad_(False)
         for k, noise in enumerate(z):
-            generator, classes = self._micro_batch_rng("G", step, 0, k), y[k] if y else None
+            generator, classes = self._draws("G", step, 0, k), y[k] if y else None
             with self._no_sync_before_the_last(self._G, k):
+                pair = (self._judge_real(real[k], classes, generator),) if self._is_paired else ()
                 fake = self._G(noise) if self._fake is None else self._fake
-                loss = self._loss_G(self._logits(self.D, fake, classes, generator))
+                loss = self._loss_G(self._logits(self.D, fake, classes, generator), *pair)
                 self.accelerator.backward(loss / self.accumulation)
             total += loss.detach() / self.accumulation
         self._fake = None
@@ -210,11 +229,14 @@ class GAN:
     def load(
         self, weights: Mapping[str, Mapping[str, Tensor]], optimizers: Mapping[str, Any]
     ) -> None:
-        """Load the weights and optimizer states of a checkpoint, by the names it has them under."""
-        for name, network in self.networks().items():
-            network.load_state_dict(weights[name])
-        for name, optimizer in self.optimizers().items():
-            optimizer.load_state_dict(optimizers[name])
+        """Load the weights and optimizer states of a checkpoint, by the names it has them under.
+
+        Learning rates and betas stay those of the configuration: a fork may have other ones.
+
+        Raises:
+            ValueError: something is missing, or of another shape or type.
+        """
+        restore(self.networks(), self.optimizers(), weights, optimizers)
 
     def _logits(
         self, D: nn.Module, images: Tensor, y: Tensor | None, generator: torch.Generator | None
@@ -225,19 +247,58 @@ class GAN:
         logits: Tensor = D(images, y, generator)
         return logits.float()
 
-    def _micro_batch_rng(
-        self, purpose: str, step: int, turn: int, k: int
-    ) -> torch.Generator | None:
-        """Return the generator for augmentation and dropout of a micro-batch; None without both.
+    def _penalised(
+        self,
+        images: Tensor,
+        y: Tensor | None,
+        generator: torch.Generator | None,
+        directions: torch.Generator | None,
+        weight: float,
+    ) -> tuple[Tensor, Tensor | float]:
+        """Return D's logits (m,) of the images, and their penalty times ``weight`` (0: none).
 
-        Its seed is a function of the micro-batch's place in the run, not of the rank.
+        The penalty is of the first ``stability.penalty_share`` of the images. It is taken with
+        respect to the images before their augmentation.
         """
+        if not weight or directions is None:
+            return self._logits(self._D, images, y, generator), 0.0
+        stability, compiled = self.config.stability, self.config.train.compile
+        count = max(1, round(stability.penalty_share * len(images)))
+        draws = None if generator is None else generator.get_state()
+        classes = None if y is None else y[:count]
+
+        def judge(images: Tensor) -> Tensor:
+            if generator is not None and draws is not None:
+                generator.set_state(draws)  # the same augmentation and dropout in every pass
+            return self._logits(self._D, images, classes, generator)
+
+        eager = compiled and stability.penalty in UNCOMPILED
+        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+            logits, penalty = PENALTIES[stability.penalty](judge, images[:count], directions)
+        if count < len(images):
+            rest = None if y is None else y[count:]
+            others = self._logits(self._D, images[count:], rest, generator)
+            logits = torch.cat([logits, others])
+        return logits, weight * penalty
+
+    @torch.no_grad()
+    def _judge_real(
+        self, images: Tensor, y: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """Return D's logits (m,) of real images for a relativistic loss of G, as constants."""
+        return self._logits(self.D, images, y, generator)
+
+    def _draws(self, network: str, step: int, turn: int, k: int) -> torch.Generator | None:
+        """Return the generator for augmentation and dropout of a micro-batch; None without both."""
         if not (self._policy or self.config.model.dropout):
             return None
+        return self._micro_batch_rng(f"draws for {network}", step, turn, k)
+
+    def _micro_batch_rng(self, purpose: str, step: int, turn: int, k: int) -> torch.Generator:
+        """Return a generator seeded by the micro-batch's place in the run, not by the rank."""
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         place = (step * self.config.optim.d_steps + turn) * ranks * self.accumulation
-        index = place + rank * self.accumulation + k
-        return rng(self.config.run.seed, f"draws for {purpose}", index)
+        return rng(self.config.run.seed, purpose, place + rank * self.accumulation + k)
 
     def _generate_for_D(self, noise: Tensor, turn: int) -> Tensor:
         """Return G(z); keep its graph for ``update_G`` if the step has one micro-batch.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,11 +13,18 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline.config.schema import Config
+from pipeline.data.cache import hashed_later
 from pipeline.data.loader import Loader, normalise
 from pipeline.data.order import Order
 from pipeline.data.shards import Index
 from pipeline.models.noise import append_classes, draw_z, rng
+from pipeline.runtime.documents import write_all
+from pipeline.runtime.log_file import open_to_append
+from pipeline.runtime.ranks import run_on_selected_ranks
+from pipeline.runtime.signals import Stopped
 from pipeline.training.meter import Meter
+
+log = logging.getLogger(__name__)
 
 
 class Inputs(NamedTuple):
@@ -67,7 +75,9 @@ class InputReader(Iterator[Inputs]):
         self._rows = slice(rank * size // ranks, (rank + 1) * size // ranks)
         self._update, self._device = start, accelerator.device
         self._to_device, self._ids = ToDevice(accelerator.device), IdLog(config, rank, ranks)
-        self._batches = Loader(config, index, order, rank, ranks).batches(start)
+        self._accelerator = accelerator
+        self._loader = Loader(config, index, order, rank, ranks)
+        self._batches = self._loader.batches(start)
 
     def __next__(self) -> Inputs:
         """Return the inputs of the next update of D.
@@ -88,6 +98,28 @@ class InputReader(Iterator[Inputs]):
         self._update += 1
         y = labels.split(self._micro_batch) if config.model.num_classes else None
         return Inputs(real.split(self._micro_batch), z.split(self._micro_batch), y)
+
+    def finish_check(self) -> None:
+        """Wait until the shards that were read are compared with their checksums.
+
+        All ranks call it before the last checkpoint. A stop request ends the wait.
+
+        Raises:
+            DataError: a shard differs.
+        """
+        if not hashed_later(self._loader.index, self._config.data.verify):
+            return
+        try:
+            run_on_selected_ranks(
+                self._accelerator,
+                self._accelerator.is_local_main_process,
+                lambda stop: self._loader.finish_check(self._update, stop),
+            )
+        except Stopped:
+            log.warning(
+                "stopped before every shard was compared with its checksum: check them with "
+                f"python -m pipeline.prepare --verify {self._loader.index.location}"
+            )
 
     def close(self) -> None:
         """End the data workers."""
@@ -134,12 +166,12 @@ class IdLog:
         if config.data.record_ids:
             folder = Path(config.run.dir).expanduser() / "ids"
             folder.mkdir(exist_ok=True)
-            self._file = (folder / f"rank_{rank}.jsonl").open("a", buffering=1)
+            self._file = open_to_append(folder / f"rank_{rank}.jsonl")
             if self._file.tell():
-                self._file.write("\n")  # a killed run may have left half a line
+                self._file.write(b"\n")  # a killed run may have left half a line
 
     def write(self, update: int, ids: list[int]) -> None:
         """Record the ids of update ``update`` of D, counted from 1."""
         if self._file:
             row = {"step": update, "world_size": self._world_size, "ids": ids}
-            self._file.write(json.dumps(row) + "\n")
+            write_all(self._file, json.dumps(row).encode() + b"\n")

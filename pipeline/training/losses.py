@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
@@ -68,20 +67,33 @@ def least_squares(fake: Tensor) -> Tensor:
     return (fake - 1).square().mean() / 2
 
 
-def gradient_penalty(real_logits: Tensor, real: Tensor) -> Tensor:
-    """Return E[|grad_x D(x)|^2] on real images: R1 without its factor gamma / 2.
+def relativistic(larger: Tensor, smaller: Tensor) -> Tensor:
+    """Return E[softplus(-(l - s))] = -E[log sigmoid(l - s)] over pairs: GAN on pairs (RpGAN).
 
-    Mescheder et al. 2018, arXiv 1801.04406, equation 9. The result has a graph, so that D's weights
-    can be trained on it. The gradient is of the sum of all logits. With BatchNorm in D the gradient
-    at one image also holds its effect on the logits of the other images of the batch. D has no
-    BatchNorm with ``model.spectral_norm`` or as an MLP.
+    Jolicoeur-Martineau 2018 (arXiv 1807.00734, section 4), as used by R3GAN (Huang et al. 2024,
+    arXiv 2501.05441, section 2). D minimises it with (D(x), D(G(z))): in each pair the real image
+    shall get the larger logit. G minimises it with (D(G(z)), D(x)). Only differences of logits
+    count, so that sigmoid(l), which is logged as D(x), says nothing by itself.
+
+    The pairs are those of equal index. Images and z are rows of one global batch, which ranks and
+    micro-batches cut at the same places. So the pairs do not depend on their number.
 
     Args:
-        real_logits: (N,), computed from ``real``.
-        real: (N, C, S, S), requires grad.
+        larger: (N,) logits of the images that shall get the larger one.
+        smaller: (N,) logits of the others.
     """
-    (gradient,) = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
-    return gradient.float().square().sum(dim=(1, 2, 3)).mean()
+    return softplus(smaller - larger).mean()
+
+
+def relativistic_discriminator_loss(real: Tensor, fake: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Return E[softplus(-(D(x) - D(G(z))))], see ``relativistic``.
+
+    Raises:
+        ValueError: ``smoothing`` is not 0; this objective has no targets.
+    """
+    if smoothing:
+        raise ValueError("the relativistic loss has no labels to smooth")
+    return relativistic(real, fake)
 
 
 DISCRIMINATOR_LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
@@ -89,10 +101,15 @@ DISCRIMINATOR_LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "minimax": discriminator_loss,
     "hinge": hinge_discriminator_loss,
     "least_squares": least_squares_discriminator_loss,
+    "relativistic": relativistic_discriminator_loss,
 }
-GENERATOR_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+"""Of (real_logits, fake_logits, smoothing)."""
+GENERATOR_LOSSES: dict[str, Callable[..., Tensor]] = {
     "non_saturating": non_saturating,
     "minimax": minimax,
     "hinge": hinge,
     "least_squares": least_squares,
+    "relativistic": relativistic,
 }
+"""Of (fake_logits,); those in ``PAIRED`` of (fake_logits, real_logits)."""
+PAIRED = ("relativistic",)

@@ -17,12 +17,14 @@ from accelerate import Accelerator
 from pipeline.config.schema import Config, flatten
 from pipeline.data.order import Order
 from pipeline.data.shards import Index
-from pipeline.models.sampling import make_sampler, sample_grid
-from pipeline.runs import announce, checkpoint
+from pipeline.models.sampling import generator_id, make_sampler, sample_grid
+from pipeline.runs import announce, checkpoint, snapshot
 from pipeline.runs.metrics_log import MetricsLog, NullMetricsLog
+from pipeline.runs.results import supersede_after
 from pipeline.runs.run_folder import RunFolder
-from pipeline.runs.step_folders import SNAPSHOTS, committed, set_aside, step_of
+from pipeline.runs.step_folders import SNAPSHOTS, committed, step_of
 from pipeline.runtime import log_file, signals
+from pipeline.runtime.documents import set_file_aside
 from pipeline.runtime.errors import CheckpointError
 from pipeline.runtime.ranks import on_every_rank, on_rank_zero, same_on_all_ranks
 from pipeline.training.gan import GAN
@@ -101,7 +103,12 @@ class Run:
                 "process(es): BatchNorm groups change from here on. Set "
                 f"train.micro_batch={before} to keep the computation the same."
             )
-        gan.load(found.weights, found.optimizers)
+        try:
+            gan.load(found.weights, found.optimizers)
+        except (
+            ValueError
+        ) as error:  # on all ranks; checksums are right, so another program wrote it
+            raise CheckpointError(f"{path}: is of another run or program: {error}.") from None
         self._saved_step = int(found.state["step"])
         on_rank_zero(self.accelerator, lambda: self._export_missing_snapshot(gan))
 
@@ -110,7 +117,7 @@ class Run:
         if found.state["run_id"] != self.id:  # a copy or fork, which may train on other data
             return found
         for key, value in self._data_identity.items():
-            if (before := found.state["stream"][key]) != value:
+            if (before := found.state["stream"].get(key)) != value:
                 raise CheckpointError(
                     f"{path}: trained on other data: {key} was {before}, is {value}. Point "
                     "data.shards at the same set, or start a new run with run.dir=..."
@@ -130,7 +137,8 @@ class Run:
         assert self.folder is not None
         found, damaged = checkpoint.read_newest(self.dir)
         for path, reason in damaged.items():
-            log.warning("damaged checkpoint set aside as %s: %s", set_aside(path).name, reason)
+            aside = set_file_aside(path)
+            log.warning("damaged checkpoint set aside as %s: %s", aside.name, reason)
         step = int(found.state["step"]) if found else 0
         self.folder.require_progress(step)
         if found is None:
@@ -151,6 +159,7 @@ class Run:
         self._started_at = step
         if self.folder is not None and step < self.config.train.total_steps:
             self.folder.unmark("FINISHED")
+            supersede_after(self.dir, step)
         self.tracker = (
             MetricsLog(self.config, self.id, step, self.config.train.total_steps)
             if self.is_main
@@ -220,7 +229,12 @@ class Run:
     def _commit(self, step: int, gan: GAN) -> None:
         self._require_folder()
         train, images_seen = self.config.train, step * self.config.images_per_step
+        networks = gan.networks()
         state = {
+            checkpoint.GENERATORS: {
+                name: generator_id(self.config.model, networks[name].state_dict())
+                for name in ("G", "G_ema")
+            },
             "run_id": self.id,
             "run_dir": str(self.dir.resolve()),
             "inode": self.dir.stat().st_ino,
@@ -231,7 +245,7 @@ class Run:
             "precision": self.precision,
             "world_size": self.accelerator.num_processes,
         }
-        checkpoint.save(self.dir, step, gan.networks(), gan.optimizers(), state)
+        checkpoint.save(self.dir, step, networks, gan.optimizers(), state)
         self._mark("progress", str(step))
         checkpoint.prune(self.dir, step, train.keep, train.keep_every, self.config.eval.keep_best)
         if self.due(step, train.checkpoint_every):
@@ -239,7 +253,7 @@ class Run:
 
     def _export(self, step: int, gan: GAN) -> None:
         weights, device = gan.G_ema.state_dict(), self.accelerator.device
-        checkpoint.export_snapshot(self.dir, step, weights, self.config, device)
+        snapshot.export_snapshot(self.dir, step, weights, self.config, device)
 
     def __enter__(self) -> Run:
         return self

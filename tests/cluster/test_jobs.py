@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from evaluating import make_run
+from evaluating import TINY, make_run
 from launching import REPO, environment
 
 from .conftest import Program, Submit
@@ -160,7 +160,8 @@ def test_an_evaluation_that_follows_a_run_survives_its_time_limit(
     """On two processes with RUN_DIR. The command ``reference`` takes its own arguments."""
     run, output = make_run(tmp_path), tmp_path / "out"
     env = {"RUN_DIR": str(run), "NPROC_PER_NODE": "2", "PYTHONPATH": str(REPO / "tests")}
-    job = slurm.submit(output, "slurm/evaluate.sh", "--watch", "--every", "1", **env)
+    ask = f"eval.extractor={TINY}"
+    job = slurm.submit(output, "slurm/evaluate.sh", "--watch", "--every", "1", ask, **env)
     rows = run / "evaluations.jsonl"
     slurm.wait_until(lambda: rows.exists() and len(rows.read_text().splitlines()) == 2, "scores")
     slurm.ask("scancel", "--signal=USR2", job)  # to the ranks and their launcher, as at the limit
@@ -172,7 +173,7 @@ def test_an_evaluation_that_follows_a_run_survives_its_time_limit(
     assert "2 process(es) on n" in output.read_text()
     assert len(rows.read_text().splitlines()) == 2
 
-    words = ["reference", "--run", str(run), "--out", str(tmp_path / "reference.npz")]
+    words = ["reference", "--run", str(run), "--out", str(tmp_path / "reference.npz"), ask]
     slurm.wait(slurm.submit(output, "slurm/evaluate.sh", *words, **env), "COMPLETED")
     assert (tmp_path / "reference.npz").exists()
 

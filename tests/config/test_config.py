@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
 import re
 import subprocess
 import sys
@@ -18,8 +20,8 @@ from pipeline.config.schema import (
     StabilityConfig,
     fixed_differences,
     flatten,
-    micro_batching,
 )
+from pipeline.config.sizes import micro_batching
 from pipeline.runtime.errors import ConfigError
 
 CHECKOUT = Path(__file__).parents[2]
@@ -60,7 +62,7 @@ RADFORD = {
     **{"model.architecture": "dcgan", "model.z_dim": 100, "model.z_distribution": "uniform"},
     **{"model.kernel_size": 5, "model.loss": "non_saturating", "data.batch_size": 128},
     **{"optim.g_lr": 2e-4, "optim.d_lr": 2e-4, "optim.beta1": 0.5, "optim.beta2": 0.999},
-    **{"optim.d_steps": 1, "model.num_classes": 0, "model.spectral_norm": False},
+    **{"optim.d_steps": 1, "model.num_classes": 0, "model.d_norm": "batch"},
     "train.ema_decay": 0.0,
 }
 GOODFELLOW = {
@@ -99,7 +101,9 @@ def test_the_stable_configuration_is_the_papers_with_two_options():
     }
 
 
-@pytest.mark.parametrize("text", ["", "# nothing\n", "model:\n", "model: {}\n", "---\n"])
+@pytest.mark.parametrize(
+    "text", ["", "# nothing\n", "model:\n", "model: null\n", "run: ~\n", "model: {}\n", "---\n"]
+)
 def test_an_empty_file_or_section_is_all_defaults(write, text):
     """What is not said keeps its default."""
     config = load(write(text))
@@ -107,11 +111,45 @@ def test_an_empty_file_or_section_is_all_defaults(write, text):
 
 
 @pytest.mark.parametrize(
-    "text", ["model: " + "[" * 2000 + "]" * 2000, "model: {ngf: 1" + "0" * 5000 + "}"]
+    ("text", "reason"),
+    [
+        ("model: " + "[" * 50_000, "line 1 is nested deeper than section, key and list"),
+        ("model: " + "{a: " * 50_000, "line 1 is nested deeper than section, key and list"),
+        ("- " * 50_000, "line 1 is nested deeper than section, key and list"),
+        ("model: {ngf: 1" + "0" * 5000 + "}", "model.ngf (1000"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\n", "line 1 has an anchor or alias"),
+        ("model: {ngf: 3, ngf: 4}", "line 1 has the key ngf twice"),
+        ("tracking: {tags: [" + "a, " * 3000 + "]}", "line 1 has more than 2000 values"),
+        ("model: {}\n---\nmodel: {}\n", "line 2 has a second document"),
+        (
+            "model: !!python/name:os.system ''",
+            "has a tag (tag:yaml.org,2002:python/name:os.system)",
+        ),
+        ("model:\n  ? [a]\n  : 3\n", "line 2 has a key that is no name"),
+        ("run:\n  dir: \x00\n", "not valid YAML: unacceptable character #x0000"),
+        ("run:\n  dir: é\n".encode("latin1"), "is not UTF-8: byte 12"),
+        ("#" * (1 << 20) + "\n", "has 1048577 bytes; at most 1048576 are read"),
+        ('run: {dir: "a\\0b"}', "must be text in UTF-8 without control characters"),
+        ("run: {dir: " + "a" * 5000 + "}", "must have at most 4096 characters"),
+        ("\n".join(f"k{k}: 1" for k in range(900)), "and 860 more"),
+    ],
+    ids=lambda text: ascii(text)[:30],
 )
-def test_a_file_that_no_parser_can_read_is_one_message(write, text):
-    """Nested beyond Python's stack, a number beyond its digits."""
-    assert "not a configuration" in refusal(write(text))
+def test_a_file_beyond_a_configuration_is_one_message(write, text, reason):
+    """It names the line and what is there; the file is refused before anything is built of it."""
+    assert reason in refusal(write(text))
+
+
+@pytest.mark.parametrize("text", ["\ufeffmodel:\n  ngf: 3\n", "model:\r\n  ngf: 3\r\n"], ids=ascii)
+def test_a_file_of_another_editor_is_read(write, text):
+    assert load(write(text)).model.ngf == 3
+
+
+@pytest.mark.parametrize("name", ["fifo", "zero"])
+def test_a_file_that_never_ends_is_refused(tmp_path, name):
+    path = tmp_path / name
+    os.mkfifo(path) if name == "fifo" else path.symlink_to("/dev/zero")
+    assert "is no regular file" in refusal(path)
 
 
 def test_precedence_is_defaults_then_file_then_command_line(write):
@@ -148,7 +186,12 @@ def test_importing_the_config_is_cheap():
 
 def test_every_field_is_documented():
     """Each field is followed by a string that says what it means."""
-    source = (CHECKOUT / "pipeline" / "config" / "schema.py").read_text().splitlines()
+    wing = CHECKOUT / "pipeline" / "config"
+    source = [
+        line
+        for name in ("schema.py", "recipe.py")
+        for line in (wing / name).read_text().splitlines()
+    ]
     for key in flatten(Config()):
         name = key.partition(".")[2]
         at = [k for k, line in enumerate(source) if line.startswith(f"    {name}: ")]
@@ -167,7 +210,7 @@ def test_all_faults_are_listed_at_once(write):
     for part in (
         "ngff",
         "kernel_size (7)",
-        "g_lr ('fast')",
+        "g_lr (fast)",
         "extra",
         "batchsize",
         "perhaps",
@@ -260,36 +303,36 @@ def test_a_missing_file_names_the_configs_beside_it(write):
 
 def test_a_folder_is_no_config(tmp_path):
     """``--config configs`` is a clear fault."""
-    assert f"--config {tmp_path}: cannot be read" in refusal(tmp_path)
+    assert f"--config {tmp_path}: is no regular file" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("model.ngf=3.5", "it is of type int, e.g. 64"),
-        ("model.ngf=", "it is of type int"),
-        ("model.ngf=true", "it is of type int"),
-        ("model.ngf=[1]", "it is of type int"),
-        ("model.ngf.x=1", "it is of type int"),
+        ("model.ngf=3.5", "must be a whole number in decimal digits, e.g. model.ngf=64"),
+        ("model.ngf=", "must be a whole number"),
+        ("model.ngf=true", "must be a whole number"),
+        ("model.ngf=[1]", "model.ngf ([1]): must be a whole number"),
+        ("model.ngf.x=1", "model.ngf holds one value and no keys; write model.ngf=VALUE"),
         ("model.ngf=???", "model.ngf"),
         (
             "model.loss=wgan",
-            "expected one of ['non_saturating', 'minimax', 'hinge', 'least_squares']",
+            "must be one of non_saturating, minimax, hinge, least_squares",
         ),
-        ("train.precision=no", "expected one of ['auto', 'fp32', 'bf16', 'fp16']"),
-        ("train.compile=maybe", "it is of type bool"),
-        ("run.dir=null", "it is of type str"),
-        ("tracking.tags=a", "it is of type list[str]"),
+        ("train.precision=no", "must be one of auto, fp32, bf16, fp16"),
+        ("train.compile=maybe", "must be true or false, e.g. train.compile=false"),
+        ("run.dir=null", "must be text, e.g. run.dir=runs/default"),
+        ("tracking.tags=a", "must be a list, e.g. tracking.tags=[a,b]"),
         ("model=3", "must hold keys"),
         ("=3", "unknown key"),
         (".=3", "unknown key"),
         ("model..ngf=3", "unknown key"),
         ("a.b.c.d=1", "unknown key"),
         ("model.ngf", "must read section.key=value"),
-        ("model.ngf=[1", "overrides cannot be read"),
-        ("run.dir=${", "overrides cannot be read"),
-        ("model.ngf=1" + "0" * 5000, "overrides cannot be read"),
-        ("data.shards=" + "[" * 3000 + "]" * 3000, "overrides cannot be read"),
+        ("model.ngf=[1", "model.ngf ([1): not valid YAML"),
+        ("run.dir=${", "has a ${ that begins no reference"),
+        ("model.ngf=1" + "0" * 5000, "must be a whole number"),
+        ("data.shards=" + "[" * 3000 + "]" * 3000, "nested deeper"),
     ],
 )
 def test_a_wrong_type_or_form_is_refused(write, override, reason):
@@ -335,6 +378,8 @@ def test_a_wrong_type_or_form_is_refused(write, override, reason):
         ("stability.r1_gamma=-1", "0 or more"),
         ("tracking.timeout=501", "between 0 and 500"),
         ("stability.r1_every=0", "at least 1"),
+        ("stability.penalty_share=0", "above 0 and at most 1"),
+        ("stability.penalty=double", "must be one of tangent, along, random, exact"),
         ("stability.label_smoothing=0.5", "in [0, 0.5)"),
         ("stability.augment=[color,blur]", "any of color, translation, cutout"),
         ("stability.augment=[color,color]", "any of color, translation, cutout"),
@@ -351,11 +396,18 @@ def test_an_impossible_value_is_refused(write, override, reason):
     ("overrides", "reason"),
     [
         (["model.loss=hinge", "stability.label_smoothing=0.1"], "must be 0 with model.loss=hinge"),
-        (["train.compile=true", "stability.r1_gamma=1"], "must be false with stability.r1_gamma"),
-        (["train.precision=fp16", "stability.r1_gamma=1"], "BatchNorm's second derivatives"),
+        (["model.loss=relativistic", "stability.label_smoothing=0.1"], "with model.loss=relat"),
         (
-            ["train.sync_batchnorm=true", "stability.r1_gamma=1"],
-            "train.sync_batchnorm (true): must be false with stability.r1_gamma",
+            ["train.precision=fp16", "stability.r1_gamma=1"],
+            "must be bf16 or fp32 with stability.r1_gamma, unless model.d_norm is none or spectral",
+        ),
+        (
+            ["train.sync_batchnorm=true", "stability.r2_gamma=1"],
+            "must be false with stability.r2_gamma and stability.penalty=tangent, unless",
+        ),
+        (
+            ["model.d_norm=batch", "stability.penalty_share=0.5"],
+            "must be 1 unless model.d_norm is none or spectral",
         ),
         (["model.architecture=mlp", "model.image_size=7"], "must be between 8 and 256"),
     ],
@@ -371,9 +423,35 @@ def test_a_removed_key_of_an_old_run_folder_is_read_if_it_changed_nothing(write)
     """Run folders keep every key with its value; one that was in use names what took its place."""
     load(write("train: {cuda_graph: false}"))
     with pytest.raises(
-        ConfigError, match=r"train.cuda_graph \(True\): no longer exists; set train"
+        ConfigError, match=r"train.cuda_graph \(true\): no longer exists; set train"
     ):
         load(write("train: {cuda_graph: true}"))
+
+
+def test_the_old_name_of_spectral_norm_is_read_where_a_run_wrote_it(write):
+    """A user's file or command line is told the new name; an old run's own files still load."""
+    load(write("model: {spectral_norm: false}"))
+    told = "no longer exists; set model.d_norm=spectral"
+    assert told in refusal(write("model: {spectral_norm: true}"))
+    assert told in refusal(write(""), "model.spectral_norm=true")
+    saved = load(write("model: {spectral_norm: true}"), saved=True)
+    assert saved.model.d_norm == "spectral"
+    before = flatten(Config()) | {"model.spectral_norm": True}
+    del before["model.d_norm"]
+    assert fixed_differences(before, saved) == []
+    assert fixed_differences(before, Config()) == ["model.d_norm: spectral -> batch"]
+
+
+def test_a_run_of_before_resumes_with_the_exact_penalty(write):
+    """R1 was computed by double backward; a resume says so and names the option."""
+    before = flatten(load(write(""), ["stability.r1_gamma=1"]))
+    del before["stability.penalty"]
+    (line,) = fixed_differences(before, load(write(""), ["stability.r1_gamma=1"]))
+    assert line.startswith("stability.penalty: exact -> tangent (earlier versions computed exact: ")
+    exact = load(write(""), ["stability.r1_gamma=1", "stability.penalty=exact"])
+    assert fixed_differences(before, exact) == []
+    del before["stability.r1_gamma"]
+    assert fixed_differences(before, load(write(""))) == []
 
 
 # -- interpolations -----------------------------------------------------------------------------
@@ -381,8 +459,8 @@ def test_a_removed_key_of_an_old_run_folder_is_read_if_it_changed_nothing(write)
 
 def test_interpolations_resolve(write, monkeypatch):
     """Another key and the environment may be named in a value."""
-    monkeypatch.setenv("SCRATCH_FOLDER", "/scratch/me")
-    text = "model:\n  ngf: 32\n  ndf: ${model.ngf}\nrun:\n  dir: ${oc.env:SCRATCH_FOLDER}/run\n"
+    monkeypatch.setenv("SWEEP_DIR", "/scratch/me")
+    text = "model:\n  ngf: 32\n  ndf: ${model.ngf}\nrun:\n  dir: ${oc.env:SWEEP_DIR}/run\n"
     config = load(write(text), ["data.cache_dir=${run.dir}/cache"])
     assert config.model.ndf == 32
     assert config.run.dir == "/scratch/me/run"
@@ -391,20 +469,32 @@ def test_interpolations_resolve(write, monkeypatch):
 
 def test_an_interpolated_path_is_absolute_too(write, monkeypatch, tmp_path):
     """A path that is relative only after interpolation counts from the same folder."""
-    monkeypatch.setenv("RUN_NAME", "one")
+    monkeypatch.setenv("WANDB_RUN_ID", "one")
     monkeypatch.chdir(tmp_path)
-    assert load(write("run:\n  dir: ${oc.env:RUN_NAME}\n")).run.dir == str(tmp_path / "one")
+    assert load(write("run:\n  dir: ${oc.env:WANDB_RUN_ID}\n")).run.dir == str(tmp_path / "one")
 
 
 @pytest.mark.parametrize(
     "value",
-    ["${model.nope}", "${nope:1}", "${oc.env:NO_SUCH_VARIABLE}", "${run.dir}", "${model.ndf}"],
+    [
+        *("${model.nope}", "${nope:1}", "${oc.decode:1}", "${oc.env:SLURM_NONE}", "${run.dir}"),
+        *("${model.ndf}", "${${oc.env:HOME}}", "${model.nope:", "${oc.env:A" + "${" * 5000),
+    ],
 )
 def test_an_interpolation_without_a_value_is_a_fault_of_its_key(write, value):
     """Missing key, unknown resolver, missing variable, wrong type, a cycle: all ConfigErrors."""
     message = refusal(write(f'model:\n  ngf: "{value}"\n  ndf: "${{model.ngf}}"\n'))
-    assert "model.ngf: " in message
-    assert "it is of type int" in message
+    assert f"model.ngf ({value!r}"[:80] in message
+    assert os.environ["HOME"] not in message.partition("\n")[2]
+
+
+def test_references_that_multiply_end(write):
+    """Each key is looked up once: 2**60 empty texts would take for ever, full ones all memory."""
+    keys = [f"{s}.{k}" for s, k in (key.split(".") for key in flatten(Config()))]
+    texts = [key for key in keys if flatten(Config())[key] in ("", None)]
+    for last in ('""', "abcdefgh"):
+        words = [f"{key}=${{{after}}}${{{after}}}" for key, after in itertools.pairwise(texts)]
+        refusal(write(""), *words, f"{texts[-1]}={last}", "optim.g_lr=-1")
 
 
 def test_all_broken_interpolations_are_listed(write):
@@ -564,3 +654,12 @@ def test_micro_batching_says_which_sizes_fit(write):
     config = load(write(""), ["train.micro_batch=64"])
     with pytest.raises(ConfigError, match=r"\(4\) x train.micro_batch \(64\) = 256: use 256, or"):
         micro_batching(config, 4)
+
+
+def test_an_empty_override_is_the_empty_text(tmp_path: Path) -> None:
+    """``eval.layer=`` is the documented default; of a number it is no value."""
+    path = tmp_path / "config.yaml"
+    path.write_text('eval: {layer: "320"}\n')
+    assert load(path, ["eval.layer="]).eval.layer == ""
+    with pytest.raises(ConfigError, match=r"train.keep \(\): must be"):
+        load(path, ["train.keep="])

@@ -20,12 +20,15 @@ import psutil
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
+from pipeline.data import packing
 from pipeline.data.cache import Cache
 from pipeline.data.codecs import DecodeError
 from pipeline.data.reader import Reader
 from pipeline.data.shards import read_index, scan
 from pipeline.data.sources import find, reader, to_square
+from pipeline.runtime.documents import read_document, write_document
 from pipeline.runtime.errors import DataError
+from pipeline.runtime.work_folder import WorkFolder
 
 WHITE = (255, 255, 255)
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -35,14 +38,22 @@ def command(*arguments):
     return [sys.executable, "-m", "pipeline.prepare", *map(str, arguments)]
 
 
-def prepare(*arguments, code=0, **options):
+def prepare(*arguments, code=0, prefix=(), **options):
     """Run the real command; returns its stdout and stderr, after a check of the exit code."""
-    run = subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=120, check=False, **options
-    )
+    words = [*prefix, *command(*arguments)]
+    run = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, **options)
     assert run.returncode == code, run.stderr
     assert "Traceback" not in run.stderr, run.stderr
     return run.stdout + run.stderr
+
+
+def obeying_permissions():
+    """The start of a command line whose process obeys permissions even if root runs it."""
+    if os.geteuid() != 0:
+        return []
+    if not shutil.which("setpriv"):
+        pytest.skip("root may read anything, and there is no setpriv")
+    return ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
 
 
 def content(folder):
@@ -292,13 +303,179 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(labelled):
     assert "Give another --out" in said
 
 
-@pytest.mark.parametrize("damaged", ["", "[]", '{"size": '])
+@pytest.mark.parametrize("damaged", ["", "[]", '{"size": ', '{"size": 16}'])
 def test_a_damaged_record_of_the_settings_is_one_message(labelled, tmp_path, damaged):
     """It is not taken for the settings of another set, and is no traceback."""
     (tmp_path / ".prepare").mkdir()
     (tmp_path / ".prepare" / "settings.json").write_text(damaged)
     said = prepare(labelled / "images", "--out", tmp_path, code=2)
-    assert f"settings.json: is damaged. Remove {tmp_path} and run the same command" in said
+    assert "settings.json: " in said
+    assert f"Remove {tmp_path} and run the same command" in said
+
+
+@pytest.fixture(scope="module")
+def half(labelled):
+    """The set of ``labelled`` when only part 0 of 2 is packed; not to be changed."""
+    words = ("--size", 16, "--format", "png", "--shard-mib", 0.02, "--workers", 1)
+    prepare(labelled / "images", "--out", labelled / "half", *words, "--part", "0/2")
+    return labelled / "half"
+
+
+@pytest.fixture
+def unfinished(labelled, half, tmp_path):
+    """(a copy of ``half``, a function that runs its command again)."""
+    words = ("--size", 16, "--format", "png", "--shard-mib", 0.02, "--workers", 1)
+    out = shutil.copytree(half, tmp_path / "out")
+    return out, lambda *more, **options: prepare(
+        labelled / "images", "--out", out, *words, *more, **options
+    )
+
+
+MARKER_HARM = {
+    "another label": (".prepare/*0.tar.json", lambda raw: raw.replace(b", 1]", b", 2]", 1)),
+    "another offset": (".prepare/*0.tar.json", lambda raw: raw.replace(b"[[", b"[[1", 1)),
+    "cut": (".prepare/*0.tar.json", lambda raw: raw[:-9]),
+    "empty": (".prepare/*0.tar.json", lambda _: b""),
+    "no seal": (".prepare/*0.tar.json", lambda raw: raw.replace(b"digest", b"digesu")),
+    "nested": (".prepare/*0.tar.json", lambda _: b"[" * 100_000),
+    "not UTF-8": (".prepare/*0.tar.json", lambda raw: b"\xff" + raw),
+    "of another shard": (".prepare/*0.tar.json", lambda raw: raw.replace(b"000000", b"000002")),
+    "flipped shard": ("*0.tar", lambda raw: raw[:700] + bytes([raw[700] ^ 1]) + raw[701:]),
+    "cut shard": ("*0.tar", lambda raw: raw[:-512]),
+    "longer shard": ("*0.tar", lambda raw: raw + b"0"),
+}
+
+
+@pytest.mark.parametrize("harm", MARKER_HARM)
+def test_a_damaged_marker_or_shard_is_set_aside_and_packed_again(labelled, unfinished, harm):
+    """Never an index with another label or offset: the result is that of an undisturbed run."""
+    out, run = unfinished
+    pattern, change = MARKER_HARM[harm]
+    path = min(out.glob(pattern))
+    before = path.read_bytes()
+    path.write_bytes(change(before))
+    assert path.read_bytes() != before
+    said = run()
+    assert f"{path}: " in said
+    assert f"set aside as {path.name}.damaged, its part is made again" in said
+    found = content(out)
+    found.pop(f"{path.name}.damaged", None)
+    assert found == content(labelled / "one")
+
+
+def test_a_marker_sealed_anew_leads_nowhere_else(labelled, unfinished, tmp_path):
+    """A forged marker that names a file outside, or no numbers, is damage; nothing is renamed."""
+    out, run = unfinished
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    marker = min((out / ".prepare").glob("*.tar.json"))
+    document = read_document(marker)
+    (out / ".prepare" / "mine").write_text("mine")
+    forged = [
+        *({"files": files} for files in ({"../mine": [1, "0"]}, {"": [1, "0"]}, {"..": [1, "0"]})),
+        *({"files": files} for files in ({}, 3, {marker.name.removesuffix(".json"): 3})),
+        *({"table": table} for table in (3, [["a"]], [[2**70, 1, 1]], [[10**9, 1, 1]])),
+        *({"skipped": [3]}, {"enlarged": "many"}, {"part": "other"}, {"settings": "other"}),
+    ]
+    work = WorkFolder(
+        marker.parent, out, read_document(marker.parent / "settings.json"), {"source"}
+    )
+    for number, change in enumerate(forged):
+        write_document(marker, document | change)
+        assert not work.finished([marker.name], out, packing._packed), change
+        assert len(list(marker.parent.glob("*.damaged*"))) == number + 1
+    assert (mine.read_text(), (out / ".prepare" / "mine").read_text()) == ("mine", "mine")
+    run()
+    assert content(out) == content(labelled / "one")
+
+
+def test_lost_settings_are_one_message(unfinished):
+    """The tars are not called those of something else, nor overwritten."""
+    out, run = unfinished
+    before = content(out)
+    settings = out / ".prepare" / "settings.json"
+    settings.unlink()
+    assert f"{settings}: is missing" in run(code=2)
+    settings.symlink_to(settings)
+    assert f"{settings}: Too many levels of symbolic links. Remove {out}" in run(code=2)
+    settings.unlink()
+    found = content(out)
+    assert found == {
+        name: raw for name, raw in before.items() if not name.endswith("settings.json")
+    }
+
+
+def test_a_changed_list_of_skipped_images_is_said(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "b.png").write_bytes(b"")
+    words = (tmp_path / "images", "--out", tmp_path / "out", "--size", 8)
+    assert "b.png: not a readable image" in prepare(*words)
+    listed, index = tmp_path / "out" / "skipped.txt", tmp_path / "out" / "index.json"
+    assert "checksum" not in prepare(*words)
+    listed.write_bytes(listed.read_bytes().replace(b"b.png", b"\xff.png"))
+    assert f"{listed}: was changed since it was written" in prepare(*words)
+    listed.unlink()
+    assert f"{listed}: is missing" in prepare(*words)
+    os.mkfifo(listed)
+    assert f"{listed}: is no regular file" in prepare(*words)
+    raw = index.read_text()
+    index.write_text(raw.replace('"skipped": 1', '"skipped": 0'))
+    said = prepare(*words, code=2)
+    assert f"{index}: not an index of this project (its content differs from its digest)" in said
+
+
+def test_a_fifo_or_a_folder_in_place_of_a_marker_or_shard_is_set_aside(unfinished):
+    out, run = unfinished
+    marker, shard = out / ".prepare" / "shard-000000.tar.json", out / "shard-000002.tar"
+    for path in (marker, shard):
+        path.unlink()
+        os.mkfifo(path)
+    said = run("--part", "0/2")
+    assert said.count(" set aside as ") == 2
+    (out / "shard-000002.tar").unlink()
+    (out / "shard-000002.tar").mkdir()
+    assert "shard-000002.tar.damaged-2" in run()
+
+
+def test_a_shard_changed_while_others_are_packed_is_not_published(labelled, unfinished, tmp_path):
+    """The bytes are read once more before the index is written."""
+    out, run = unfinished
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        "import sys\nfrom pipeline import prepare\n"
+        "packing = prepare.pack\n"
+        "def pack(job, number, report):\n"
+        "    packing(job, number, report)\n"
+        "    path = job.out / 'shard-000000.tar'\n"
+        "    path.write_bytes(path.read_bytes()[:-512] + b'1' * 512)\n"
+        "prepare.pack = pack\n"
+        "prepare.main()\n"
+    )
+    words = ("--size", 16, "--format", "png", "--shard-mib", 0.02, "--workers", 1)
+    again = subprocess.run(
+        [sys.executable, slow, labelled / "images", "--out", out, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert again.returncode == 2, again.stderr
+    assert "1 shards were changed while others were packed. Run the same command" in again.stderr
+    assert not (out / "index.json").exists()
+    run()
+    (out / "shard-000000.tar.damaged").unlink()
+    assert content(out) == content(labelled / "one")
+
+
+def test_a_marker_that_cannot_be_read_is_no_damage(unfinished):
+    out, run = unfinished
+    marker = out / ".prepare" / "shard-000000.tar.json"
+    marker.chmod(0)
+    said = run(code=2, prefix=obeying_permissions())
+    assert "Permission denied" in said
+    assert marker.exists()
+    assert not list(out.rglob("*.damaged"))
 
 
 def test_two_at_once_in_one_folder_the_second_refuses(labelled, tmp_path):
@@ -458,6 +635,8 @@ def test_killed_and_stopped_runs_continue_to_the_bytes_of_an_uninterrupted_one(t
     assert not list(out.glob("*.tmp"))
 
     assert "shards are finished" in prepare(*common, "--out", out)
+    assert "set aside as shard-" in said
+    damaged.with_name(f"{damaged.name}.damaged").unlink()
     prepare(*common, "--out", tmp_path / "whole")
     assert content(out) == content(tmp_path / "whole")
     assert read_index(str(out)).shape == (64, 64, 1)
@@ -470,7 +649,7 @@ def test_a_full_disk_is_one_clear_message(labelled, tmp_path):
 
     arguments = (labelled / "images", "--out", tmp_path, "--size", 64)
     said = prepare(*arguments, "--workers", 1, code=2, preexec_fn=small_files)
-    assert f"--out ({tmp_path}): cannot be written" in said
+    assert f"--out ({tmp_path}): cannot be read or written" in said
     assert "run the same command" in said
     assert not (tmp_path / "index.json").exists()
     assert not list(tmp_path.glob("*.tmp"))

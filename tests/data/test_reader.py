@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from conftest import label_of, pixels_of
 
-from pipeline.data.cache import Cache
+from pipeline.data import reader as reading
+from pipeline.data.cache import Cache, check_shards
 from pipeline.data.reader import Reader
 from pipeline.data.shards import read_index
 from pipeline.runtime.errors import CorruptSample, DataError
@@ -53,7 +54,7 @@ def test_samples_are_read_in_the_order_of_the_ids(small):
 
 
 def test_a_shard_is_opened_once(small):
-    """After the first read of a shard its samples come from the map; its file may be gone."""
+    """After the first read of a shard its samples come from the open file; its name may be gone."""
     reader = reader_of(small)
     read(reader, 2)
     for shard in small.shards:
@@ -93,29 +94,33 @@ def test_the_key_of_a_damaged_sample_may_be_unknown(small):
         read(reader, 0)
 
 
-def mapped(folder):
-    """Number of shards below a folder that this process has mapped."""
-    return sum(f"{folder}/" in line for line in Path("/proc/self/maps").read_text().splitlines())
+def opened(folder):
+    """Number of shards below a folder that this process has open."""
+    links = [os.path.realpath(name) for name in Path("/proc/self/fd").iterdir()]
+    return sum(f"{folder}/" in link and ".tar" in link for link in links)
 
 
-def test_at_most_64_shards_of_a_limited_cache_stay_mapped(make_shards, serve, tmp_path):
-    """An evicted file takes room until it is unmapped. Without a limit, or local, 65 may stay."""
+def test_at_most_64_shards_of_a_limited_cache_stay_open(make_shards, serve, tmp_path):
+    """An evicted file takes room until it is closed. Without a limit, or local, 65 may stay."""
     local = make_shards(tmp_path / "set", [1] * 65)
     remote = read_index(serve(tmp_path / "set").url)
     for index, folder, limit_gib, left in (
         (remote, tmp_path / "limited", 1.0, 64),
         (remote, tmp_path / "unlimited", 0.0, 65),
-        (local, tmp_path / "set", 1.0, 65 + 1),  # the table is mapped too
+        (local, tmp_path / "set", 1.0, 65),
     ):
         reader = reader_of(index, folder, limit_gib)
         for sample in range(65):
             assert np.array_equal(read(reader, sample)[1][0], pixels_of(sample, SHAPE))
             if sample == 63:
-                assert mapped(folder) == 64 + (index is local)
-        assert mapped(folder) == left
+                assert opened(folder) == 64
+        assert opened(folder) == left
+        del reader
+        assert opened(folder) == 0
 
 
 FEW_FILES = """
+import os
 import sys
 import numpy as np
 from conftest import label_of, pixels_of
@@ -124,8 +129,9 @@ from pipeline.data.cache import Cache
 from pipeline.data.reader import Reader
 from pipeline.data.shards import read_index
 
-def mapped():
-    return sum(".tar" in line for line in Path("/proc/self/maps").read_text().splitlines())
+def opened():
+    links = [os.path.realpath("/proc/self/fd/" + name) for name in os.listdir("/proc/self/fd")]
+    return sum(".tar" in link for link in links)
 
 index = read_index(sys.argv[1])
 reader = Reader(index, Cache(index, sys.argv[2]))
@@ -141,13 +147,13 @@ if sys.argv[3] == "crowded":  # the rest of the process leaves room for hardly a
 labels = reader.read(ids, out)
 for sample, label, pixels in zip(ids.tolist(), labels.tolist(), out):
     assert (label, pixels.tobytes()) == (label_of(sample), pixels_of(sample, (8, 8, 3)).tobytes())
-print(mapped())
+print(opened())
 """
 
 
 @pytest.mark.parametrize(("how", "most"), [("alone", 8), ("crowded", 3)])
 def test_more_shards_than_open_files(make_shards, tmp_path, how, most):
-    """150 shards with 64 open files: the right images, from a bounded number of maps."""
+    """150 shards with 64 open files: the right images, from a bounded number of descriptors."""
     make_shards(tmp_path / "set", [2] * 150)
     words = ["sh", "-c", 'ulimit -n 64; exec "$@"', "sh", sys.executable, "-c", FEW_FILES]
     done = subprocess.run(
@@ -169,3 +175,101 @@ def test_a_shard_that_cannot_be_opened_is_one_message(small, tmp_path):
     path.symlink_to(path)
     with pytest.raises(DataError, match=f"{path}: cannot be read: .*symbolic links"):
         read(reader_of(small), 0)
+
+
+@pytest.mark.parametrize("field", ["npy", "png"])
+def test_a_shard_that_is_cut_while_it_is_read_is_one_message(make_shards, tmp_path, field):
+    """The open file shrinks under the reader, to nothing or into the image: no SIGBUS."""
+    index = make_shards(tmp_path / "set", [40], SHAPE, field)
+    path = Path(index.location, index.shards[0].url)
+    reader = reader_of(index)
+    read(reader, 0)
+    for size in (int(index.table["offset"][30]) + 9, 0):
+        os.truncate(path, size)
+        with pytest.raises(DataError, match=f"{path}: was cut while it was read.*Restore it"):
+            read(reader, 30)
+
+
+@pytest.mark.parametrize("where", ["local", "remote"])
+def test_a_shard_that_is_written_to_while_it_is_read_is_compared_again(
+    where, make_shards, serve, tmp_path, monkeypatch
+):
+    """Pixels that change in place, with size and header kept, are found; a touch is no fault."""
+    monkeypatch.setattr(reading, "LOOK_SECONDS", 0.0)
+    index = make_shards(tmp_path / "set", [2, 3])
+    path = Path(index.location, index.shards[1].url)
+    if where == "remote":
+        index = read_index(serve(tmp_path / "set").url)
+        path = Cache(index, str(tmp_path / "cache")).path(index.shards[1])
+    reader = reader_of(index, tmp_path / "cache")
+    read(reader, 0, 3)
+    path.touch()
+    assert np.array_equal(read(reader, 3)[1][0], pixels_of(3, SHAPE))
+    with path.open("r+b") as file:
+        file.seek(int(index.table["offset"][3]) + 200)
+        file.write(bytes(50))
+    if where == "remote":  # downloaded again
+        assert np.array_equal(read(reader, 3)[1][0], pixels_of(3, SHAPE))
+        assert path.with_name(f"{path.name}.damaged").exists()
+    else:
+        with pytest.raises(DataError, match=f"{path}: its checksum differs"):
+            read(reader, 0)
+
+
+NOT_DAMAGED = """
+import os, resource, sys
+import numpy as np
+from pipeline.data.cache import Cache, check_shards
+from pipeline.data.reader import Reader
+from pipeline.data.shards import read_index
+from pipeline.runtime.errors import DataError, as_user_error
+
+index = read_index(sys.argv[1])
+read_index(sys.argv[2])
+kept = []
+try:
+    while True:
+        kept.append(os.open(os.devnull, os.O_RDONLY))
+except OSError:
+    pass
+out = np.zeros((1, *index.shape), np.uint8)
+for attempt in (
+    lambda: Reader(index, Cache(index, "")).read(np.array([0]), out),
+    lambda: check_shards(index, "sha256"),
+    lambda: read_index(sys.argv[1]),
+    lambda: read_index(sys.argv[2]),
+):
+    try:
+        attempt()
+    except (DataError, OSError) as error:
+        os.close(kept.pop())
+        print(as_user_error(error))
+        kept.append(os.open(os.devnull, os.O_RDONLY))
+"""
+
+
+def test_too_many_open_files_are_no_damage(small, serve):
+    """Reader, check and index, near or remote, name the limit and its remedy; none says damaged."""
+    words = ["sh", "-c", 'ulimit -n 64; exec "$@"', "sh", sys.executable, "-c", NOT_DAMAGED]
+    done = subprocess.run(
+        [*words, small.location, serve(Path(small.location)).url],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4, done.stdout
+    for line in lines:
+        assert "open files are limited to 64 here. Raise the limit" in line
+        assert "damaged" not in line
+        assert "changed" not in line
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
+def test_a_shard_without_permission_is_no_damage(small):
+    """The message asks for permission."""
+    Path(small.location, small.shards[0].url).chmod(0)
+    with pytest.raises(DataError, match=r"Permission denied\. Give permission"):
+        check_shards(small, "sha256")

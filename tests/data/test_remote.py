@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,11 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
+import psutil
 import pytest
 from conftest import CountingServer, write_shards
-from launching import free_port, run, train
+from launching import TIMEOUT, free_port, run, started, train, wait_for
 
-from pipeline.data import remote
+from pipeline.data import remote, shards
 from pipeline.data.cache import HOME_FOLDER, Cache, node_folder
 from pipeline.data.shards import Index, read_index
 from pipeline.runs.step_folders import committed, step_of
@@ -243,6 +246,258 @@ def test_a_stop_is_seen_while_a_server_is_slow(
     finally:
         over.set()
     assert not list(tmp_path.iterdir())
+
+
+# -- servers that never end ---------------------------------------------------------------------
+
+
+def silent(_: socket.socket, over: threading.Event) -> None:
+    over.wait(120)
+
+
+def silent_after_the_head(connection: socket.socket, over: threading.Event) -> None:
+    connection.sendall(head("200 OK", f"Content-Length: {len(CONTENT)}") + CONTENT[:9])
+    over.wait(120)
+
+
+def head_that_drips(connection: socket.socket, over: threading.Event) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\n")
+    while not over.wait(0.05):
+        connection.sendall(b"X-More: 1\r\n")
+
+
+def body_that_drips(connection: socket.socket, over: threading.Event) -> None:
+    connection.sendall(head("200 OK", f"Content-Length: {len(CONTENT)}"))
+    while not over.wait(0.05):
+        connection.sendall(b"x")
+
+
+def chunks_that_drip(connection: socket.socket, over: threading.Event) -> None:
+    connection.sendall(head("200 OK", "Transfer-Encoding: chunked"))
+    while not over.wait(0.05):
+        connection.sendall(b"1\r\nx\r\n")
+
+
+STALLS = {
+    each.__name__: each
+    for each in (
+        silent,
+        silent_after_the_head,
+        head_that_drips,
+        body_that_drips,
+        chunks_that_drip,
+    )
+}
+
+
+@pytest.fixture
+def stalling(answering: Callable[[Answer], str]) -> Iterator[Callable[[str], str]]:
+    """A function: name of a stall -> URL of a server that stalls so until the test is over."""
+    over = threading.Event()
+    yield lambda name: answering(lambda connection: STALLS[name](connection, over))
+    over.set()
+
+
+@pytest.mark.parametrize("name", STALLS)
+def test_a_server_that_stalls_is_given_up(
+    name: str,
+    stalling: Callable[[str], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every attempt ends, for a shard as for an index; the message says why and what to do."""
+    monkeypatch.setattr(remote, "IDLE_SECONDS", 0.4)
+    monkeypatch.setattr(remote, "FETCH_ATTEMPTS", 2)
+    url = stalling(name)
+    for attempt in (
+        lambda: remote.fetch(url, tmp_path / "copy", SHA256, size=len(CONTENT)),
+        lambda: read_index(url.removesuffix("/file")),
+    ):
+        with pytest.raises(DataError, match=r"cannot be fetched.*See that its server answers"):
+            attempt()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", STALLS)
+def test_a_stop_ends_the_wait_for_a_server_that_stalls(
+    name: str, stalling: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Long before the server is given up: within two seconds and not half a minute."""
+    url, began = stalling(name), time.monotonic()
+    stop = threading.Event()
+    threading.Timer(0.5, stop.set).start()
+    with pytest.raises(Stopped):
+        remote.fetch(url, tmp_path / "copy", SHA256, size=len(CONTENT), stop=stop.is_set)
+    with pytest.raises(Stopped):
+        read_index(url.removesuffix("/file"), stop=stop.is_set)
+    assert time.monotonic() - began < remote.IDLE_SECONDS / 2
+    assert not list(tmp_path.iterdir())
+
+
+STOPPED = """
+import sys
+from pathlib import Path
+from pipeline.runtime import signals
+signals.install()
+from pipeline.data.cache import Cache
+from pipeline.data.remote import fetch
+from pipeline.data.shards import Shard, Index, read_index
+from pipeline.runtime.errors import exit_on_user_error
+
+url, folder = sys.argv[1], Path(sys.argv[2])
+print("ready", flush=True)
+with exit_on_user_error():
+    if sys.argv[3] == "index":
+        read_index(url)
+    elif sys.argv[3] == "file":
+        fetch(url + "/file", folder / "copy", "0" * 64)
+    else:
+        index = Index(url, "npy", (8, 8, 3), (), None)
+        Cache(index, str(folder)).path(Shard("a.tar", 1, 9999, "0" * 64))
+"""
+
+
+@pytest.mark.parametrize("what", ["index", "file", "shard"])
+def test_sigterm_ends_any_command_that_waits_for_a_server(
+    what: str, stalling: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Also those that pass no stop function: one message, exit code 2, nothing left behind."""
+    url = stalling("silent").removesuffix("/file")
+    words = [sys.executable, "-c", STOPPED, url, str(tmp_path), what]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.5)
+        began = time.monotonic()
+        process.terminate()
+        _, said = process.communicate(timeout=TIMEOUT)
+        assert time.monotonic() - began < remote.IDLE_SECONDS / 2
+    assert process.returncode == 2
+    assert "a stop was requested while a server was waited for" in said.splitlines()[-1]
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
+
+
+def test_a_file_system_of_fsspec_that_stalls_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own timeouts do not matter: opening or reading that never ends."""
+    monkeypatch.setattr(remote, "IDLE_SECONDS", 0.1)
+    monkeypatch.setattr(remote, "FETCH_ATTEMPTS", 2)
+    over = threading.Event()
+
+    class Stalling(fsspec.AbstractFileSystem):  # type: ignore[misc]
+        protocol = "stalling"
+
+        def _open(self, path: str, *_: object, **__: object) -> object:
+            over.wait(120)
+            raise FileNotFoundError(path)
+
+    fsspec.register_implementation("stalling", Stalling, clobber=True)
+    try:
+        with pytest.raises(DataError, match="no byte for"):
+            remote.fetch("stalling://a/b", tmp_path / "copy", SHA256)
+        with pytest.raises(Stopped):
+            remote.read_url("stalling://a/b", 99, stop=lambda: True)
+    finally:
+        over.set()
+
+
+def test_an_index_without_an_end_is_refused(
+    answering: Callable[[Answer], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more is read than the largest document; nor of a shard of unknown size."""
+    monkeypatch.setattr(shards, "LARGEST_INDEX", 1 << 20)
+    monkeypatch.setattr(remote, "LARGEST", 1 << 20)
+    sent = []
+
+    def endless(connection: socket.socket) -> None:
+        connection.sendall(head("200 OK"))
+        while True:
+            connection.sendall(b" " * 65536)
+            sent.append(65536)
+
+    url = answering(endless)
+    with pytest.raises(DataError, match=r"index\.json: has more than 1048576 bytes"):
+        read_index(url.removesuffix("/file"))
+    assert sum(sent) < 64 << 20
+
+
+def test_a_file_of_unknown_size_without_an_end_is_refused(
+    answering: Callable[[Answer], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are fetched without their size; the disk is not filled."""
+    monkeypatch.setattr(remote, "LARGEST", 1 << 20)
+
+    def endless(connection: socket.socket) -> None:
+        connection.sendall(head("200 OK"))
+        while True:
+            connection.sendall(b" " * 65536)
+
+    with pytest.raises(DataError, match="longer than the 1048576 bytes"):
+        remote.fetch(answering(endless), tmp_path / "copy", SHA256)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("status", ["301 Moved", "302 Found", "307 Temporary", "308 Permanent"])
+def test_redirections_in_a_circle_end(
+    status: str, answering: Callable[[Answer], str], tmp_path: Path
+) -> None:
+    """Ten or so, then one message; a reason with escape codes is printed without them."""
+    asked = []
+
+    def answer(connection: socket.socket) -> None:
+        asked.append(status)
+        connection.sendall(head(f"{status}\x1b[2J", "Location: /file", "Content-Length: 0"))
+
+    with pytest.raises(DataError, match="refused by the server") as caught:
+        remote.fetch(answering(answer), tmp_path / "copy", SHA256, size=len(CONTENT))
+    assert str(caught.value).isprintable()
+    assert len(asked) < 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("window", [0, 100])
+def test_sigterm_ends_a_training_whose_shard_server_went_silent(
+    workers: int,
+    window: int,
+    serve: Callable[[Path], CountingServer],
+    make_shards: Callable[..., Index],
+    tiny_config: Path,
+    tmp_path: Path,
+) -> None:
+    """Before the first step, or amid the run: out within seconds, no traceback, no process left."""
+    make_shards(tmp_path / "set", [40, 40, 40], (32, 32, 1))
+    server = serve(tmp_path / "set")
+    server.hold.clear()
+    settings = (
+        *(f"data.shards={server.url}", f"data.cache_dir={tmp_path / 'cache'}"),
+        *(f"run.dir={tmp_path / 'run'}", f"data.workers={workers}", f"data.window={window}"),
+        *("train.total_steps=3", "data.block=8"),
+    )
+    try:
+        with started(1, tiny_config, *settings) as process:
+            wait_for(
+                lambda: any(name.endswith(".tar") for name in server.gets), "request for a shard"
+            )
+            children = psutil.Process(process.pid).children(recursive=True)
+            began = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            output, _ = process.communicate(timeout=TIMEOUT)
+            assert time.monotonic() - began < 60, output
+            _, left = psutil.wait_procs(children, timeout=30)
+            assert not left
+    finally:
+        server.hold.set()
+    assert "Traceback" not in output
+    if window:
+        assert process.returncode == 2, output
+        assert "a stop was requested while a shard was waited for" in output
+    else:
+        assert process.returncode == 0, output
+        assert (tmp_path / "run" / "PREEMPTED").exists()
 
 
 # -- where the copies are kept ------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +21,26 @@ import numpy as np
 import pytest
 import torch
 from evaluating import (
+    MODEL,
+    TINY,
     add_checkpoint,
     add_snapshot,
     evaluated,
+    generator_of,
     make_config,
     make_run,
 )
-from launching import REPO, environment, free_port, rank_process
+from launching import REPO, STATE, environment, free_port, rank_process
 from PIL import Image
 from ranks import on_ranks
 from safetensors.torch import save_file
 
 from pipeline import evaluate
+from pipeline.config.loading import dump
+from pipeline.config.schema import flatten
 from pipeline.evaluation import candidates, run_scores
-from pipeline.runs import checkpoint
+from pipeline.models.dcgan import Discriminator
+from pipeline.runs import checkpoint, snapshot
 from pipeline.runs.results import Key, Ledger, kept_steps, read_rows
 from pipeline.runs.step_folders import committed, step_of
 from pipeline.runtime.errors import CheckpointError, DataError, EvaluationError, RunFolderError
@@ -55,7 +63,10 @@ def run(tmp_path: Path) -> Path:
 
 @contextmanager
 def process(*words: object, ranks: int = 1, **env: str) -> Iterator[subprocess.Popen[str]]:
-    """Run the command in its own process group, which is killed when the block ends."""
+    """Run the command in its own process group, which is killed when the block ends.
+
+    It asks for the tiny extractor: the configuration of a run cannot.
+    """
     script = str(REPO / "pipeline" / "evaluate.py")
     launcher = [sys.executable]
     if ranks > 1:
@@ -63,7 +74,7 @@ def process(*words: object, ranks: int = 1, **env: str) -> Iterator[subprocess.P
         launcher += ["--master_port", str(free_port()), "--"]
     tests = {"PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
     running = subprocess.Popen(
-        [*launcher, script, *map(str, words)],
+        [*launcher, script, *map(str, words), f"eval.extractor={TINY}"],
         env=environment() | tests | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -120,6 +131,37 @@ def test_pending_scores_what_the_ledger_lacks_and_nothing_twice(
         "step_00000010.png",
         "step_00000020.png",
     ]
+
+
+def test_a_score_is_of_weights_not_of_a_step_number(run: Path, tmp_path: Path) -> None:
+    """A step that was trained anew is scored anew; the old score returns with the old weights."""
+    evaluated("--run", run, "--pending")
+    (old,) = (row for row in read_rows(run) if row["step"] == 20)
+    first = (run / "snapshots" / "step_00000020").rename(tmp_path / "step_00000020")
+    add_snapshot(run, make_config(tmp_path), 20, generator_of(3))
+    evaluated("--run", run, "--pending")
+    (new,) = (row for row in read_rows(run) if row["step"] == 20)
+    assert new["scores"] != old["scores"]
+    assert new["generator"] != old["generator"]
+    shutil.rmtree(run / "snapshots" / "step_00000020")
+    first.rename(run / "snapshots" / "step_00000020")
+    evaluated("--run", run, "--pending")
+    assert next(row for row in read_rows(run) if row["step"] == 20) == old
+
+
+def test_a_checkpoint_is_scored_with_the_architecture_it_was_trained_with(tmp_path: Path) -> None:
+    """The run's config.yaml may be of a later training in the same folder."""
+    run = make_run(tmp_path, ())
+    state = STATE | {"config": flatten(make_config(tmp_path))}
+    networks = {"G": generator_of(5), "D": Discriminator(MODEL), "G_ema": generator_of(6)}
+    checkpoint.save(run, 5, networks, {}, state)
+    config = make_config(tmp_path)
+    later = replace(config, model=replace(MODEL, ngf=8, z_distribution="normal"))
+    (run / "config.yaml").write_text(dump(later))
+    evaluated("--run", run)
+    add_snapshot(run, config, 6)
+    evaluated("--checkpoint", run / "snapshots" / "step_00000006")
+    assert scores(run)[5] == scores(run)[6]
 
 
 def test_the_same_evaluation_gives_the_same_numbers(tmp_path: Path) -> None:
@@ -204,7 +246,7 @@ def test_a_snapshot_alone_is_scored_and_printed(
     """A snapshot outside a run folder has no ledger, and none is created."""
     alone = (run / "snapshots" / "step_00000010").rename(tmp_path / "step_00000010")
     evaluated("--checkpoint", alone)
-    assert "eval/fd_tiny-extractor-Tiny_16_100" in capsys.readouterr().out
+    assert "eval/fd_tiny-extractor-Tiny_16_100_full " in capsys.readouterr().out
     assert not list(tmp_path.glob("evaluations*"))
 
 
@@ -236,7 +278,7 @@ def test_a_damaged_reference_of_the_cache_is_computed_anew(
     content = cached.read_bytes()
     cached.write_bytes(content[:-7])
     evaluated("--run", run, "--pending")
-    assert "computing it anew" in capsys.readouterr().err
+    assert f"set aside as {cached.name}.damaged; computing it anew" in capsys.readouterr().err
     assert cached.read_bytes() == content
 
 
@@ -507,7 +549,7 @@ def test_keep_best_keeps_the_best_and_the_unscored_checkpoints(tmp_path: Path) -
     ledger.close()
     checkpoint.prune(tmp_path, 7, keep=1, keep_every=0, keep_best=True)
     assert [step_of(p) for p in committed(tmp_path)] == [2, 3, 4, 6, 7]
-    assert kept_steps(tmp_path, [1, 5]) == {5}  # the best of those that are left
+    assert kept_steps(tmp_path, {1: {""}, 5: {""}}) == {5}  # the best of those that are left
     checkpoint.prune(tmp_path, 7, keep=1, keep_every=0)
     assert [step_of(p) for p in committed(tmp_path)] == [7]
 
@@ -544,7 +586,7 @@ def test_wandb_gets_a_run_of_its_own_beside_the_training(by_two: Path) -> None:
     )
     rows = [r["history"]["item"] for r in found if r["type"] == "history"]
     assert [item["train/step"] for item in rows] == [10, 20]
-    key = "eval/fd_tiny-extractor-Tiny_16_100"
+    key = "eval/fd_tiny-extractor-Tiny_16_100_full"
     expected = {step: values[key] for step, values in scores(run).items()}
     assert {item["train/step"]: item[key] for item in rows} == pytest.approx(expected)
     best = min(expected, key=lambda step: expected[step])
@@ -586,10 +628,44 @@ def test_with_too_few_images_there_is_no_fid(run: Path, capsys: pytest.CaptureFi
     evaluated("--run", run, "eval.num_images=30")
     (found,) = read_rows(run)
     assert not any("/fd_" in key for key in found["scores"])
-    assert found["headline"] == "eval/kd_tiny-extractor-Tiny_16_30"
+    assert found["headline"] == "eval/kd_tiny-extractor-Tiny_16_30_full"
     assert re.search(
-        r"no Frechet distance: .*at least 32 generated and real images", capsys.readouterr().out
+        r"left out: fid: needs 32 generated and as many real images", capsys.readouterr().out
     )
+
+
+def test_metrics_are_a_list(run: Path) -> None:
+    """Only they are computed. What was asked for and is impossible ends the command."""
+    evaluated("--run", run, "eval.metrics=[density_coverage,kid]")
+    (row,) = read_rows(run)
+    names = {key.removeprefix("eval/").split("_")[0] for key in row["scores"]}
+    assert names == {"kd", "density", "coverage"}
+    assert row["headline"] == "eval/kd_tiny-extractor-Tiny_16_100_full"
+    assert "mind: needs 1000" in refusal("--run", run, "eval.metrics=[mind]")
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 9, 10, 19])
+def test_a_few_images_are_one_message(run: Path, count: int) -> None:
+    """Otherwise torch-fidelity raises from kthvalue, or returns NaN as Inception Score."""
+    message = refusal("--run", run, f"eval.num_images={count}")
+    assert f"kid: needs 20 generated and as many real images, not {count} and 130" in message
+    assert not (run / "evaluations.jsonl").exists()
+
+
+def test_statistics_of_others_are_a_reference(run: Path, tmp_path: Path) -> None:
+    """mu and sigma give the same FD as the features, under a name with the file's sha256."""
+    evaluated("--run", run)
+    path = tmp_path / "theirs.npz"
+    evaluated("reference", "--run", run, "--out", path)
+    evaluated("--run", run, f"eval.reference={path}")
+    ours, theirs = read_rows(run)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    key = f"eval/fd_tiny-extractor-Tiny_16_100_ref-{digest[:8]}"
+    assert theirs["headline"] == key
+    assert theirs["scores"][key] == ours["scores"][ours["headline"]]
+    assert not any("/kd_" in name or "/precision_" in name for name in theirs["scores"])
+    message = refusal("--run", run, f"eval.reference={path}", "eval.metrics=[kid]")
+    assert "kid: needs the features of single images" in message
 
 
 def test_shards_of_another_shape_are_refused(run: Path, tmp_path: Path, make_shards: Any) -> None:
@@ -611,24 +687,57 @@ def test_a_reference_of_other_data_is_refused(run: Path, tmp_path: Path, make_sh
 def test_a_snapshot_of_another_architecture_is_one_line(run: Path) -> None:
     """PyTorch's list of all keys that differ is not printed."""
     path = run / "snapshots" / "step_00000020" / "config.yaml"
-    path.write_text(path.read_text().replace("ngf: 4", "ngf: 8"))
+    changed = path.read_text().replace("ngf: 4", "ngf: 8")
+    path.write_text(changed.partition("\n")[2])
     message = refusal("--run", run, kind=CheckpointError)
-    assert "step_00000020: cannot be used: the weights belong to another architecture" in message
+    assert "model.ngf is 8, but the weights were trained with 4" in message
     assert "\n" not in message
 
 
 def test_a_damaged_snapshot_does_not_prevent_the_scores_of_others(run: Path) -> None:
-    """The command scores the others, then fails and names the damaged one."""
+    """The command scores the others, sets the damaged one aside, fails and names it."""
     path = run / "snapshots" / "step_00000010" / "generator.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
-    assert "step_00000010" in refusal("--run", run, "--pending", kind=CheckpointError)
+    message = refusal("--run", run, "--pending", kind=CheckpointError)
+    assert "Set aside as step_00000010.damaged" in message
     assert list(scores(run)) == [20]
+    assert [path.name for path in (run / "snapshots").iterdir() if path.suffix] == [
+        "step_00000010.damaged"
+    ]
+
+
+def test_the_checkpoint_takes_the_place_of_a_damaged_snapshot(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the same step: nothing is missing, so the command succeeds."""
+    add_checkpoint(run, 10)
+    path = run / "snapshots" / "step_00000010" / "generator.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    evaluated("--run", run, "--pending")
+    assert "Set aside as step_00000010.damaged" in capsys.readouterr().err
+    assert sorted(scores(run)) == [10, 20]
+
+
+@pytest.mark.parametrize("odd", ["link to nothing", "file", "FIFO"])
+def test_what_is_no_folder_among_the_snapshots_does_not_keep_the_command(
+    odd: str, run: Path
+) -> None:
+    """The command ends, and scores the others."""
+    path = run / "snapshots" / "step_00000030"
+    if odd == "file":
+        path.touch()
+    elif odd == "FIFO":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("nowhere")
+    evaluated("--run", run, "--pending")
+    assert sorted(scores(run)) == [10, 20]
 
 
 @pytest.mark.parametrize("name", ["layers.project.weight", "layers.norm_4.running_var"])
 def test_a_diverged_generator_gets_no_score(run: Path, name: str) -> None:
     """NaN in weights or statistics is refused: its uint8 images would have a finite score."""
-    state = checkpoint.load_snapshot(run / "snapshots" / "step_00000020")[0].state_dict()
+    state = snapshot.load_snapshot(run / "snapshots" / "step_00000020")[0].state_dict()
     state[name][0] = float("nan")
     tensors = {key: tensor.contiguous() for key, tensor in state.items()}
     save_file(tensors, run / "snapshots" / "step_00000020" / "generator.safetensors")
@@ -646,13 +755,13 @@ def test_too_few_or_unreadable_images_are_refused(run: Path, tmp_path: Path) -> 
     """The message has the number of images, or the name of the unreadable file."""
     folder = tmp_path / "few"
     folder.mkdir()
-    for k in range(12):
+    for k in range(40):
         Image.fromarray(np.zeros((32, 32), np.uint8)).save(folder / f"{k}.png")
     message = refusal("--run", run, "--images", folder)
-    assert f"eval.num_images is 100, but --images {folder} has 12 images" in message
-    assert "set eval.num_images=12 (scores of different N are not comparable)" in message
+    assert f"eval.num_images is 100, but --images {folder} has 40 images" in message
+    assert "set eval.num_images=40 (scores of different N are not comparable)" in message
     (folder / "2.png").write_bytes(b"no image")
-    words = ("--run", run, "--images", folder, "eval.num_images=12")
+    words = ("--run", run, "--images", folder, "eval.num_images=40")
     assert "2.png" in refusal(*words, kind=DataError)
     refusal("--run", run, "--images", tmp_path / "none", kind=DataError)
 
@@ -678,6 +787,9 @@ def test_a_read_only_run_is_refused(run: Path) -> None:
         ["probe", "--run", "x", "--test", "y", "--C", "1,0"],
         ["probe", "--run", "x", "--test", "y", "--num-train", "-1"],
         ["--run", "x", "--every", "-1"],
+        ["--run", "x", "--run", "y"],
+        ["--run", "x", "--images", "a", "--images", "b"],
+        ["reference", "--run", "x", "--out", "a", "--out", "b"],
     ],
 )
 def test_invalid_command_lines_are_refused(words: list[str]) -> None:

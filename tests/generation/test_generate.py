@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,12 +30,13 @@ from pipeline.data.cache import Cache, check_shards
 from pipeline.data.reader import Reader
 from pipeline.data.shards import read_index
 from pipeline.generation import export, image_sets, latent
-from pipeline.generation.image_sets import ImageSet
+from pipeline.generation.image_set import ImageSet
 from pipeline.generation.latent import Table
 from pipeline.models import sampling
 from pipeline.models.dcgan import init_weights, make_generator
 from pipeline.models.noise import rng
-from pipeline.runs.checkpoint import load_snapshot
+from pipeline.runs.snapshot import export_snapshot, load_snapshot
+from pipeline.runtime.documents import read_document, write_document
 from pipeline.runtime.errors import CheckpointError, GenerationError, UserError
 
 NUM = 150  # three blocks, the last one not full
@@ -209,12 +210,151 @@ def test_an_interrupted_set_is_continued_to_the_same_bytes(tmp_path: Path) -> No
         assert len(done) == 6
 
 
+FORMATS = ("png", "npz", "shards")
+PART_HARM = {
+    "cut": lambda raw: raw[:-1],
+    "empty": lambda _: b"",
+    "flipped": lambda raw: raw[:-100] + bytes([raw[-100] ^ 1]) + raw[-99:],
+    "longer": lambda raw: raw + b"0",
+    "deleted": None,
+}
+
+
+def small_set(out: Path, format: str) -> tuple[ImageSet, Callable[[int, int], np.ndarray]]:
+    """(a set of four parts of 64 images each, what draws its images)."""
+    G, table = generator(), Table(MODEL, 0)
+    job = ImageSet(out, format, 4 * 64, (32, 32, 1), {"seed": 0, "num": 4 * 64})
+    return job, lambda start, stop: sampling.draw_images(G, table.cut(start, stop))
+
+
+def harm(path: Path, how: str) -> None:
+    change = PART_HARM[how]
+    if change is None:
+        path.unlink()
+    else:
+        path.write_bytes(change(path.read_bytes()))
+
+
+def some_part(job: ImageSet) -> Path:
+    return job.parts_folder / job.files_of(1)[-1]
+
+
+def content_of(out: Path) -> dict[str, bytes]:
+    return bytes_in(out) if out.is_dir() else {"": out.read_bytes()}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_damaged_part_is_set_aside_and_made_again(
+    format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file of a finished part, harmed before the command goes on or while it does."""
+    accelerator = Accelerator(cpu=True)
+    whole, images = small_set(tmp_path / "whole", format)
+    image_sets.write(whole, images, accelerator)
+    for how in PART_HARM:
+        job, _ = small_set(tmp_path / how, format)
+
+        def full(start: int, stop: int) -> np.ndarray:
+            if start == 128:
+                raise OSError(28, "No space left on device")
+            return images(start, stop)
+
+        def harmful(start: int, stop: int, job: ImageSet = job, how: str = how) -> np.ndarray:
+            if start == 192:
+                harm(some_part(job), how)
+            return images(start, stop)
+
+        with pytest.raises(GenerationError, match="the disk is full"):
+            image_sets.write(job, full, accelerator)
+        harm(some_part(job), how)
+        with pytest.raises(GenerationError, match="1 of 4 parts were changed while others were"):
+            image_sets.write(job, harmful, accelerator)
+        assert not job.out.exists()
+        assert image_sets.write(job, images, accelerator) == "written"
+        said = capsys.readouterr().err
+        assert said.count("its part is made again") == 2
+        assert said.count(f"set aside as {some_part(job).name}.damaged") == 2 * (how != "deleted")
+        found = {k: v for k, v in content_of(job.out).items() if ".damaged" not in k}
+        assert found == content_of(whole.out), how
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_damaged_marker_is_set_aside_and_its_part_made_again(
+    format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accelerator = Accelerator(cpu=True)
+    job, images = small_set(tmp_path / "x", format)
+    for content in (b"", b"[", b"{}", "file name", "an earlier set"):
+        with pytest.raises(GenerationError, match="the disk is full"):
+            image_sets.write(
+                job,
+                lambda a, b: images(a, b) if a < 192 else exec("raise OSError(28, '')"),  # type: ignore[return-value]
+                accelerator,
+            )
+        marker = job.work.path / "000001"
+        document = read_document(marker)
+        if content == "file name":
+            write_document(marker, document | {"files": {"../../mine": [1, "0"]}})
+        elif content == "an earlier set":
+            write_document(marker, document | {"settings": "0"})
+        else:
+            marker.write_bytes(content)
+    assert image_sets.write(job, images, accelerator) == "written"
+    assert capsys.readouterr().err.count("set aside as 000001.damaged") == 5
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_fifo_or_a_link_in_place_of_an_unfinished_part_is_replaced(
+    format: str, tmp_path: Path
+) -> None:
+    """It is neither waited for nor written through."""
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    job, images = small_set(tmp_path / "x", format)
+    job.parts_folder.mkdir(parents=True)
+    job.work.path.mkdir(exist_ok=True)
+    job.work.begin()
+    os.mkfifo(job.parts_folder / job.files_of(0)[0])
+    (job.parts_folder / job.files_of(1)[0]).symlink_to(mine)
+    assert image_sets.write(job, images, Accelerator(cpu=True)) == "written"
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_complete_set_that_was_changed_is_never_called_complete(
+    format: str, tmp_path: Path
+) -> None:
+    """Any byte of any of its files: one message that names the set."""
+    accelerator = Accelerator(cpu=True)
+    job, images = small_set(tmp_path / "set", format)
+    image_sets.write(job, images, accelerator)
+    files = [job.out] if format == "npz" else sorted(job.out.iterdir())
+    random = np.random.default_rng(0)
+    for number in [*random.integers(len(files), size=40), *([-1] * 20)]:
+        path = files[number]
+        before = path.read_bytes()
+        for _ in range(4):
+            at, bit = int(random.integers(len(before))), 1 << int(random.integers(8))
+            path.write_bytes(before[:at] + bytes([before[at] ^ bit]) + before[at + 1 :])
+            if path.name == "index.json" and b"wids_version" in before[at - 20 : at + 20]:
+                continue  # another version of that schema changes nothing for us
+            with pytest.raises(UserError) as caught:
+                image_sets.write(job, images, accelerator)
+            assert str(job.out) in str(caught.value)
+            assert "Traceback" not in str(caught.value)
+        path.write_bytes(before[: int(random.integers(len(before)))])
+        with pytest.raises(UserError):
+            image_sets.write(job, images, accelerator)
+        path.write_bytes(before)
+    assert image_sets.write(job, images, accelerator) == "complete"
+
+
 def test_what_lies_there_is_never_replaced(snapshot: Path, tmp_path: Path) -> None:
     """The same set again is complete; anything else is refused, and named."""
     out = made("images", snapshot, tmp_path / "x", "--num", 5)
     before = bytes_in(out)
     made("images", snapshot, out, "--num", 5)
-    with pytest.raises(UserError, match=r"other settings:\n  seed: was 0, is now 1"):
+    with pytest.raises(UserError, match=r"says generated.json:\n  seed: was 0, is now 1"):
         made("images", snapshot, out, "--num", 5, "--seed", 1)
     with pytest.raises(GenerationError, match="holds something else"):
         made("images", snapshot, out, "--num", 5, "--format", "shards")
@@ -230,11 +370,9 @@ def test_what_lies_there_is_never_replaced(snapshot: Path, tmp_path: Path) -> No
         GenerationError, match=r"files of the set are missing, .* shard-000000\.tar"
     ):
         made("images", snapshot, shards, "--num", 5, "--format", "shards")
-    other = shutil.copytree(snapshot, tmp_path / "other")
-    settings = (other / "config.yaml").read_text()
-    (other / "config.yaml").write_text(
-        re.sub("z_distribution: .*", "z_distribution: normal", settings)
-    )
+    G, config = load_snapshot(snapshot)
+    config = replace(config, model=replace(config.model, z_distribution="normal"))
+    other = export_snapshot(tmp_path, 30, G.state_dict(), config)
     with pytest.raises(UserError, match="z_distribution: was uniform, is now normal"):
         made("images", other, out, "--num", 5)
     (tmp_path / "a.npz").write_text("mine")
@@ -260,7 +398,7 @@ def test_files_of_others_are_one_message(snapshot: Path, tmp_path: Path) -> None
     settings = tmp_path / "x.tmp" / ".generate" / "settings.json"
     settings.parent.mkdir(parents=True)
     settings.write_text("[]")
-    with pytest.raises(UserError, match=r"is damaged\. Remove"):
+    with pytest.raises(UserError, match=r"must hold a JSON object.* Remove"):
         made("images", snapshot, tmp_path / "x", "--num", 5)
 
 
@@ -285,11 +423,11 @@ def test_a_folder_of_the_user_beside_out_is_left_alone(snapshot: Path, tmp_path:
 def test_a_begun_set_of_other_settings_is_refused(snapshot: Path, tmp_path: Path) -> None:
     settings = tmp_path / "x.tmp" / ".generate" / "settings.json"
     settings.parent.mkdir(parents=True)
-    settings.write_text('{"seed": 3}')
+    write_document(settings, {"seed": 3})
     with pytest.raises(UserError, match="seed: was 3, is now 0"):
         made("images", snapshot, tmp_path / "x", "--num", 5)
     settings.write_text("{")
-    with pytest.raises(UserError, match=r"is damaged\. Remove"):
+    with pytest.raises(UserError, match=r"is not JSON.* Remove"):
         made("images", snapshot, tmp_path / "x", "--num", 5)
 
 
@@ -693,6 +831,94 @@ def test_weights_that_cannot_be_used_are_refused(snapshot: Path, tmp_path: Path)
         with pytest.raises(CheckpointError, match=said):
             made("grid", tmp_path / "damaged", tmp_path / "g.png")
     assert not (tmp_path / "g.png").exists()
+
+
+WRONG_WEIGHTS = {
+    "layers.to_image.weight has shape": lambda w: w.update(
+        {"layers.to_image.weight": w["layers.to_image.weight"][:1].contiguous()}
+    ),
+    "has dtype torch.int64": lambda w: w.update(
+        {"layers.to_image.weight": w["layers.to_image.weight"].to(torch.int64)}
+    ),
+    "has dtype torch.complex64": lambda w: w.update(
+        {"layers.norm_4.running_var": w["layers.norm_4.running_var"].to(torch.complex64)}
+    ),
+    "has dtype torch.float8_e4m3fn": lambda w: w.update(
+        {"layers.norm_4.running_var": w["layers.norm_4.running_var"].to(torch.float8_e4m3fn)}
+    ),
+    "has dtype torch.float32": lambda w: w.update(
+        {"layers.norm_4.num_batches_tracked": torch.tensor(1.0)}
+    ),
+    "layers.to_image.weight is missing": lambda w: [w.pop("layers.to_image.weight")],
+    "'more' is none of its tensors": lambda w: w.update(more=torch.zeros(1)),
+}
+
+
+@pytest.fixture(scope="module")
+def hub_folder(snapshot: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made("hub", snapshot, tmp_path_factory.mktemp("hub") / "hub")
+
+
+@pytest.mark.parametrize("said", WRONG_WEIGHTS)
+def test_weights_of_a_hub_folder_that_do_not_fit_are_one_message(
+    hub_folder: Path, tmp_path: Path, said: str
+) -> None:
+    """It may come from anyone, without a checksum."""
+    folder = shutil.copytree(hub_folder, tmp_path / "hub")
+    weights = load_file(folder / "model.safetensors")
+    WRONG_WEIGHTS[said](weights)
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(folder))}.*{said}"):
+        made("grid", folder, tmp_path / "g.png")
+    assert not (tmp_path / "g.png").exists()
+
+
+def test_a_configuration_of_any_size_is_compared_before_memory_is_taken(
+    hub_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(hub_folder, tmp_path / "hub")
+    config = (folder / "config.yaml").read_text()
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors")
+    (folder / "config.yaml").write_text(re.sub(r"ngf: .*", "ngf: 65536", config))  # 20 TiB
+    with pytest.raises(CheckpointError, match=r"belong to another architecture.* has shape"):
+        made("grid", folder, tmp_path / "g.png")
+
+
+def test_every_byte_of_the_weights_in_a_hub_folder_is_checked(
+    hub_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(hub_folder, tmp_path / "hub")
+    weights, random = folder / "model.safetensors", np.random.default_rng(0)
+    before = weights.read_bytes()
+    for at in random.integers(len(before), size=60):
+        bit = 1 << int(random.integers(8))
+        weights.write_bytes(before[:at] + bytes([before[at] ^ bit]) + before[at + 1 :])
+        with pytest.raises(CheckpointError, match="cannot be used"):
+            load_snapshot(folder)
+    for kind in ("fifo", "device", "folder"):
+        weights.unlink()
+        if kind == "fifo":
+            os.mkfifo(weights)
+        elif kind == "device":
+            weights.symlink_to("/dev/zero")
+        else:
+            weights.mkdir()
+        with pytest.raises(CheckpointError):
+            load_snapshot(folder)
+
+
+def test_a_hub_folder_is_not_pushed_with_one_byte_changed(
+    snapshot: Path, hub_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(hub_folder, tmp_path / "hub")
+    G, config = load_snapshot(snapshot)
+    export.check_hub_folder(folder, G, config.model, snapshot)
+    for name in ("model.safetensors", "config.yaml", "config.json"):
+        before = (folder / name).read_bytes()
+        (folder / name).write_bytes(before[:-2] + bytes([before[-2] ^ 1]) + before[-1:])
+        with pytest.raises(GenerationError, match="holds another G"):
+            export.check_hub_folder(folder, G, config.model, snapshot)
+        (folder / name).write_bytes(before)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from pipeline.models.dcgan import (
     num_halvings,
     update_ema,
 )
-from pipeline.models.layers import Down, FromVector, ToVector, Up
+from pipeline.models.layers import BatchNorm, Down, FromVector, ToVector, Up
 from pipeline.models.noise import rng
 
 SIZES = [32, 64, 128, 256]
@@ -107,7 +107,7 @@ def test_the_architecture_guidelines(size: int) -> None:
     assert issubclass(Up, nn.ConvTranspose2d)
     assert issubclass(Down, nn.Conv2d)
     assert issubclass(ToVector, nn.Conv2d)
-    up, down = [nn.BatchNorm2d, nn.ReLU, Up], [Down, nn.BatchNorm2d, nn.LeakyReLU]
+    up, down = [nn.BatchNorm2d, nn.ReLU, Up], [Down, BatchNorm, nn.LeakyReLU]
     g, d = (list(network(config).layers) for network in (Generator, Discriminator))
     assert [type(layer) for layer in g] == [FromVector, *up * n, nn.Tanh]
     assert [type(layer) for layer in d] == [Down, nn.LeakyReLU, *down * (n - 1), ToVector]
@@ -161,6 +161,28 @@ def test_init_is_the_papers(network: type[nn.Module]) -> None:
             assert (layer.weight.mean() - 1).abs() < 5 * 0.02 / n**0.5
             assert layer.weight.std().item() == pytest.approx(0.02, rel=5 / n**0.5)
             assert not layer.bias.any()
+
+
+@pytest.mark.parametrize("kernel", [4, 5])
+def test_a_d_without_normalisation_keeps_the_scale_of_its_input(kernel: int) -> None:
+    """He et al. 2015: the mean square of each feature map is that of the layer's input, within the
+    noise of one draw and of padding; biases are 0 and no layer is BatchNorm. With the paper's
+    N(0, 0.02) it would fall by orders of magnitude.
+    """
+    config = small(image_size=64, ndf=32, kernel_size=kernel, d_norm="none", channels=3)
+    D = made(Discriminator, config)
+    x = torch.randn(8, 3, 64, 64, generator=rng(0, "x"))
+    sizes = [x.square().mean().item()]
+    for layer in D.layers:
+        assert not isinstance(layer, nn.BatchNorm2d)
+        x = layer(x)
+        if isinstance(layer, nn.LeakyReLU | ToVector):
+            sizes.append(x.square().mean().item())
+        if isinstance(layer, Down):
+            assert layer.bias is not None
+            assert not layer.bias.any()
+    assert all(0.3 < after / before < 2 for before, after in pairwise(sizes[:-1]))
+    assert 0.05 < sizes[-1] < 5
 
 
 @both
@@ -245,7 +267,7 @@ def test_sync_batchnorm_keeps_names_and_weights(network: type[nn.Module]) -> Non
     before = {name: value.clone() for name, value in one.state_dict().items()}
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(one)
     assert any(isinstance(layer, nn.SyncBatchNorm) for layer in converted.modules())
-    assert not any(type(layer) is nn.BatchNorm2d for layer in converted.modules())
+    assert not any(type(layer) in (nn.BatchNorm2d, BatchNorm) for layer in converted.modules())
     after = converted.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)

@@ -26,7 +26,7 @@ from evaluating import (
     make_config,
     make_run,
 )
-from launching import REPO, environment
+from launching import REPO, STATE, environment
 from PIL import Image
 
 from pipeline import evaluate
@@ -45,8 +45,8 @@ from pipeline.papers.guided_backprop import guided_gradients
 from pipeline.papers.linear_probe import check_memory, set_batchnorm_statistics
 from pipeline.papers.probe import load_discriminators
 from pipeline.runs import checkpoint
-from pipeline.runs.checkpoint import load_snapshot
 from pipeline.runs.results import best, read_rows
+from pipeline.runs.snapshot import load_snapshot
 from pipeline.runs.step_folders import step_of
 from pipeline.runtime.errors import DataError, EvaluationError, GenerationError, UserError
 
@@ -263,7 +263,7 @@ def test_training_images_are_refused_as_test_images(labelled_run: Path, tmp_path
         probed(labelled_run, "--test", tmp_path / "shards")
     seen = {"stream": {"fingerprint": read_index(str(tmp_path / "test")).fingerprint}}
     D = load_discriminators(labelled_run, None, 0)[2]
-    checkpoint.save(labelled_run, 20, {"D": D}, {}, seen)
+    checkpoint.save(labelled_run, 20, {"D": D}, {}, STATE | seen)
     with pytest.raises(
         EvaluationError, match=r"--test .* these are training images of D or of the SVM"
     ):
@@ -311,7 +311,7 @@ def test_mistakes_of_the_probe_are_one_message(labelled_run: Path, tmp_path: Pat
     mlp = make_config(tmp_path).model
     mlp = replace(mlp, architecture="mlp", ngf=8, ndf=8)
     reconfigured(labelled_run, "model", architecture="mlp", ngf=8, ndf=8)
-    checkpoint.save(labelled_run, 20, {"D": make_discriminator(mlp)}, {}, {})
+    checkpoint.save(labelled_run, 20, {"D": make_discriminator(mlp)}, {}, STATE)
     refused(EvaluationError, "mlp, whose D has no convolutional layers", *test, run=labelled_run)
     words = ["--run", str(labelled_run), "--out", str(tmp_path / "f.png")]
     with pytest.raises(EvaluationError, match="mlp, whose D has no convolutional layers"):

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launching import STATE
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -24,9 +25,11 @@ from pipeline.config.schema import Config, ModelConfig, TrainConfig
 from pipeline.models.dcgan import Generator, init_weights, make_discriminator
 from pipeline.models.noise import rng, z_rows
 from pipeline.models.sampling import draw_images, make_sampler
-from pipeline.runs import checkpoint
+from pipeline.runs import checkpoint, snapshot
 from pipeline.runs.step_folders import committed, step_of
+from pipeline.runtime.documents import sealed
 from pipeline.runtime.errors import CheckpointError, RunFolderError
+from pipeline.runtime.files import sha256_of
 
 MODEL = ModelConfig(image_size=32, channels=1, z_dim=8, ngf=4, ndf=4)
 CONFIG = Config(model=MODEL)
@@ -47,14 +50,16 @@ def adam(network: nn.Module) -> torch.optim.Adam:
 
 def save(run_dir: Path, step: int, seed: int = 0) -> Path:
     G = small_generator(seed)
-    return checkpoint.save(run_dir, step, {"G": G}, {"G": adam(G)}, {"images_seen": step * 4})
+    return checkpoint.save(
+        run_dir, step, {"G": G}, {"G": adam(G)}, STATE | {"images_seen": step * 4}
+    )
 
 
 def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
     """Weights, optimizer moments and state come back bitwise."""
     G = small_generator()
     optimizer = adam(G)
-    path = checkpoint.save(tmp_path, 7, {"G": G}, {"G": optimizer}, {"images_seen": 28})
+    path = checkpoint.save(tmp_path, 7, {"G": G}, {"G": optimizer}, STATE | {"images_seen": 28})
     found = checkpoint.read(path)
     assert path.name == "step_00000007"
     assert (found.state["step"], found.state["images_seen"]) == (7, 28)
@@ -149,7 +154,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_damaged(tmp_path: Path) -> Non
     """An older one is not used in its place."""
     save(tmp_path, 1)
     (save(tmp_path, 2) / "G.safetensors").chmod(0)
-    with pytest.raises(RunFolderError, match="may not be read"):
+    with pytest.raises(RunFolderError, match="cannot be read"):
         checkpoint.read_newest(tmp_path)
 
 
@@ -164,10 +169,8 @@ def test_a_pickle_is_refused_even_with_right_checksums(tmp_path: Path) -> None:
 
     torch.save({"G": Bomb()}, path / "optimizers.pt")
     state = json.loads((path / "state.json").read_text())
-    state["files"]["optimizers.pt"] = checkpoint.sha256_of(path / "optimizers.pt")
-    del state["digest"]
-    state["digest"] = checkpoint._digest(state)
-    (path / "state.json").write_text(json.dumps(state))
+    state["files"]["optimizers.pt"] = sha256_of(path / "optimizers.pt")
+    (path / "state.json").write_text(json.dumps(sealed(state)))
     with pytest.raises(CheckpointError, match="not tensors alone"):
         checkpoint.read(path)
     assert not proof.exists()
@@ -178,18 +181,16 @@ def test_file_names_in_the_state_cannot_lead_out_of_the_folder(tmp_path: Path) -
     path = save(tmp_path, 1)
     state = json.loads((path / "state.json").read_text())
     state["files"]["../../secret.safetensors"] = "0" * 64
-    del state["digest"]
-    state["digest"] = checkpoint._digest(state)
-    (path / "state.json").write_text(json.dumps(state))
-    with pytest.raises(CheckpointError, match=r"secret\.safetensors is damaged"):
+    (path / "state.json").write_text(json.dumps(sealed(state)))
+    with pytest.raises(CheckpointError, match=r"secret\.safetensors', which is no file beside it"):
         checkpoint.read(path)
 
 
 def test_a_snapshot_alone_gives_the_same_images(tmp_path: Path) -> None:
     """G_ema's weights with their own statistics, loaded without the run."""
     G = small_generator()
-    path = checkpoint.export_snapshot(tmp_path, 3, G.state_dict(), CONFIG)
-    loaded, config = checkpoint.load_snapshot(path)
+    path = snapshot.export_snapshot(tmp_path, 3, G.state_dict(), CONFIG)
+    loaded, config = snapshot.load_snapshot(path)
     assert config.model == MODEL
     assert not any(module.training for module in loaded.modules())
     z = z_rows(MODEL, 0, "grid", 0, 9)
@@ -204,9 +205,9 @@ def test_a_fault_of_the_computation_is_no_fault_of_the_disk(tmp_path: Path) -> N
     """
     G = small_generator()
     with pytest.raises(RuntimeError):
-        checkpoint.export_snapshot(tmp_path, 3, G.state_dict(), CONFIG, "meta")
+        snapshot.export_snapshot(tmp_path, 3, G.state_dict(), CONFIG, "meta")
     with pytest.raises(RuntimeError):
-        checkpoint.save(tmp_path, 3, {"G": G.to("meta")}, {}, {})
+        checkpoint.save(tmp_path, 3, {"G": G.to("meta")}, {}, STATE)
     assert not list(tmp_path.iterdir())
 
 
@@ -222,10 +223,10 @@ def test_a_full_disk_is_named_whatever_file_it_meets(tmp_path: Path) -> None:
         for size in (500, sum(4 * p.numel() for p in G.parameters()) + 5000):
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
             with pytest.raises(RunFolderError, match="step_00000002: could not be written"):
-                checkpoint.save(tmp_path, 2, {"G": G}, {"G": optimizer}, {})
+                checkpoint.save(tmp_path, 2, {"G": G}, {"G": optimizer}, STATE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
         with pytest.raises(RunFolderError, match="snapshots/step_00000002: could not be written"):
-            checkpoint.export_snapshot(tmp_path, 2, G.state_dict(), CONFIG)
+            snapshot.export_snapshot(tmp_path, 2, G.state_dict(), CONFIG)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
@@ -235,16 +236,49 @@ def test_a_full_disk_is_named_whatever_file_it_meets(tmp_path: Path) -> None:
 def test_a_snapshot_of_another_architecture_is_refused(tmp_path: Path) -> None:
     """Weights and configuration must belong together; no folder, one clear message."""
     G = small_generator()
-    path = checkpoint.export_snapshot(tmp_path, 3, G.state_dict(), CONFIG)
+    path = snapshot.export_snapshot(tmp_path, 3, G.state_dict(), CONFIG)
     text = (path / "config.yaml").read_text()
     assert "ngf: 4" in text
-    (path / "config.yaml").write_text(text.replace("ngf: 4", "ngf: 8"))
-    with pytest.raises(CheckpointError, match="cannot be used"):
-        checkpoint.load_snapshot(path)
+    changed = text.replace("ngf: 4", "ngf: 8")
+    (path / "config.yaml").write_text(changed)
+    with pytest.raises(CheckpointError, match=r"config\.yaml: was changed since it was written"):
+        snapshot.load_snapshot(path)
+    (path / "config.yaml").write_text(changed.partition("\n")[2])  # the remedy of the message
+    with pytest.raises(CheckpointError, match=r"ngf is 8, but .* with 4"):
+        snapshot.load_snapshot(path)
     with pytest.raises(CheckpointError, match="not a snapshot"):
-        checkpoint.load_snapshot(tmp_path)
+        snapshot.load_snapshot(tmp_path)
     with pytest.raises(ValueError, match="another architecture"):
         make_sampler(replace(MODEL, image_size=64), G.state_dict())
+
+
+@pytest.mark.parametrize("name", ["generator.safetensors", "config.yaml"])
+def test_one_flipped_bit_of_a_snapshot_is_refused(name: str, tmp_path: Path) -> None:
+    """Or it changes nothing: the bit is of a name that nothing reads."""
+    G = small_generator()
+    path = snapshot.export_snapshot(tmp_path, 3, G.state_dict(), CONFIG)
+    content = (path / name).read_bytes()
+    unharmed, config_before = snapshot.load_snapshot(path)
+    expected = unharmed.state_dict()
+    for position in np.random.default_rng(0).integers(0, len(content), 200):
+        changed = bytearray(content)
+        changed[position] ^= 1
+        (path / name).write_bytes(changed)
+        try:
+            loaded, config = snapshot.load_snapshot(path)
+        except CheckpointError:
+            continue
+        assert config == config_before
+        assert all(torch.equal(v, expected[k]) for k, v in loaded.state_dict().items())
+
+
+def test_a_snapshot_in_the_folder_of_another_step_is_refused(tmp_path: Path) -> None:
+    """The message names both steps; in a folder without a step it may lie."""
+    path = snapshot.export_snapshot(tmp_path, 3, small_generator().state_dict(), CONFIG)
+    other = path.rename(path.with_name("step_00000012"))
+    with pytest.raises(CheckpointError, match=r"step_00000012: .* holds the weights of step 3"):
+        snapshot.load_snapshot(other)
+    snapshot.load_snapshot(other.rename(tmp_path / "best"))
 
 
 def test_a_checkpoint_names_its_folder_and_the_versions_that_wrote_it(tmp_path: Path) -> None:
@@ -255,7 +289,7 @@ def test_a_checkpoint_names_its_folder_and_the_versions_that_wrote_it(tmp_path: 
     libraries = ("torch", "accelerate", "numpy", "webdataset")
     expected = {"python": platform.python_version()} | {name: version(name) for name in libraries}
     assert found.state["versions"] == expected
-    assert (path / "state.json").read_text().startswith('{\n "images_seen": 4,\n "step": 1,\n')
+    assert (path / "state.json").read_text().startswith('{\n "run_id": "a",\n "precision"')
 
 
 def test_the_digest_of_the_state_does_not_depend_on_the_order_of_its_keys(tmp_path: Path) -> None:
@@ -274,10 +308,8 @@ def test_the_reason_why_optimizers_cannot_be_loaded_is_one_line(tmp_path: Path) 
     path = save(tmp_path, 1)
     torch.save({"G": Path("code")}, path / "optimizers.pt")
     state = json.loads((path / "state.json").read_text())
-    state["files"]["optimizers.pt"] = checkpoint.sha256_of(path / "optimizers.pt")
-    del state["digest"]
-    state["digest"] = checkpoint._digest(state)
-    (path / "state.json").write_text(json.dumps(state))
+    state["files"]["optimizers.pt"] = sha256_of(path / "optimizers.pt")
+    (path / "state.json").write_text(json.dumps(sealed(state)))
     with pytest.raises(CheckpointError, match="not tensors alone: Weights only load failed") as no:
         checkpoint.read(path)
     assert len(str(no.value).splitlines()) == 1
@@ -374,35 +406,35 @@ def test_a_failed_write_says_why_and_what_to_do(error: Exception, reason: str) -
 @pytest.mark.filterwarnings("ignore:.*which is a no-op")
 def test_a_snapshot_goes_to_the_device_that_is_asked_for(tmp_path: Path) -> None:
     """Its file holds its step; the meta device stands for any other than the CPU."""
-    path = checkpoint.export_snapshot(tmp_path, 3, small_generator().state_dict(), CONFIG)
+    path = snapshot.export_snapshot(tmp_path, 3, small_generator().state_dict(), CONFIG)
     with safe_open(path / "generator.safetensors", "pt") as file:
-        assert file.metadata() == {"step": "3"}
-    loaded, _ = checkpoint.load_snapshot(path, "meta")
+        assert json.loads(file.metadata()["snapshot"])["step"] == 3
+    loaded, _ = snapshot.load_snapshot(path, "meta")
     assert {p.device.type for p in loaded.parameters()} == {"meta"}
 
 
 def test_a_folder_for_the_hub_is_loaded_like_a_snapshot(tmp_path: Path) -> None:
     """Its weights have another file name. Without config.yaml neither is a snapshot."""
     G = small_generator()
-    path = checkpoint.export_snapshot(tmp_path, 3, G.state_dict(), CONFIG)
+    path = snapshot.export_snapshot(tmp_path, 3, G.state_dict(), CONFIG)
     (path / "generator.safetensors").rename(path / "model.safetensors")
-    loaded, _ = checkpoint.load_snapshot(path)
+    loaded, _ = snapshot.load_snapshot(path)
     weights = loaded.state_dict()
     assert all(torch.equal(weights[k], v) for k, v in G.state_dict().items())
     (path / "config.yaml").unlink()
     with pytest.raises(CheckpointError, match="not a snapshot"):
-        checkpoint.load_snapshot(path)
+        snapshot.load_snapshot(path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_of_a_run_that_diverged_are_refused(value: float) -> None:
     """One NaN or infinity in one tensor is enough; the message names the folder."""
     G = small_generator()
-    checkpoint.check_finite(G, Path("run"))
+    snapshot.check_finite(G, Path("run"))
     with torch.no_grad():
         next(G.parameters()).view(-1)[-1] = value
     with pytest.raises(CheckpointError, match=re.escape("run: its weights are NaN or infinite")):
-        checkpoint.check_finite(G, Path("run"))
+        snapshot.check_finite(G, Path("run"))
 
 
 @pytest.mark.parametrize(
@@ -429,7 +461,7 @@ def test_the_bytes_that_a_run_has_written_are_counted(tmp_path: Path) -> None:
     """Of its checkpoints and snapshots, and of no other file."""
     folders = [
         save(tmp_path, 1),
-        checkpoint.export_snapshot(tmp_path, 1, small_generator().state_dict(), CONFIG),
+        snapshot.export_snapshot(tmp_path, 1, small_generator().state_dict(), CONFIG),
     ]
     (tmp_path / "metrics.jsonl").write_text("row")
     (folders[0] / "folder").mkdir()

@@ -24,6 +24,7 @@ from PIL import Image
 from pipeline.config.schema import Config, RunConfig, TrackingConfig
 from pipeline.runs.identity import make_run_id
 from pipeline.runs.metrics_log import MetricsLog, NullMetricsLog
+from pipeline.runs.results import Ledger
 from pipeline.runs.wandb_log import wandb_mode
 from pipeline.runtime.errors import RunFolderError
 
@@ -113,7 +114,7 @@ def test_every_row_is_one_json_object_on_disk_when_log_returns(tmp_path: Path) -
         tracker.log(1, {"loss/G": np.float32(0.5), "grad_norm/G": float("inf")})
         (first,) = rows_of(tmp_path)
         tracker.log(2, {"loss/G": 0.25})
-    assert list(first) == ["step", "loss/G", "grad_norm/G", "time"]
+    assert list(first) == ["step", "loss/G", "grad_norm/G", "time", "check"]
     assert first["step"] == 1
     assert first["loss/G"] == 0.5
     assert first["grad_norm/G"] is None
@@ -139,7 +140,9 @@ def test_a_resumed_run_drops_rows_after_its_checkpoint_and_a_torn_line(tmp_path:
         assert path.read_bytes() == b"".join(lines[:3])
         tracker.log(40, {"loss/G": -1.0})
     assert [row["step"] for row in rows_of(tmp_path)] == [10, 20, 30, 40]
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    damaged = path.with_name("metrics.jsonl.damaged")
+    assert damaged.read_bytes() == b'{"step": 60, "loss\n'
+    assert sorted(tmp_path.iterdir()) == [path, damaged]
 
 
 def test_a_torn_line_within_the_checkpoint_is_dropped_too(tmp_path: Path) -> None:
@@ -217,7 +220,7 @@ def test_a_run_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> 
     with pytest.raises(RunFolderError, match=r"set run\.dir to a writable folder"):
         MetricsLog(config_of(tmp_path / "file" / "run"), "id", 0, 1)
     (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
-    with pytest.raises(RunFolderError, match=r"metrics\.jsonl: cannot be written"):
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl: is no regular file"):
         MetricsLog(config_of(tmp_path / "run"), "id", 0, 1)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "samples").write_text("")
@@ -478,3 +481,48 @@ def test_run_ids_name_the_run_and_differ(tmp_path: Path, monkeypatch: pytest.Mon
     ids = {make_run_id(tmp_path / "cats & dogs") for _ in range(20)}
     assert len(ids) == 20
     assert all(identity.startswith("cats-dogs-") for identity in ids)
+
+
+@pytest.mark.parametrize(("place", "wrong"), [(2, 4000), (2, 45), (2, 1), (0, 35)])
+def test_a_row_with_a_wrong_step_takes_no_other_row_with_it(
+    place: int, wrong: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of early versions have no check: the one that fits least is moved aside and said."""
+    rows = [{"step": step, "loss/G": 1.0} for step in range(10, 60, 10)]
+    rows[place]["step"] = wrong
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    MetricsLog(config_of(tmp_path), "id", 50, 100).close()
+    kept = [row["step"] for row in rows_of(tmp_path)]
+    assert kept == [step for k, step in enumerate(range(10, 60, 10)) if k != place]
+    assert f"the row of step {wrong} is misplaced" in capsys.readouterr().err
+    assert json.loads(path.with_name("metrics.jsonl.damaged").read_text())["step"] == wrong
+
+
+def test_a_changed_row_is_moved_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One digit of one loss; the message names the file, the line and the cause."""
+    with MetricsLog(config_of(tmp_path), "id", 0, 100) as tracker:
+        for step in (10, 20, 30):
+            tracker.log(step, {"loss/G": step / 7})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().replace(str(20 / 7), str(20 / 7 + 1)))
+    MetricsLog(config_of(tmp_path), "id", 30, 100).close()
+    assert [row["step"] for row in rows_of(tmp_path)] == [10, 30]
+    assert f"{path}, line 2: is damaged" in capsys.readouterr().err
+
+
+def test_a_link_in_a_run_folder_of_somebody_else_leads_nowhere(tmp_path: Path) -> None:
+    """Nothing is made or changed where metrics.jsonl or evaluations.jsonl point to."""
+    victim, absent = tmp_path / "victim", tmp_path / "absent"
+    victim.write_text("mine\n")
+    for target in (victim, absent):
+        folder = tmp_path / f"run of {target.name}"
+        folder.mkdir()
+        for name in ("metrics.jsonl", "evaluations.jsonl"):
+            (folder / name).symlink_to(target)
+        with contextlib.suppress(RunFolderError), MetricsLog(config_of(folder), "id", 0, 10) as log:
+            log.log(1, {"loss/G": 1.0})
+        with contextlib.suppress(RunFolderError):
+            Ledger(folder).append({"step": 1, "weights": "ema", "protocol": "p", "scores": {}})
+    assert victim.read_text() == "mine\n"
+    assert not absent.exists()

@@ -23,11 +23,13 @@ from pipeline.runs.results import (
     kept_steps,
     key_of,
     read_rows,
+    supersede_after,
 )
+from pipeline.runtime.documents import row_line
 from pipeline.runtime.errors import RunFolderError
 
 KEY = Key(10, "ema", "p")
-BYTE_OF_KEY = 470810328878  # 2 and the first five bytes of the SHA-256 of "10|ema|p"
+BYTE_OF_KEY = 880097651479  # 2 and the first five bytes of the SHA-256 of "10|ema|p|"
 
 
 def row(step: int, fid: float | None = 1.0, protocol: str = "p", **more: object) -> Row:
@@ -37,7 +39,7 @@ def row(step: int, fid: float | None = 1.0, protocol: str = "p", **more: object)
 
 
 def line_of(content: Row) -> bytes:
-    return json.dumps(content).encode() + b"\n"
+    return row_line(content)
 
 
 def write(folder: Path, *lines: bytes) -> None:
@@ -107,9 +109,8 @@ def test_of_rows_with_one_key_the_first_counts(tmp_path: Path) -> None:
 
 
 def test_a_key_is_the_step_the_weights_and_the_protocol() -> None:
-    """A key has an integer and two strings, whatever JSON held."""
-    assert key_of({"step": "10", "weights": "ema", "protocol": 5, "more": 1}) == (10, "ema", "5")
-    assert key_of({"step": 1, "weights": 7, "protocol": "p"}) == Key(1, "7", "p")
+    """The other fields of a row do not count."""
+    assert key_of({"step": 10, "weights": "ema", "protocol": "p", "more": 1}) == KEY
 
 
 def test_the_best_row_has_the_lowest_score_and_of_equal_ones_the_earliest() -> None:
@@ -136,7 +137,45 @@ def test_kept_are_the_steps_without_a_score_and_the_best_that_exist(tmp_path: Pa
     scores = ((1, 6.0, "p"), (2, 5.0, "p"), (3, 7.0, "p"), (4, 1.0, "q"), (3, 2.0, "q"))
     rows = [row(*score) for score in (*scores, (9, 2.0, "r"), (3, None, "s"))]
     write(tmp_path, *map(line_of, rows))
-    assert kept_steps(tmp_path, [1, 3, 4, 6, 7]) == {1, 4, 6, 7}
+    assert kept_steps(tmp_path, {step: {""} for step in (1, 3, 4, 6, 7)}) == {1, 4, 6, 7}
+
+
+def test_a_score_counts_only_for_the_weights_that_it_is_of(tmp_path: Path) -> None:
+    """Of two trainings of one step the newer row counts; a checkpoint of neither has no score."""
+    old, new = row(1, 1.0, generator="a"), row(1, 5.0, generator="b")
+    write(tmp_path, line_of(row(2, 3.0, generator="c")), line_of(old), line_of(new), line_of(new))
+    assert [r["scores"]["eval/fid"] for r in read_rows(tmp_path)] == [3.0, 5.0]
+    assert best(read_rows(tmp_path)) == row(2, 3.0, generator="c")
+    assert kept_steps(tmp_path, {1: {"", "b"}, 2: {"", "c"}}) == {2}
+    assert kept_steps(tmp_path, {1: {"", "b"}, 2: {"", "x"}}) == {1, 2}
+    ledger = Ledger(tmp_path)
+    assert not ledger.revive(KEY._replace(step=1))
+    assert ledger.revive(key_of(old))  # the step was trained to these weights again
+    assert [r["scores"]["eval/fid"] for r in read_rows(tmp_path)] == [3.0, 1.0]
+    ledger.close()
+
+
+def test_rows_after_the_step_of_a_resume_are_superseded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They count again when their step has the same weights again; damaged lines stay for later."""
+    rows = [row(step, float(step), generator=f"g{step}") for step in (10, 20, 30)]
+    write(tmp_path, *map(line_of, rows), b"{}\n")
+    before = (tmp_path / "evaluations.jsonl").read_bytes()
+    supersede_after(tmp_path, 30)
+    assert (tmp_path / "evaluations.jsonl").read_bytes() == before
+    supersede_after(tmp_path, 10)
+    assert steps(read_rows(tmp_path)) == [10]
+    assert "2 scores of steps after 10 no longer count" in capsys.readouterr().err
+    assert (tmp_path / "evaluations.jsonl").read_bytes().count(b"\n") == 4
+    ledger = Ledger(tmp_path)
+    assert ledger.append(row(20, 7.0, generator="other"))
+    assert ledger.revive(key_of(rows[2]))
+    assert not ledger.revive(key_of(rows[2])._replace(generator="other"))
+    assert [r["scores"]["eval/fid"] for r in ledger.rows()] == [10.0, 7.0, 30.0]
+    assert is_free(tmp_path, APPEND)
+    ledger.close()
+    supersede_after(tmp_path / "none", 10)  # a run without a ledger
 
 
 def test_a_folder_that_cannot_hold_a_ledger_is_a_user_error(tmp_path: Path) -> None:
@@ -145,8 +184,8 @@ def test_a_folder_that_cannot_hold_a_ledger_is_a_user_error(tmp_path: Path) -> N
     with pytest.raises(RunFolderError) as caught:
         Ledger(folder)
     assert str(caught.value) == (
-        f"{folder}: evaluations cannot be recorded there (No such file or directory); give write "
-        "permission, or evaluate a copy of the run."
+        f"{folder}: evaluations cannot be recorded there (.evaluations.lock: No such file or "
+        "directory). Mend it, then run the same command again; or evaluate a copy of the run."
     )
 
 
@@ -162,7 +201,7 @@ def test_rows_are_sorted_by_step_and_selected_by_protocol(tmp_path: Path) -> Non
 
 
 def test_the_file_holds_one_line_for_each_appended_row(tmp_path: Path) -> None:
-    """A repeated key adds nothing. An incomplete last line is ended first."""
+    """A repeated key adds nothing. An incomplete last line is moved to a file of its own."""
     ledger = Ledger(tmp_path)
     ledger.path.touch()
     first, second, third = map(line_of, (row(1), row(2), row(3)))
@@ -172,7 +211,8 @@ def test_the_file_holds_one_line_for_each_appended_row(tmp_path: Path) -> None:
     assert ledger.path.read_bytes() == first + second
     write(tmp_path, first, b'{"st')
     ledger.append(row(3))
-    assert ledger.path.read_bytes() == first + b'{"st\n' + third
+    assert ledger.path.read_bytes() == first + third
+    assert ledger.path.with_name("evaluations.jsonl.damaged").read_bytes() == b'{"st\n'
     ledger.path.unlink()
     ledger.append(row(2))
     assert ledger.path.read_bytes() == second
@@ -245,9 +285,56 @@ def test_rows_marked_as_sent_are_not_sent_again(tmp_path: Path) -> None:
     ledger.mark_sent([KEY])
     assert steps(ledger.unsent()) == [30, 20]
     ledger.mark_sent([Key(30, "ema", "p")])
-    assert marks.read_text() == "10 ema p\n30 ema p\n"
+    assert [json.loads(line)["step"] for line in marks.read_text().splitlines()] == [10, 30]
     assert ledger.sent() == [KEY, Key(30, "ema", "p")]
     assert steps(ledger.unsent()) == [20]
     marks.write_text("10 em")
     assert steps(ledger.unsent()) == [30, 10, 20]
     ledger.close()
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        (b'"eval/fid": 1.0', b'"eval/fid": 7.0'),
+        (b'"headline"', b'"heedline"'),
+        (b'"step": 10', b'"step": 12'),
+        (b'"step": 10', b'"step": "10"'),
+        (b"}", b""),
+    ],
+)
+def test_a_changed_row_is_neither_believed_nor_lost(
+    harm: tuple[bytes, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is left out with a message; the next append moves it to a file beside the ledger."""
+    ledger = Ledger(tmp_path)
+    for step in (10, 20):
+        ledger.append(row(step))
+    lines = ledger.path.read_bytes().splitlines(keepends=True)
+    write(tmp_path, lines[0].replace(*harm), lines[1])
+    assert steps(read_rows(tmp_path)) == [20]
+    assert kept_steps(tmp_path, {10: {""}, 20: {""}}) == {10, 20}
+    assert f"{ledger.path}, line 1: " in capsys.readouterr().err
+    assert ledger.append(row(10))
+    assert steps(read_rows(tmp_path)) == [20, 10]
+    aside = tmp_path / "evaluations.jsonl.damaged"
+    assert aside.read_bytes() == lines[0].replace(*harm)
+    assert "moved to evaluations.jsonl.damaged" in capsys.readouterr().err
+    ledger.close()
+
+
+ODD_SCORES = [*({"eval/fid": odd} for odd in ("1", True, [1], float("nan"), float("inf"))), []]
+
+
+@pytest.mark.parametrize("scores", ODD_SCORES)
+def test_a_score_that_is_no_number_is_a_damaged_row(scores: object, tmp_path: Path) -> None:
+    """Also of a row of an early version, which has no check."""
+    write(tmp_path, json.dumps(row(1) | {"scores": scores}).encode() + b"\n", line_of(row(2)))
+    assert steps(read_rows(tmp_path)) == [2]
+
+
+def test_a_ledger_that_cannot_be_read_is_one_message(tmp_path: Path) -> None:
+    """A folder in its place, or a FIFO, which nobody writes to."""
+    os.mkfifo(tmp_path / "evaluations.jsonl")
+    with pytest.raises(RunFolderError, match=r"evaluations\.jsonl: is no regular file"):
+        read_rows(tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -10,8 +9,10 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from launching import STATE
 
 from pipeline.config.loading import dump, load
 from pipeline.config.schema import Config, flatten
@@ -23,10 +24,10 @@ from pipeline.runs.step_folders import (
     SNAPSHOTS,
     committed,
     folder_of,
-    set_aside,
     step_of,
     steps_set_aside,
 )
+from pipeline.runtime.documents import read_document, set_file_aside, sign
 from pipeline.runtime.errors import CheckpointError, ConfigError, RunFolderError
 
 DAMAGED = ["", "{", "[]", "{}", "null"]
@@ -44,7 +45,7 @@ def config_in(folder: Path | str, *overrides: str) -> Config:
 
 def save(folder: RunFolder, step: int, config: Config | None, **state: object) -> Path:
     """Save a checkpoint without networks, with what a run writes into state.json."""
-    values = {
+    values = STATE | {
         "run_id": folder.identity.id,
         "run_dir": folder.identity.path,
         "inode": folder.identity.inode,
@@ -75,9 +76,9 @@ def test_a_new_folder_holds_the_configuration_and_the_identity(tmp_path: Path) -
     config = config_in(path)
     folder = RunFolder(config)
     assert folder.path == path
-    assert (path / "config.yaml").read_text() == dump(config)
+    assert (path / "config.yaml").read_text() == sign(dump(config))
     assert load(path / "config.yaml") == config
-    assert json.loads((path / "run.json").read_text()) == {
+    assert read_document(path / "run.json") == {
         "id": folder.identity.id,
         "path": str(path),
         "inode": path.stat().st_ino,
@@ -110,13 +111,14 @@ def test_a_marker_is_removed_and_its_absence_is_no_error(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("content", DAMAGED)
-def test_a_damaged_identity_is_replaced(tmp_path: Path, content: str) -> None:
-    """The run gets a new id and has no saved precision."""
+def test_a_damaged_identity_is_set_aside(tmp_path: Path, content: str) -> None:
+    """The run gets a new id and has no saved precision. The damaged file stays."""
     config = config_in(tmp_path)
     (tmp_path / "run.json").write_text(content)
     assert saved_precision(config) is None
     folder = RunFolder(config)
-    assert json.loads((tmp_path / "run.json").read_text())["id"] == folder.identity.id
+    assert read_document(tmp_path / "run.json")["id"] == folder.identity.id
+    assert (tmp_path / "run.json.damaged").read_text() == content
 
 
 def test_a_missing_identity_is_that_of_the_checkpoint(tmp_path: Path) -> None:
@@ -196,7 +198,7 @@ def test_checkpoints_tie_a_folder_to_its_configuration(tmp_path: Path) -> None:
     """
     old = config_in(tmp_path)
     save(RunFolder(old), 10, old)
-    for text in (dump(old), None):
+    for text in (sign(dump(old)), None):
         if text is None:
             (tmp_path / "config.yaml").unlink()
         with pytest.raises(ConfigError) as caught:
@@ -211,7 +213,7 @@ def test_checkpoints_tie_a_folder_to_its_configuration(tmp_path: Path) -> None:
             assert (tmp_path / "config.yaml").read_text() == text
     longer = config_in(tmp_path, "train.total_steps=2000")
     RunFolder(longer)
-    assert (tmp_path / "config.yaml").read_text() == dump(longer)
+    assert (tmp_path / "config.yaml").read_text() == sign(dump(longer))
 
 
 def test_a_folder_without_checkpoints_takes_another_configuration(tmp_path: Path) -> None:
@@ -219,7 +221,7 @@ def test_a_folder_without_checkpoints_takes_another_configuration(tmp_path: Path
     other = config_in(tmp_path, "run.seed=3")
     RunFolder(config_in(tmp_path))
     RunFolder(other)
-    assert (tmp_path / "config.yaml").read_text() == dump(other)
+    assert (tmp_path / "config.yaml").read_text() == sign(dump(other))
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "evaluations.jsonl", "progress"])
@@ -312,9 +314,33 @@ def test_a_fork_needs_a_run_with_checkpoints(tmp_path: Path, source: str) -> Non
     """The new folder has no identity yet."""
     RunFolder(config_in(tmp_path / "empty"))
     config = config_in(tmp_path / "b", f"run.fork={tmp_path / source}")
-    with pytest.raises(ConfigError, match=r"run.fork \(.*\): must be the folder of a run with"):
+    with pytest.raises(ConfigError, match=r"run.fork \(.*\): .*must be the folder of a run with"):
         RunFolder(config)
     assert [path.name for path in (tmp_path / "b").iterdir()] == [".lock"]
+
+
+def test_a_fork_says_what_is_damaged(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It begins with the checkpoint before a damaged one, and names a damaged run.json."""
+    old = config_in(tmp_path / "a")
+    first = RunFolder(old)
+    save(first, 10, old)
+    save(first, 20, old)
+    file = committed(tmp_path / "a")[-1] / "optimizers.pt"
+    file.write_bytes(file.read_bytes()[:-1])
+    RunFolder(config_in(tmp_path / "b", f"run.fork={tmp_path / 'a'}"))
+    assert [step_of(path) for path in committed(tmp_path / "b")] == [10]
+    assert f"{file.parent}: optimizers.pt is damaged" in capfd.readouterr().err
+    (tmp_path / "a" / "run.json").write_text('{"id": 3}')
+    with pytest.raises(ConfigError, match=r"run.fork \(.*\): .*run.json: .*id"):
+        RunFolder(config_in(tmp_path / "c", f"run.fork={tmp_path / 'a'}"))
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_a_lock_that_is_no_regular_file_is_named(tmp_path: Path, make: Any) -> None:
+    """A folder in its place, or a FIFO, whose locks exclude nobody."""
+    make(tmp_path / ".lock")
+    with pytest.raises(RunFolderError, match=r"run.dir \(.*\): cannot be written \(.lock: "):
+        RunFolder(config_in(tmp_path))
 
 
 def test_a_fork_of_other_networks_is_refused(tmp_path: Path) -> None:
@@ -339,7 +365,7 @@ def test_checkpoints_that_were_saved_and_are_gone_are_missed(tmp_path: Path) -> 
     aside = folder_of(tmp_path, CHECKPOINTS, 8)
     for _ in range(2):
         aside.mkdir(parents=True)
-        set_aside(aside)
+        set_file_aside(aside)
     assert steps_set_aside(tmp_path) == [8, 8]
     folder.require_progress(4)
     shutil.rmtree(tmp_path / "checkpoints")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -115,3 +116,18 @@ def test_a_signal_ends_a_command_with_one_line(
     _, said = process.communicate(timeout=60)
     assert said == "interrupted: nothing was written.\n"
     assert process.returncode == 128 + number
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_what_has_no_end_is_not_hashed(kind: str, tmp_path: Path) -> None:
+    """An error with the name of the file, at once."""
+    path = tmp_path / "x"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(OSError, match=r"regular file|directory") as caught:
+        files.sha256_of(path)
+    assert str(caught.value.filename) == str(path)

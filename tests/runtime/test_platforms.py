@@ -106,7 +106,7 @@ def test_without_unix_a_command_says_so(command: str, tmp_path: Path, tiny_confi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.faults)])
 def test_one_process_trains_and_goes_on_without_linux(
     workers: int, training_shards: Path, tiny_config: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -94,6 +95,18 @@ def test_a_killed_worker_is_one_message_with_the_remedy() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(UserError, match=r"lack of memory\. Run .* fewer --workers than 2"):
+        map_in_processes(work, range(4), 2)
+
+
+def test_a_worker_that_crashes_is_not_called_a_lack_of_memory() -> None:
+    """A decoder of a damaged image may end its process."""
+
+    def work(task: int, _: Report) -> None:
+        if task == 1:
+            faulthandler.disable()  # pytest's
+            os.kill(os.getpid(), signal.SIGSEGV)
+
+    with pytest.raises(UserError, match=r"a worker process crashed \(SIGSEGV\)"):
         map_in_processes(work, range(4), 2)
 
 

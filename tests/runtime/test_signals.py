@@ -30,6 +30,7 @@ def unhandled(number: int, _: FrameType | None) -> None:
 def _own_handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No signal received yet, and a signal that is not handled fails the test, not pytest."""
     monkeypatch.setattr(signals, "_received", [])
+    monkeypatch.setattr(signals, "_requested", bytearray(1))
     before = {number: signal.signal(number, unhandled) for number in SENT}
     yield
     for number, handler in before.items():

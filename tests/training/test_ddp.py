@@ -18,7 +18,8 @@ from ranks import on_ranks
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from pipeline.config.schema import Config, DataConfig, ModelConfig, TrainConfig, micro_batching
+from pipeline.config.schema import Config, DataConfig, ModelConfig, TrainConfig
+from pipeline.config.sizes import micro_batching
 from pipeline.models.noise import draw_z, rng
 from pipeline.runtime import launch
 from pipeline.training.gan import GAN

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from pipeline.models.noise import draw_z, rng
 from pipeline.runtime import launch
 from pipeline.training.diffaugment import augment
 from pipeline.training.gan import GAN
-from pipeline.training.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
+from pipeline.training.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, PAIRED
 
 COUNT = 8
 CONFIG = Config(
@@ -67,10 +70,11 @@ def test_both_updates_follow_the_configured_objective(name: str, augmented: bool
     scores = [loss_D.detach(), *(logits.detach().sigmoid().mean() for logits in judged)]
     torch.testing.assert_close(terms, torch.stack(scores))
 
-    loss_G = GENERATOR_LOSSES[name](gan.D(augment(gan.G(Z), policy, draws_G)))
+    pair = [gan.D(augment(REAL, policy, draws_G))] if name in PAIRED else []
+    loss_G = GENERATOR_LOSSES[name](gan.D(augment(gan.G(Z), policy, draws_G)), *pair)
     expected = slopes(loss_G, gan.G)
     with gradients_of(gan.opt_G) as found:
-        returned = gan.update_G([Z], 1)
+        returned = gan.update_G([Z], 1, real=[REAL.clone()])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(returned, loss_G.detach())
 
@@ -105,7 +109,10 @@ def test_the_average_follows_g_by_its_decay() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize(
+    "mode",
+    [pytest.param("default", marks=pytest.mark.faults), "reduce-overhead"],  # it takes a minute
+)
 @pytest.mark.filterwarnings("default")  # the compiler's own
 def test_compiled_updates_compute_what_eager_ones_do(mode: str) -> None:
     """Three steps of both, within the rounding of fused kernels; on a CPU no graph is replayed."""
@@ -117,3 +124,62 @@ def test_compiled_updates_compute_what_eager_ones_do(mode: str) -> None:
             terms = gan.update_D([REAL.clone()], [Z], step)
             found.append(torch.cat([terms, gan.update_G([Z], step)[None]]))
     torch.testing.assert_close(torch.stack(found[3:]), torch.stack(found[:3]), rtol=1e-4, atol=1e-5)
+
+
+def state_of(gan: GAN) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """What a checkpoint holds of a pair after one step of both optimizers."""
+    gan.update_D([REAL.clone()], [Z], 1)
+    gan.opt_D.step()
+    gan.update_G([Z], 1)
+    gan.opt_G.step()
+    weights = {name: dict(network.state_dict()) for name, network in gan.networks().items()}
+    moments = {name: optimizer.state_dict() for name, optimizer in gan.optimizers().items()}
+    return copy.deepcopy(weights), copy.deepcopy(moments)
+
+
+def test_a_fork_trains_at_its_own_learning_rate() -> None:
+    """Moments come from the checkpoint, learning rates and betas from the configuration."""
+    weights, moments = state_of(opened(CONFIG))
+    slower = opened(replace(CONFIG, optim=replace(CONFIG.optim, g_lr=1e-5, beta1=0.1)))
+    slower.load(weights, moments)
+    (group,) = slower.opt_G.param_groups
+    assert (group["lr"], group["betas"]) == (1e-5, (0.1, 0.99))
+    loaded = slower.opt_G.state_dict()["state"]
+    assert all(
+        torch.equal(loaded[k]["exp_avg"], v["exp_avg"]) for k, v in moments["G"]["state"].items()
+    )
+
+
+def without(mapping: dict[Any, Any], key: Any) -> None:
+    del mapping[key]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda w, _: without(w, "D"), "D lacks"),
+        (lambda w, _: without(w["G"], next(iter(w["G"]))), "G lacks"),
+        (lambda w, _: w["G_ema"].update(more=torch.zeros(1)), "G_ema has an unknown more"),
+        (
+            lambda w, _: w["G"].update({k: v[:1] for k, v in w["G"].items() if v.ndim > 1}),
+            "must be",
+        ),
+        (lambda w, _: w["D"].update({k: v.double() for k, v in w["D"].items()}), "torch.float64"),
+        (lambda _, m: without(m, "G"), "the optimizer of G is missing"),
+        (lambda _, m: m.update(G=[]), "the optimizer of G is missing"),
+        (lambda _, m: m["G"].update(state=None), "state of other parameters"),
+        (lambda _, m: without(m["G"]["state"], 0), "state of other parameters"),
+        (lambda _, m: without(m["D"]["state"][0], "exp_avg"), "other moments than Adam's"),
+        (lambda _, m: m["D"]["state"][0].update(exp_avg=torch.zeros(3)), "exp_avg of parameter 0"),
+        (lambda _, m: m["D"]["state"][1].update(step=4), "step of parameter 1"),
+    ],
+)
+def test_a_state_of_other_networks_is_refused_before_anything_is_computed(
+    damage: Callable[[Any, Any], None], message: str
+) -> None:
+    """Checksums cannot tell: whoever wrote the checkpoint also wrote them."""
+    gan = opened(CONFIG)
+    weights, moments = state_of(opened(CONFIG))
+    damage(weights, moments)
+    with pytest.raises(ValueError, match=message):
+        gan.load(weights, moments)

@@ -14,16 +14,15 @@ from launching import assert_bitwise_equal, kill_at_step, started, state_of, tra
 from ranks import on_ranks
 from torch import Tensor
 
+from pipeline.config.recipe import POLICIES, StabilityConfig
 from pipeline.config.schema import (
-    POLICIES,
     Config,
     DataConfig,
     ModelConfig,
     OptimConfig,
-    StabilityConfig,
     TrainConfig,
-    micro_batching,
 )
+from pipeline.config.sizes import micro_batching
 from pipeline.models.dcgan import init_weights, make_discriminator
 from pipeline.models.mlp import dropout
 from pipeline.models.noise import append_classes, draw_z, rng
@@ -36,7 +35,7 @@ from pipeline.training.losses import discriminator_loss
 BATCH, STEPS, CLASSES = 16, 3, 3
 DCGAN = ModelConfig(image_size=32, channels=1, z_dim=8, ngf=4, ndf=4, num_classes=CLASSES)
 CONFIG = Config(
-    model=replace(DCGAN, spectral_norm=True, loss="hinge"),
+    model=replace(DCGAN, d_norm="spectral", loss="hinge"),
     data=DataConfig(batch_size=BATCH),
     optim=OptimConfig(d_steps=2),
     train=TrainConfig(precision="fp32", micro_batch=4),
@@ -87,19 +86,22 @@ def test_the_gradient_through_the_norm_is_that_of_the_formula() -> None:
     torch.testing.assert_close(raw.grad, by_hand, rtol=1e-4, atol=1e-5)
 
 
-# -- R1 -----------------------------------------------------------------------------------------
+# -- R1, R2 -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("d_steps", "every"), [(1, 1), (1, 2), (2, 1), (2, 3)])
-def test_r1_is_half_of_gamma_in_one_update_of_d_in_so_many(d_steps: int, every: int) -> None:
-    """D's gradients against those of its loss and of gamma / 2 |slope|^2, image by image; updates
-    that go without are made up for by those that do not, whichever of the k steps of D they are.
+def test_penalties_are_half_of_gamma_in_one_update_of_d_in_so_many(
+    d_steps: int, every: int
+) -> None:
+    """D's gradients against those of its loss and of gamma / 2 |slope|^2, image by image, at real
+    (R1) and at generated ones (R2); updates that go without are made up for by those that do not,
+    whichever of the k steps of D they are.
     """
     config = Config(
         model=PLAIN_MLP,
         optim=OptimConfig(d_steps=d_steps),
         train=TrainConfig(precision="fp32"),
-        stability=StabilityConfig(r1_gamma=3.0, r1_every=every),
+        stability=StabilityConfig(r1_gamma=3.0, r2_gamma=5.0, r1_every=every),
     )
     gan = GAN(config, launch.make_accelerator("fp32"), 1)
     with torch.no_grad():
@@ -110,9 +112,11 @@ def test_r1_is_half_of_gamma_in_one_update_of_d_in_so_many(d_steps: int, every: 
         step, turn = divmod(number - 1, d_steps)
         loss = discriminator_loss(gan.D(x), gan.D(gan.G(z).detach()))
         if number % every == 0:
-            for image in x.clone().requires_grad_():
-                (slope,) = torch.autograd.grad(gan.D(image[None]).sum(), image, create_graph=True)
-                loss = loss + 3.0 / 2 * every * slope.square().sum() / len(x)
+            for gamma, images in ((3.0, x), (5.0, gan.G(z))):
+                for image in images.detach().clone().requires_grad_():
+                    logit = gan.D(image[None]).sum()
+                    (slope,) = torch.autograd.grad(logit, image, create_graph=True)
+                    loss = loss + gamma / 2 * every * slope.square().sum() / len(x)
         expected = torch.autograd.grad(loss, list(gan.D.parameters()), materialize_grads=True)
         with gradients_of(gan.opt_D) as found:
             gan.update_D([x], [z], step + 1, turn=turn)
@@ -214,7 +218,7 @@ def trained(config: Config) -> dict[str, Tensor]:
                 noise = append_classes(config.model, z, labels).split(micro_batch)
                 y = labels.split(micro_batch)
                 gan.update_D(x.split(micro_batch), noise, step, y, turn)
-            gan.update_G(noise, step, y)
+            gan.update_G(noise, step, y, x.split(micro_batch))
             gan.update_average()
     in_D, in_G = (len(list(network.parameters())) for network in (gan.D, gan.G))
     first = {f"gradient D {1 + k // in_D} {k % in_D}": g for k, g in enumerate(of_D[: 2 * in_D])}
@@ -226,7 +230,17 @@ def trained(config: Config) -> dict[str, Tensor]:
     }
 
 
-CASES = {"dcgan": CONFIG, "mlp": MLP}
+RELATIVISTIC = replace(
+    CONFIG,
+    model=replace(DCGAN, d_norm="none", loss="relativistic"),
+    stability=StabilityConfig(r1_gamma=1.0, r2_gamma=2.0, augment=list(POLICIES)),
+)
+CASES = {"dcgan": CONFIG, "mlp": MLP, "relativistic": RELATIVISTIC} | {
+    name: replace(
+        RELATIVISTIC, stability=replace(RELATIVISTIC.stability, penalty=name, penalty_share=0.5)
+    )
+    for name in ("exact", "along", "random")
+}
 
 
 def on_this_rank(folder: str) -> None:
@@ -236,7 +250,7 @@ def on_this_rank(folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
-    """Spectral norm, R1's second derivatives, augmentation, classes and two steps of D under DDP;
+    """Spectral norm, R1 and R2 in each way, augmentation, classes and two steps of D under DDP;
     dropout in the MLP: ranks bitwise equal, and equal to one process up to the order of sums.
     """
     on_ranks(2, on_this_rank, str(tmp_path))
@@ -247,7 +261,9 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
             assert torch.equal(ranks[0][name][key], ranks[1][name][key])
             if key.startswith("gradient"):
                 # Before the second, Adam has turned the rounding of near-zero gradients into steps.
-                tolerance = (1e-5 if key.startswith("gradient D 1") else 1e-2) * value.abs().max()
+                # A finite difference divides rounding by its step.
+                first = 1e-3 if name in ("along", "random") else 1e-5
+                tolerance = (first if key.startswith("gradient D 1") else 1e-2) * value.abs().max()
             else:
                 network, _, tensor = key.partition(".")
                 before = start[network].state_dict()[tensor]
@@ -258,9 +274,31 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
             )
 
 
-@pytest.mark.parametrize("option", ["r1_gamma", "augment", "label_smoothing"])
+def test_the_pairs_of_the_relativistic_loss_do_not_depend_on_micro_batches() -> None:
+    """Networks without BatchNorm: four micro-batches give the gradients of one, R1 and R2 too."""
+    stability = StabilityConfig(r1_gamma=1.0, r2_gamma=2.0)
+    model = replace(PLAIN_MLP, loss="relativistic", image_size=32, num_classes=CLASSES)
+    one, four = (
+        trained(
+            replace(
+                CONFIG,
+                model=model,
+                stability=stability,
+                train=replace(CONFIG.train, micro_batch=size),
+            )
+        )
+        for size in (16, 4)
+    )
+    for key in (key for key in one if key.startswith(("gradient D 1", "gradient G"))):
+        # Before G's, Adam has turned the rounding of D's near-zero gradients into steps.
+        tolerance = (1e-2 if "G" in key else 1e-5) * one[key].abs().max().item()
+        torch.testing.assert_close(four[key], one[key], rtol=0, atol=tolerance, msg=key)
+
+
+@pytest.mark.parametrize("option", ["r1_gamma", "r2_gamma", "augment", "label_smoothing"])
 def test_each_option_changes_the_training_and_none_leaves_it_alone(option: str) -> None:
-    values: dict[str, Any] = {"r1_gamma": 1.0, "augment": ["color"], "label_smoothing": 0.1}
+    values: dict[str, Any] = {"r1_gamma": 1.0, "r2_gamma": 1.0, "augment": ["color"]}
+    values["label_smoothing"] = 0.1
     plain = replace(CONFIG, model=DCGAN, stability=StabilityConfig())
     with_it = replace(plain, stability=StabilityConfig(**{option: values[option]}))
     before, again, after = trained(plain), trained(plain), trained(with_it)
@@ -272,8 +310,13 @@ def test_each_option_changes_the_training_and_none_leaves_it_alone(option: str) 
 
 OPTIONS = {
     "dcgan": (
-        *("model.spectral_norm=true", "model.num_classes=10", "optim.d_steps=2"),
-        *("stability.r1_gamma=1", "stability.r1_every=3", "stability.augment=[translation,cutout]"),
+        *("model.d_norm=spectral", "model.num_classes=10", "optim.d_steps=2"),
+        *(
+            "stability.r1_gamma=1",
+            "stability.r2_gamma=1",
+            "stability.r1_every=3",
+            "stability.augment=[translation,cutout]",
+        ),
     ),
     "mlp": ("model.architecture=mlp", "model.dropout=0.5", "model.maxout=2", "model.loss=minimax"),
 }

@@ -1,0 +1,52 @@
+"""The sections of a configuration that say how G and D are trained against each other.
+
+``schema`` composes them with the others. Keys of earlier versions are translated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Loss = Literal["non_saturating", "minimax", "hinge", "least_squares", "relativistic"]
+POLICIES = ("color", "translation", "cutout")  # augmentations of DiffAugment
+EXACT_BEFORE = " (earlier versions computed exact: stability.penalty=exact resumes the run)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StabilityConfig:
+    r1_gamma: float = 0.0
+    """Weight gamma of the R1 penalty, 0 to 1000000: gamma / 2 times the squared gradient norm of D
+    at real images is added to D's loss. 0 = off. R3GAN's authors decay it from 0.05 to 0.005 for
+    CIFAR-10."""
+    r2_gamma: float = 0.0
+    """Weight gamma of the R2 penalty, 0 to 1000000: the same at generated images. 0 = off. Set it
+    to r1_gamma with model.loss=relativistic."""
+    penalty: Literal["tangent", "along", "random", "exact"] = "tangent"
+    """How R1 and R2 are computed. tangent: exactly, by a directional derivative along the gradient.
+    exact: the same by double backward, as earlier versions did. along, random: by a finite
+    difference along the gradient or in a random direction per image; random needs batches of 1024
+    or more. torch.compile leaves the penalised passes of all but random uncompiled."""
+    penalty_share: float = 1.0
+    """Share of each micro-batch that R1 and R2 are computed on, above 0 and at most 1. Below 1, D
+    must have no BatchNorm."""
+    r1_every: int = 1
+    """Apply the R1 and R2 penalties in one of this many updates of D, at least 1, multiplied by
+    this number (lazy regularisation)."""
+    label_smoothing: float = 0.0
+    """One-sided label smoothing, in [0, 0.5): D's target for real images is 1 minus this value. 0.1
+    is usual; 0 = off."""
+    augment: list[str] = field(default_factory=list)
+    """DiffAugment policies for real and generated images: any of color, translation, cutout. Empty
+    = off."""
+
+
+def with_todays_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``{"section.key": value}`` of an earlier version under the keys of today."""
+    found = dict(values)
+    if found.pop("model.spectral_norm", False):
+        found["model.d_norm"] = "spectral"
+    if found.get("stability.r1_gamma"):
+        found.setdefault("stability.penalty", "exact")  # there was no other
+    return found

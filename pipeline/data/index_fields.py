@@ -1,0 +1,169 @@
+"""Check the fields of an index and the table of its samples, which may come from anywhere.
+
+Each function raises ``ValueError`` with the field, its value and what it must be. Nothing is
+allocated that is larger than the bytes that were read.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.codecs import IMAGE_FIELDS
+from pipeline.runtime.documents import DIGEST, DamagedFile, parse_json, unseal
+from pipeline.runtime.text import printable
+
+LARGEST_NUMBER = 2**62
+LARGEST_SIDE = 1 << 16
+MOST_SAMPLES = 2**30
+LEAST_SAMPLE = 1024
+"""Bytes that a sample takes in a tar: two blocks."""
+LONGEST_NPY_HEADER = 1 << 12
+SHOWN = 60
+LONGEST_NAME = 255
+MAGIC = b"\x93NUMPY"
+
+
+def parsed(content: bytes, kind: str) -> dict[str, Any]:
+    """Return the fields of an index that are used, each of the right type and in its range.
+
+    Args:
+        content: the bytes of the file.
+        kind: what ``__kind__`` must be.
+    """
+    try:
+        document = parse_json(content, "it")
+    except DamagedFile as error:
+        raise ValueError(printable(str(error).removeprefix("it: "))[:200]) from None
+    if not unseal(document):
+        raise ValueError(f"its content differs from its {DIGEST}")
+    if document.get("__kind__") != kind:
+        raise ValueError(f"__kind__ is {_shown(document.get('__kind__'))}, must be {kind!r}")
+    sides = _list(document, "shape")
+    if len(sides) != 3:
+        raise ValueError(f"shape is {_shown(sides)}, must be three numbers")
+    shape = [_number(side, f"shape[{k}]", 1, LARGEST_SIDE) for k, side in enumerate(sides)]
+    if shape[2] not in (1, 3):
+        raise ValueError(f"shape is {shape}; an image has 1 or 3 channels")
+    if (field := document.get("field")) not in IMAGE_FIELDS:
+        raise ValueError(f"field is {_shown(field)}, must be one of {', '.join(IMAGE_FIELDS)}")
+    entries = [_shard(one, f"shardlist[{k}]") for k, one in enumerate(_list(document, "shardlist"))]
+    if (count := sum(entry["nsamples"] for entry in entries)) > MOST_SAMPLES:
+        raise ValueError(f"its shards have {count} samples, at most {MOST_SAMPLES} are read")
+    if not isinstance(made_by := document.get("made_by", {}), dict):
+        raise ValueError(f"made_by is {_shown(made_by)}, must be an object")
+    return {
+        "shape": shape,
+        "field": field,
+        "samples_sha256": _digest(document.get("samples_sha256"), "samples_sha256"),
+        "made_by": made_by,
+        "shardlist": entries,
+    }
+
+
+def _shard(entry: object, name: str) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name} is {_shown(entry)}, must be an object")
+    if not isinstance(url := entry.get("url"), str):
+        raise ValueError(f"{name}.url is {_shown(url)}, must be a file name")
+    filesize = _number(entry.get("filesize"), f"{name}.filesize", 1, LARGEST_NUMBER)
+    most = filesize // LEAST_SAMPLE
+    return {
+        "url": url,
+        "nsamples": _number(entry.get("nsamples"), f"{name}.nsamples", 0, most),
+        "filesize": filesize,
+        "sha256": _digest(entry.get("sha256"), f"{name}.sha256"),
+    }
+
+
+def _list(document: dict[str, Any], name: str) -> list[Any]:
+    if not isinstance(value := document.get(name), list):
+        raise ValueError(f"{name} is {_shown(value)}, must be a list")
+    return value
+
+
+def _number(value: object, name: str, least: int, most: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{name} is {_shown(value)}, must be a whole number, {least} to {most}")
+    return value
+
+
+def _digest(value: object, name: str) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{64}", value):
+        raise ValueError(f"{name} is {_shown(value)}, must be 64 hexadecimal digits")
+    return value
+
+
+def _shown(value: object) -> str:
+    """Return a value for a message: short, and on one line."""
+    if isinstance(value, int) and abs(value) > 10**SHOWN:
+        return "a number of many digits"
+    text = printable(repr(value))
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def odd_name(names: Sequence[str]) -> str:
+    """Return what is wrong with a file name of a shard, or ""."""
+    for name in names:
+        # fsspec would open a second file system for what follows "::".
+        odd = name in ("", ".", "..") or "::" in name or not name.isprintable()
+        if odd or Path(name).name != name or len(name.encode()) > LONGEST_NAME:
+            return f"{_shown(name)} must be a plain file name beside it"
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    return f"{_shown(twice[0])} is listed more than once" if twice else ""
+
+
+def table(content: bytes, row: np.dtype[np.void]) -> NDArray[np.void]:
+    """Return the rows in the bytes of an npy file; nothing is copied or unpickled.
+
+    Args:
+        content: the whole file.
+        row: the dtype that it must have.
+    """
+    if content[:6] != MAGIC or len(content) < 12:
+        raise ValueError("it is no npy file")
+    version, width = content[6], 2 if content[6] == 1 else 4
+    size = int.from_bytes(content[8 : 8 + width], "little")
+    begin = 8 + width + size
+    if version not in (1, 2, 3) or size > LONGEST_NPY_HEADER or begin > len(content):
+        raise ValueError("its npy header is damaged or too long")
+    try:
+        header = ast.literal_eval(content[8 + width : begin].decode("latin-1").strip())
+        dtype = np.dtype([tuple(column) for column in header["descr"]])
+        shape, plain = tuple(header["shape"]), header["fortran_order"] is False
+    except Exception:  # text from outside, in which anything may stand
+        raise ValueError("its npy header is damaged") from None
+    if dtype != row or not plain or len(shape) != 1 or type(shape[0]) is not int:
+        raise ValueError(f"its rows must be one column of {row}")
+    if shape[0] * row.itemsize != len(content) - begin:
+        raise ValueError(f"its header says {_shown(shape[0])} rows, its length differs")
+    return np.frombuffer(content, row, offset=begin)
+
+
+def check_rows(rows: NDArray[np.void], shards: Sequence[tuple[int, int]]) -> None:
+    """Check that every sample lies inside its shard.
+
+    Args:
+        rows: offset and length of every sample.
+        shards: (number of samples, bytes) of each shard, in order.
+    """
+    counts = np.array([count for count, _ in shards], np.int64)
+    sizes = np.repeat(np.array([size for _, size in shards], np.uint64), counts)
+    lengths = rows["length"].astype(np.uint64)
+    bad = (lengths == 0) | (lengths > sizes)
+    bad |= rows["offset"] > np.where(bad, np.uint64(0), sizes - lengths)
+    bad |= rows["label"] < -1
+    if bad.any():
+        first = int(bad.argmax())
+        offset, length, label = rows[first].tolist()
+        raise ValueError(
+            f"sample {first} is {length} bytes at {offset} with label {label}: not inside its "
+            f"shard of {int(sizes[first])} bytes, or no label"
+        )
