@@ -217,7 +217,7 @@ def test_a_shard_that_is_written_to_while_it_is_read_is_compared_again(
 
 
 NOT_DAMAGED = """
-import os, resource, sys
+import gc, os, resource, sys
 import numpy as np
 from pipeline.data.cache import Cache, check_shards
 from pipeline.data.reader import Reader
@@ -227,11 +227,13 @@ from pipeline.runtime.errors import DataError, as_user_error
 index = read_index(sys.argv[1])
 read_index(sys.argv[2])
 kept = []
-try:
-    while True:
-        kept.append(os.open(os.devnull, os.O_RDONLY))
-except OSError:
-    pass
+def fill():
+    gc.collect()  # what an earlier attempt left open would be closed amid the next one
+    try:
+        while True:
+            kept.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        pass
 out = np.zeros((1, *index.shape), np.uint8)
 for attempt in (
     lambda: Reader(index, Cache(index, "")).read(np.array([0]), out),
@@ -239,12 +241,12 @@ for attempt in (
     lambda: read_index(sys.argv[1]),
     lambda: read_index(sys.argv[2]),
 ):
+    fill()
     try:
         attempt()
     except (DataError, OSError) as error:
         os.close(kept.pop())
         print(as_user_error(error))
-        kept.append(os.open(os.devnull, os.O_RDONLY))
 """
 
 
