@@ -44,7 +44,7 @@ from pipeline.data.cache import Cache
 from pipeline.data.loader import Loader, make_order, normalise
 from pipeline.data.reader import Reader
 from pipeline.data.shards import Index, read_index
-from pipeline.data.sources import find
+from pipeline.data.sources import Choice, find
 
 BATCH = 128
 FORMATS = ("npy", "jpg", "png")
@@ -69,9 +69,10 @@ def prepare(source: list[str], out: Path, size: int, kind: str, channels: int = 
 
 def fashion_mnist(images: int, folder: Path) -> list[str]:
     """Write the first images as IDX files; return the arguments of ``pipeline.prepare``."""
-    source = find("fashion-mnist", split="train", idx=None, download=True)
-    assert source.pixels is not None
-    pixels, labels = source.pixels[:images], source.labels[:images].astype(np.uint8)
+    source = find("fashion-mnist", Choice())
+    read = source.opener()
+    pixels = np.stack([np.asarray(read(row)) for row in range(min(images, len(source.names)))])
+    labels = source.labels[:images].astype(np.uint8)
     folder.mkdir()
     for name, array in (("images-idx3", pixels), ("labels-idx1", labels)):
         head = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()

@@ -25,6 +25,7 @@ import argparse
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from os.path import realpath
@@ -47,8 +48,9 @@ from pipeline.data.packing import (
     tar_bytes,
 )
 from pipeline.data.shards import INDEX_NAME, Index, read_index, write_index
-from pipeline.data.skipped import SKIPPED_NAME, report, write_list
-from pipeline.data.sources import Source, find, listed_types
+from pipeline.data.skipped import SKIPPED_NAME, SKIPPED_SUM, account, listed_types, write_list
+from pipeline.data.sources import Choice, Source, find
+from pipeline.data.squares import FITS, Square
 from pipeline.runtime.arguments import HelpFormatter, integer, number, seed
 from pipeline.runtime.console import printable, progress, say
 from pipeline.runtime.errors import DataError, UserError, exit_on_user_error
@@ -56,9 +58,6 @@ from pipeline.runtime.host import cores
 from pipeline.runtime.process_pool import map_in_processes
 from pipeline.runtime.signals import exit_on_interrupt
 from pipeline.runtime.work_folder import SETTINGS_NAME, FolderInUse
-
-SKIPPED_SUM = "skipped_sha256"
-"""Key of the index: the checksum of ``skipped.txt``, None if there is none."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -84,8 +83,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--shard-mib", type=number(0.001, 65536), default=32, help="approximate size of a shard")
     add("--workers", type=integer(1, 1024), default=cores(), help="number of processes")
     add("--part", type=_part, metavar="I/N", help="pack only part I (0 to N-1) of N")
-    add("--strict", action="store_true", help="fail when an image cannot be read")
-    add("--split", choices=("train", "test"), default="train", help="which IDX files to read")
+    strict = "fail unless every file is an image that is used as it is stored"
+    add("--strict", action="store_true", help=strict)
+    add("--fit", choices=tuple(FITS), default="crop", help="how an image is made square")
+    add("--crop", type=integer(1, 65536), default=0, metavar="N", help="cut out N x N pixels first")
+    add("--min-size", type=integer(1, 65536), default=0, metavar="N", help="skip smaller images")
+    split = "train, test, a folder of SOURCE, or all (IDX files: train by default)"
+    add("--split", metavar="NAME", help=split)
+    add("--image-field", metavar="FIELD", help="which image of a sample to use: left.jpg, ...")
+    add(
+        "--label-field",
+        metavar="FIELD",
+        help="where the label of a sample is: label, ...",
+    )
     add(
         "--idx",
         type=_expanded,
@@ -144,9 +154,14 @@ def prepare(options: argparse.Namespace) -> str:
     out: Path = options.out
     if realpath(out) == realpath(folder):
         raise UserError(f"--out ({out}): must be another folder than SOURCE.")
-    source = find(
-        options.source, split=options.split, idx=options.idx, download=not options.no_download
+    choice = Choice(
+        split=options.split,
+        idx=options.idx,
+        download=not options.no_download,
+        image_field=options.image_field,
+        label_field=options.label_field,
     )
+    source = find(options.source, choice)
     job = _job(source, out, options)
     if options.part is None:
         return _prepare_all(job, options)
@@ -186,9 +201,8 @@ def _prepare_all(job: Job, options: argparse.Namespace) -> str:
     out = job.out
     with hold(job):
         if job.is_complete:
-            index = _read_complete(job)
-            found = index.made_by
-            report(found.get("skipped", 0), out, options.strict, found.get(SKIPPED_SUM))
+            index, source = _read_complete(job), job.source
+            account(index.made_by, len(source.names), out, options.strict)
             return f"already complete, nothing to do: {index.num_samples} samples in {out}"
         begin(job)
         index = _pack_all(job, options)
@@ -206,16 +220,18 @@ def _job(source: Source, out: Path, options: argparse.Namespace) -> Job:
     channels = options.channels or (1 if source.kind == "idx" else 3)
     total = tar_bytes(options.size, channels, options.format) * len(source.names)
     shards = max(1, min(len(source.names), math.ceil(total / (options.shard_mib * 2**20))))
-    if source.ignored:
-        _note(f"ignored files that are no images: {listed_types(source.ignored)}")
+    if source.left_out:
+        _note(f"not used: {listed_types(source.left_out)}")
+    for line in source.said:
+        _note(line)
     return Job(
         source=source,
         out=out,
-        size=options.size,
-        channels=channels,
+        square=Square(
+            options.size, channels, options.colour, options.fit, options.crop, options.min_size
+        ),
         field=options.format,
         background=options.background,
-        colour=options.colour,
         seed=options.seed,
         num_shards=shards,
     )
@@ -238,7 +254,7 @@ def _pack_all(job: Job, options: argparse.Namespace) -> Index:
     packed = _pack(job, range(job.num_shards), options.workers)
     done = [packed[number] for number in range(job.num_shards)]
     skipped = sorted(entry for one in done for entry in one.skipped)
-    enlarged = sum(one.enlarged for one in done)
+    altered = sum((one.done for one in done), Counter[str]())
     listed = write_list(job.out, skipped)
     if len(skipped) == len(job.source.names):
         name, why = skipped[0]
@@ -246,13 +262,14 @@ def _pack_all(job: Job, options: argparse.Namespace) -> Index:
             f"SOURCE ({job.source.location}): none of its {len(skipped)} images can be read, e.g. "
             f"{printable(name)}: {printable(why)}. All are listed in {job.out / SKIPPED_NAME}."
         )
-    report(len(skipped), job.out, options.strict, listed)
-    if enlarged:
-        _note(f"{enlarged} images are smaller than {job.size} px and were enlarged")
-    counts = {"skipped": len(skipped), SKIPPED_SUM: listed, "enlarged": enlarged}
-    made_by = job.describe() | counts
+    counts = {
+        **{"skipped": len(skipped), SKIPPED_SUM: listed, "done": dict(altered)},
+        **{"left_out": job.source.left_out, "said": job.source.said},
+    }
+    account(counts, len(job.source.names), job.out, options.strict)
+    made_by, size = job.describe() | counts, job.square.size
     scans = [(one.shard, one.table, one.field) for one in done]
-    return write_index(job.out, scans, (job.size, job.size, job.channels), made_by)
+    return write_index(job.out, scans, (size, size, job.square.channels), made_by)
 
 
 def _pack(job: Job, numbers: Sequence[int], workers: int) -> dict[int, Packed]:

@@ -20,10 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.checksums import open_shard
-from pipeline.data.codecs import DecodeError, decoder, shape_of
-from pipeline.data.shards import INDEX_NAME, Index, Shard, read_index, scan, write_index
+from pipeline.data.codecs import decoder, shape_of
+from pipeline.data.colour import CONVERTED
+from pipeline.data.labels import NO_LABEL
+from pipeline.data.pictures import TURNED, DecodeError, alterations
+from pipeline.data.shards import INDEX_NAME, Index, read_index, write_index
+from pipeline.data.skipped import listed_types
+from pipeline.data.tar_scan import Scan, lines, number_classes, scan
 from pipeline.data.tars import open_tar
-from pipeline.runtime.console import progress
+from pipeline.runtime.console import progress, say
 from pipeline.runtime.documents import open_regular
 from pipeline.runtime.errors import DataError
 from pipeline.runtime.process_pool import map_in_processes
@@ -43,7 +48,9 @@ class TarReport:
     """Number of images of each (H, W, C); only counted for a tar without an index."""
     examples: dict[Shape, str] = field(default_factory=dict)
     """The place of one image of each shape, for messages."""
-    scanned: tuple[Shard, NDArray[np.void], str] | None = None
+    altered: Counter[str] = field(default_factory=Counter)
+    """Number of images that the loader would not show as viewers do, by what is to be done."""
+    scanned: Scan | None = None
     """The result of ``scan``; None if the tar cannot be read, or has an index."""
 
 
@@ -119,18 +126,52 @@ def index_tars(folder: Path, workers: int) -> str:
             f"images must share one size; found {len(shapes)} shapes: {'; '.join(listed)}. Make "
             f"new shards of one size: python -m pipeline.prepare {folder} --out OTHER --size 64"
         )
+    faults += _refusals(folder, sum((one.altered for one in reports), Counter()))
     if faults:
         raise DataError(f"{folder}: cannot be indexed:\n  " + "\n  ".join(faults[:LISTED_FAULTS]))
-    scans = [one.scanned for one in reports if one.scanned]
     if not shapes:
         raise DataError(f"{folder}: its {len(tars)} tars hold no images.")
     shape = max(shapes, key=lambda shape: shape[2])  # gray images among RGB images are read as RGB
-    made_by = {"source_kind": "indexed", "note": "tars of another tool, indexed as they are"}
+    scans, classes, said = number_classes([one.scanned for one in reports if one.scanned])
+    left_out = sum((one.contents.left_out for one in scans), Counter[str]())
+    for line in lines([one.contents for one in scans]) + said:
+        say(f"note: {line}")
+    if left_out:
+        say(f"note: not used: {listed_types(left_out)}")
+    made_by = {
+        "source_kind": "indexed",
+        "note": "tars of another tool, indexed as they are",
+        "classes": list(classes),
+    }
     index = write_index(folder, scans, shape, made_by)
     return (
         f"indexed {index.num_samples} samples in {len(scans)} shards, "
         f"{'x'.join(map(str, shape))} {index.field}: {folder / INDEX_NAME}"
     )
+
+
+def _refusals(folder: Path, altered: Counter[str]) -> list[str]:
+    """Return the message for images that are not to be used as they are stored."""
+    for what, count in altered.items():
+        if what not in (TURNED, CONVERTED):
+            say(f"note: {count} images {what}")
+    must = [f"{altered[what]} must be {what}" for what in (TURNED, CONVERTED) if altered[what]]
+    if not must:
+        return []
+    listed = ", ".join(must)
+    return [
+        f"images cannot be used as they are stored: {listed}. Make new shards, in which they are: "
+        f"python -m pipeline.prepare {folder} --out OTHER --size 64"
+    ]
+
+
+def _is_placed(found: Scan, rows: NDArray[np.void], made_by: dict[str, Any]) -> bool:
+    """Return whether an index has the places and labels that the headers of a tar say."""
+    numbers = {name: k for k, name in enumerate(made_by.get("classes", []))}
+    labels = [numbers.get(one, one) for one in found.contents.labels]
+    wanted = [NO_LABEL if one is None else one for one in labels]
+    placed = all(np.array_equal(found.table[key], rows[key]) for key in ("offset", "length"))
+    return placed and wanted == rows["label"].tolist()
 
 
 def _audit(paths: list[Path], workers: int, doing: str, index: Index | None) -> list[TarReport]:
@@ -156,7 +197,7 @@ def _survey(path: Path) -> TarReport:
     except DataError as error:
         found.faults.append(str(error))
         return found
-    _, table, extension = found.scanned
+    table, extension = found.scanned.table, found.scanned.field
     decoders: dict[Shape, tuple[Callable[[memoryview, Any], None], NDArray[np.uint8]]] = {}
     with open_regular(path) as file:
         for offset, length, _ in table.tolist():
@@ -169,6 +210,8 @@ def _survey(path: Path) -> TarReport:
                 decode, out = decoders[shape]
                 decode(payload, out)
                 found.shapes[shape] += 1
+                if extension != "npy":
+                    found.altered.update(alterations(payload))
             except DecodeError as error:
                 bad.append((offset, str(error)))
     found.faults += _named(path, bad)
@@ -188,7 +231,7 @@ def _compare(path: Path, number: int, index: Index, report: Callable[[int], None
                 f"{path}: its checksum is {digest[:12]}..., the index says {shard.sha256[:12]}...: "
                 "it was changed since."
             )
-        if not np.array_equal(scan(path)[1], rows):
+        if not _is_placed(scan(path), rows, index.made_by):
             found.faults.append(f"{path}: its headers and the index place samples differently.")
     except DataError as error:
         found.faults.append(str(error))

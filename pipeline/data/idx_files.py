@@ -11,7 +11,7 @@ from typing import IO, cast
 
 import numpy as np
 
-from pipeline.data.codecs import Pixels, reason
+from pipeline.data.pictures import Pixels, reason
 from pipeline.runtime.documents import DamagedFile, open_regular
 from pipeline.runtime.errors import DataError
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,16 +22,18 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from pipeline.data.codecs import DecodeError
 from pipeline.data.order import permutation
+from pipeline.data.pictures import DecodeError
 from pipeline.data.shard_writer import write_shard
 from pipeline.data.shards import INDEX_NAME, ROW, Shard, shard_name
 from pipeline.data.skipped import SKIPPED_NAME
 from pipeline.data.sources import Source, reader
+from pipeline.data.squares import Square
 from pipeline.runtime.errors import DataError, UserError
 from pipeline.runtime.work_folder import SETTINGS_NAME, WorkFolder, remove_folder, sum_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 took colours as they are stored, and damaged images as far as Pillow reads them."""
 WORK_FOLDER = ".prepare"
 MARKER = ".json"
 """Ending of a marker, after the name of its shard."""
@@ -44,22 +47,18 @@ class Job:
     Args:
         source: the images.
         out: the folder of the shards.
-        size: height and width of the packed images in pixels.
-        channels: 1 (gray) or 3 (RGB).
+        square: what is packed of an image.
         field: format of the packed images: ``npy``, ``png`` or ``jpg``.
         background: the colour behind transparent pixels, as the user wrote it.
-        colour: the same as (R, G, B), 0 to 255.
         seed: seed of the global shuffle.
         num_shards: number of tars.
     """
 
     source: Source
     out: Path
-    size: int
-    channels: int
+    square: Square
     field: str
     background: str
-    colour: tuple[int, int, int]
     seed: int
     num_shards: int
 
@@ -71,11 +70,11 @@ class Job:
             "source_kind": self.source.kind,
             "source_images": len(self.source.names),
             "source_sha256": self.source.digest,
-            "size": self.size,
-            "channels": self.channels,
+            "size": self.square.size,
+            "channels": self.square.channels,
             "format": self.field,
             "encoder": ENCODERS[self.field],
-            "crop": "upright by EXIF, central square",
+            "crop": self.square.describe(),
             "filter": "Pillow Lanczos, antialiased",
             "background": self.background,
             "seed": self.seed,
@@ -111,15 +110,15 @@ class Packed:
     """A finished shard, as its marker describes it.
 
     ``table`` holds its rows of the index (dtype ``ROW``). ``field`` is the image format, "" for an
-    empty shard. ``skipped`` lists (name, reason) of images that could not be read. ``enlarged``
-    counts images smaller than ``Job.size``.
+    empty shard. ``skipped`` lists (name, reason) of images that could not be read. ``done`` counts
+    what was done to images, like a conversion to sRGB.
     """
 
     shard: Shard
     table: NDArray[np.void]
     field: str
     skipped: list[tuple[str, str]]
-    enlarged: int
+    done: Counter[str]
 
 
 def pack(job: Job, number: int, report: Callable[[int], None]) -> None:
@@ -129,20 +128,20 @@ def pack(job: Job, number: int, report: Callable[[int], None]) -> None:
         DataError: the source cannot be read any more.
         OSError: the folder cannot be written.
     """
-    read = reader(job.source, job.size, job.channels, job.colour)
+    read = reader(job.source, job.square)
     skipped: list[tuple[str, str]] = []
-    enlarged = 0
+    done: Counter[str] = Counter()
     target = job.out / shard_name(number)
     partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         with write_shard(partial, job.field) as writer:
             for row in job.rows(number).tolist():
                 try:
-                    pixels, is_enlarged = read(row)
+                    pixels, notes = read(row)
                 except DecodeError as error:
                     skipped.append((job.source.names[row], str(error)))
                 else:
-                    enlarged += is_enlarged
+                    done.update(notes)
                     # The key is the row of the sorted listing, which leads back to the original.
                     writer.add(f"{row:08d}", pixels, int(job.source.labels[row]))
                 report(1)
@@ -155,7 +154,7 @@ def pack(job: Job, number: int, report: Callable[[int], None]) -> None:
         "table": table.tolist(),
         "field": job.field if len(table) else "",
         "skipped": skipped,
-        "enlarged": enlarged,
+        "done": done,
     }
     job.work.mark(_marker(number), {target.name: sums}, document)
 
@@ -182,7 +181,8 @@ def _packed(document: dict[str, Any]) -> Packed:
     if np.any(ends > shard.filesize) or np.any(table["offset"] > ends):  # beyond 64 bits
         raise ValueError("an image lies outside of its shard")
     skipped = [(str(name), str(why)) for name, why in document["skipped"]]
-    return Packed(shard, table, str(document["field"]), skipped, int(document["enlarged"]))
+    done = Counter({str(what): int(count) for what, count in document["done"].items()})
+    return Packed(shard, table, str(document["field"]), skipped, done)
 
 
 def num_unfinished(job: Job) -> int:
@@ -268,7 +268,7 @@ def tar_bytes(size: int, channels: int, field: str) -> int:
 
 def _check_room(job: Job) -> None:
     """Raise ``DataError`` if raw pixels cannot fit; the other formats have no known size."""
-    needed = tar_bytes(job.size, job.channels, job.field) * len(job.source.names)
+    needed = tar_bytes(job.square.size, job.square.channels, job.field) * len(job.source.names)
     free = shutil.disk_usage(job.out).free
     if job.field == "npy" and needed > free:
         raise DataError(

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from pipeline.data.cache import Cache
 from pipeline.data.checksums import check_bytes, unreadable
-from pipeline.data.codecs import DecodeError, decoder, npy_header
+from pipeline.data.codecs import decoder, npy_header
+from pipeline.data.pictures import DecodeError
 from pipeline.data.shards import Index
 from pipeline.data.tars import open_tar
 from pipeline.runtime.errors import CorruptSample, DataError

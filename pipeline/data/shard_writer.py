@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.codecs import Pixels, encode
-from pipeline.data.shards import NO_LABEL, ROW
+from pipeline.data.codecs import encode
+from pipeline.data.labels import NO_LABEL
+from pipeline.data.pictures import Pixels
+from pipeline.data.shards import ROW
 from pipeline.runtime.files import new_file
 
 

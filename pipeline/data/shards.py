@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,22 +24,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data import index_fields
-from pipeline.data.codecs import IMAGE_FIELDS
+from pipeline.data.codecs import MIXED
 from pipeline.data.remote import raise_on_stop, read_url
-from pipeline.data.tars import Tar, open_tar
 from pipeline.runtime.documents import DamagedFile, read_bytes, write_document
 from pipeline.runtime.errors import DataError
-from pipeline.runtime.files import is_folder, sha256_of, write_atomic
+from pipeline.runtime.files import is_folder, write_atomic
 from pipeline.runtime.host import remedy_of_file
-from pipeline.runtime.text import printable
 
 INDEX_NAME = "index.json"
 TABLE_NAME = "index.json.samples.npy"
 KIND = "wids-shard-index-v1"
 ROW = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<i4")])
-NO_LABEL = -1
-LARGEST_IMAGE, LONGEST_LABEL = 1 << 30, 1024
-"""Bytes of the largest image and of the longest file with a label."""
 LARGEST_INDEX = 32 << 20
 """Bytes; 100,000 shards take half of it. Parsed JSON may take 25 times as many."""
 
@@ -123,74 +117,9 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def scan(path: Path) -> tuple[Shard, NDArray[np.void], str]:
-    """Return (shard, rows of the table, extension of the images) of a tar, from its headers.
-
-    Raises:
-        DataError: the tar is compressed, truncated or not a WebDataset shard.
-        OSError: it cannot be read, which is no damage.
-    """
-    rows: list[tuple[int, int, int]] = []
-    fields: set[str] = set()
-    key, label, image, end = "", NO_LABEL, None, 0
-    try:
-        with open_tar(path) as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                if member.issparse():
-                    raise tarfile.ReadError(f"{printable(member.name)} is stored sparse")
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                if (sample := f"{folder}/{stem}") != key:
-                    if image is not None:
-                        rows.append((*image, label))
-                    key, label, image = sample, NO_LABEL, None
-                extension = extension.lower()
-                if extension in IMAGE_FIELDS and image is None:
-                    if member.size > LARGEST_IMAGE:
-                        raise tarfile.ReadError(f"{printable(member.name)} has {member.size} bytes")
-                    image = (member.offset_data, member.size)
-                    fields.add(extension)
-                elif extension == "cls":
-                    label = _label(tar, member, path)
-                end = member.offset_data + member.size
-            if image is not None:
-                rows.append((*image, label))
-            if rows and end > path.stat().st_size:
-                raise tarfile.ReadError("its last member ends past the end of the file")
-            tar.require_end()
-    except tarfile.ReadError as error:
-        raise DataError(
-            f"{path}: truncated, damaged or compressed: not readable as a plain tar ({error}). "
-            "Copy it again. Samples are read by offset, so unpack a .tar.gz first."
-        ) from None
-    size = path.stat().st_size
-    if len(fields) > 1:
-        raise DataError(f"{path}: images must share one extension; found {sorted(fields)}.")
-    if not rows and size > 10240:
-        raise DataError(f"{path}: holds no images; known extensions are {', '.join(IMAGE_FIELDS)}.")
-    shard = Shard(path.name, len(rows), size, sha256_of(path))
-    return shard, np.array(rows, dtype=ROW), fields.pop() if fields else ""
-
-
-def _label(tar: Tar, member: tarfile.TarInfo, path: Path) -> int:
-    name = printable(member.name)
-    try:
-        text = tar.content(member, LONGEST_LABEL).strip()
-        label = int(text)
-    except tarfile.ReadError as error:
-        raise DataError(f"{path}: {name} {error}: not an integer.") from None
-    except ValueError:
-        raise DataError(f"{path}: {name} holds {text[:20]!r}, not an integer.") from None
-    if not 0 <= label < 2**31:
-        raise DataError(f"{path}: {name} holds {label}; labels are 0 to 2**31 - 1.")
-    return label
-
-
 def write_index(
     folder: Path,
-    scans: Sequence[tuple[Shard, NDArray[np.void], str]],
+    scans: Sequence[tuple[Shard, NDArray[np.void], str, *tuple[Any, ...]]],
     shape: tuple[int, int, int],
     made_by: dict[str, Any],
 ) -> Index:
@@ -198,30 +127,28 @@ def write_index(
 
     Args:
         folder: where the tars are.
-        scans: what ``scan`` returned for each tar.
+        scans: (shard, rows of the table, format of its images) of each tar.
         shape: (H, W, C) of every image.
         made_by: how the images were made.
 
     Raises:
-        DataError: there are no images, or images of several formats.
+        DataError: there are no images.
     """
-    fields = {name for _, _, name in scans if name}
+    fields = {name for _, _, name, *_ in scans if name}
     if not fields:
         raise DataError(f"{folder}: the shards hold no images.")
-    if len(fields) > 1:
-        raise DataError(f"{folder}: images must share one extension; found {sorted(fields)}.")
-    table = np.concatenate([rows for _, rows, _ in scans])
+    table = np.concatenate([rows for _, rows, *_ in scans])
     raw = io.BytesIO()
     np.save(raw, table)
     write_atomic(folder / TABLE_NAME, raw.getvalue())
     document = {
         "__kind__": KIND,
         "wids_version": 1,
-        "field": fields.pop(),
+        "field": fields.pop() if len(fields) == 1 else MIXED,
         "shape": list(shape),
         "samples_sha256": hashlib.sha256(raw.getvalue()).hexdigest(),
         "made_by": made_by,
-        "shardlist": [asdict(shard) for shard, _, _ in scans],
+        "shardlist": [asdict(shard) for shard, *_ in scans],
     }
     write_document(folder / INDEX_NAME, document, indent=1)
     return read_index(str(folder))

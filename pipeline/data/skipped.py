@@ -1,17 +1,24 @@
-"""Write and show the list of the images that could not be read, ``skipped.txt``."""
+"""Say what became of every file of a source, and list the images that could not be read."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from pipeline.data.pictures import MISSING, UNENDED
+from pipeline.data.squares import ENLARGED
 from pipeline.runtime.console import printable, say
 from pipeline.runtime.documents import DamagedFile, read_bytes
 from pipeline.runtime.errors import DataError
 from pipeline.runtime.files import write_atomic
 
 SKIPPED_NAME = "skipped.txt"
+SKIPPED_SUM = "skipped_sha256"
+"""Key of the index: the checksum of ``skipped.txt``, None if there is none."""
+MOST_TYPES = 10
 MOST_LISTED = 10
 """Unreadable images named in the warning; ``skipped.txt`` lists all of them."""
 
@@ -30,7 +37,44 @@ def write_list(out: Path, skipped: Sequence[tuple[str, str]]) -> str | None:
     return hashlib.sha256(content).hexdigest()
 
 
-def report(skipped: int, out: Path, strict: bool, sha256: str | None) -> None:
+def listed_types(left_out: Mapping[str, int]) -> str:
+    """Return the most frequent reasons for which files are left out, with their numbers."""
+    found = Counter(left_out).most_common(MOST_TYPES + 1)
+    types = [
+        f"{n} {printable(suffix[:60])}"
+        + (f" (pip install {MISSING[suffix]})" if suffix in MISSING else "")
+        for suffix, n in found[:MOST_TYPES]
+    ]
+    return ", ".join([*types, *(["..."] if len(found) > MOST_TYPES else [])])
+
+
+def account(counts: dict[str, Any], images: int, out: Path, strict: bool) -> None:
+    """Say in one line what became of every file of the source.
+
+    Raises:
+        DataError: ``strict``, and a file is not an image that is used as it is stored.
+    """
+    skipped, left_out = counts.get("skipped", 0), counts.get("left_out", {})
+    done = {what: n for what, n in counts.get("done", {}).items() if n}
+    what_became = [f"{images - skipped} used"]
+    what_became += [f"{n} of them {what}" for what, n in done.items()]
+    what_became += [f"{skipped} cannot be read"] * bool(skipped)
+    if left_out:
+        what_became.append(f"{sum(left_out.values())} not used: {listed_types(left_out)}")
+    line = f"{images + sum(left_out.values())} files: {'; '.join(what_became)}"
+    if strict and skipped:
+        _report(skipped, out, strict, counts.get(SKIPPED_SUM))
+    if strict and (left_out or counts.get("said") or done.keys() - {ENLARGED, UNENDED}):
+        more = "".join(f"\n  {line}" for line in counts.get("said", []))
+        raise DataError(
+            f"--strict: {line}{more}\nGive a source in which every file is an image that is "
+            "used as it is stored, or leave out --strict."
+        )
+    _report(skipped, out, strict, counts.get(SKIPPED_SUM))
+    say(f"note: {line}")
+
+
+def _report(skipped: int, out: Path, strict: bool, sha256: str | None) -> None:
     """Warn about images that could not be read, or raise ``DataError`` if ``strict``.
 
     Args:

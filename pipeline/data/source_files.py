@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from pipeline.data.codecs import DecodeError, reason
+from pipeline.data.pictures import DecodeError, reason
 from pipeline.runtime.documents import NOT_DAMAGE, DamagedFile, open_regular
 
 LARGEST_FILE = 256 << 20
@@ -60,20 +60,9 @@ def read_span(path: Path, offset: int, length: int | None) -> bytes:
         raise DecodeError(str(error.strerror)) from None
 
 
-def zip_images(path: Path) -> dict[str, zipfile.ZipInfo]:
-    """Return the files in a zip archive by name, without hidden ones; the last of equal names.
-
-    Raises:
-        DamagedFile: it is no readable archive.
-        OSError: it cannot be read, which is no damage.
-    """
-    with open_zip(path) as archive:
-        return {entry.filename: entry for entry in archive.infolist() if not _is_hidden(entry)}
-
-
-def _is_hidden(entry: zipfile.ZipInfo) -> bool:
-    parts = PurePosixPath(entry.filename).parts
-    return entry.is_dir() or any(part.startswith(".") or part == "__MACOSX" for part in parts)
+def is_hidden(name: str) -> bool:
+    """Return whether a file of an archive is hidden, or one of those that macOS adds."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
@@ -90,15 +79,13 @@ def open_zip(path: Path) -> zipfile.ZipFile:
         raise DamagedFile(f"not a readable zip archive: {reason(error)}") from None
 
 
-def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
+def read_member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
     """Return the bytes of a member of a zip archive.
 
     Raises:
         DecodeError: it is damaged, larger than ``LARGEST_FILE``, or packed by an unusual method.
-        KeyError: the archive has no such member.
         OSError: the archive cannot be read, which is no damage.
     """
-    entry = archive.getinfo(name)
     if entry.compress_type not in METHODS:
         raise DecodeError(f"packed by method {entry.compress_type}; unpack the archive first")
     if entry.file_size > LARGEST_FILE:

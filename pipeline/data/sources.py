@@ -1,50 +1,46 @@
-"""List the images of a folder, zip archive, IDX file or set of tars, and read them as squares.
+"""List the images of a source, and read them as squares.
 
 A ``Source`` is a listing in a fixed order, made without decoding an image. ``reader`` reads the
-images in a worker process; ``to_square`` crops and resizes them, for every kind of source.
+images in a worker process and makes squares of them, for every kind of source.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-from pipeline.data.codecs import (
+from pipeline.data.codecs import NPY, npy_image
+from pipeline.data.folders import Listing, choose_split, labels_of, list_folder, list_zip
+from pipeline.data.idx_files import fashion_mnist, idx_file, read_idx
+from pipeline.data.pictures import (
+    SUFFIXES,
     DecodeError,
     Pixels,
-    flatten,
-    npy_image,
     open_pillow,
     reason,
-    require_pixels,
+    require_intact,
 )
-from pipeline.data.idx_files import fashion_mnist, idx_file, read_idx
-from pipeline.data.shards import NO_LABEL, scan
-from pipeline.data.source_files import open_zip, read_file, read_member, read_span, zip_images
+from pipeline.data.skipped import listed_types
+from pipeline.data.source_files import open_zip, read_file, read_member, read_span
+from pipeline.data.squares import Square
+from pipeline.data.tar_scan import lines, number_classes, scan
 from pipeline.runtime.console import printable
-from pipeline.runtime.documents import NOT_DAMAGE, DamagedFile, open_regular
+from pipeline.runtime.documents import DamagedFile, open_regular
 from pipeline.runtime.errors import DataError
 from pipeline.runtime.files import exists
 from pipeline.runtime.host import remedy_of_file
 
-SUFFIXES = (
-    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".dib"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".tga"),
-)
-MOST_FOLDERS = 1_000_000
-"""Folders that are listed; links between a dozen folders make more paths than this."""
-MOST_TYPES = 10
+Stored = bytes | Pixels
+"""An image of a source: the bytes of a file, or its pixels, uint8 (H, W) or (H, W, C)."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +48,16 @@ class Source:
     """A listing of N images.
 
     Args:
-        kind: ``folder``, ``zip``, ``idx`` or ``tars``.
+        kind: ``folder``, ``zip``, ``idx``, ``tars``, ...
         location: the path, or ``fashion-mnist``.
         names: unique names in a fixed order; sorted for folders and zip archives.
         labels: int32 (N,), ``NO_LABEL`` where unknown.
         digest: hex sha256 that changes when an image is added, removed or renamed, or replaced by
             one of another size.
+        opener: called once in a worker process; returns a function that reads the image of a row.
         classes: names of the classes, by label; empty if unknown.
-        ignored: number of files that are no images, by extension.
-        pixels: all images, uint8 (N, H, W), of an IDX file; None for other kinds.
-        spans: (tar, offset, length, extension) of each image, for tars.
+        left_out: number of files that are not used, by extension or reason.
+        said: lines for the user about files that are used.
     """
 
     kind: str
@@ -69,156 +65,156 @@ class Source:
     names: Sequence[str]
     labels: NDArray[np.int32]
     digest: str
+    opener: Callable[[], Callable[[int], Stored]]
     classes: tuple[str, ...] = ()
-    ignored: dict[str, int] = field(default_factory=dict)
-    pixels: Pixels | None = None
-    spans: Sequence[tuple[str, int, int, str]] = ()
+    left_out: dict[str, int] = field(default_factory=dict)
+    said: list[str] = field(default_factory=list)
 
 
-def find(name: str, *, split: str, idx: str | None, download: bool) -> Source:
-    """List the source that a user names: ``fashion-mnist``, a folder or a zip archive.
+@dataclass(frozen=True)
+class Choice:
+    """What to take of a source, as the user said.
 
     Args:
-        name: the source.
-        split: ``train`` or ``test``; which IDX files to read.
+        split: part of a data set: ``train``, ``test``, a folder, or ``all``; None: not said.
         idx: folder of the IDX files of fashion-mnist; None = the usual places.
         download: whether fashion-mnist may be downloaded.
+        image_field: which of several images of a sample to use; None: all.
+        label_field: where the label is; None: the usual names.
+    """
+
+    split: str | None = None
+    idx: str | None = None
+    download: bool = True
+    image_field: str | None = None
+    label_field: str | None = None
+
+
+def find(name: str, choice: Choice) -> Source:
+    """List the source that a user names: ``fashion-mnist``, a folder, a zip archive, ...
 
     Raises:
         DataError: the source does not exist, holds no images, or is damaged.
         OSError: it cannot be read, which is no damage.
     """
+    idx_split = "test" if choice.split == "test" else "train"
     if name == "fashion-mnist":
-        return _idx(fashion_mnist(split, idx, download), split, name)
+        return _idx(fashion_mnist(idx_split, choice.idx, choice.download), idx_split, name)
     path = Path(name).expanduser()
     if path.is_file():
+        if path.suffix == ".tar":
+            return _tars(path.parent, [path], choice)
         with open_regular(path) as file:
             if zipfile.is_zipfile(file):
-                return _zip(path)
+                return _zip(path, choice)
     if not path.is_dir():
         found = "is not a zip archive" if path.exists() else "no such folder or file"
         raise DataError(
             f"SOURCE ({name}): {found}. Give a folder of images, of IDX files or of tars, a zip "
             "archive of images, or the word fashion-mnist."
         )
-    if idx_file(path, split, "images"):
-        return _idx(path, split, name)
+    if idx_file(path, idx_split, "images"):
+        return _idx(path, idx_split, name)
     tars = sorted(path.glob("*.tar"))
-    return _tars(path, tars) if tars else _folder(path)
+    return _tars(path, tars, choice) if tars else _folder(path, choice)
 
 
 # -- the kinds ----------------------------------------------------------------------------------
 
 
-def _folder(root: Path) -> Source:
-    names, sizes, ignored = [], [], Counter[str]()
-    # (folder, its name in the listing, the folders above it)
-    left: list[tuple[Path, str, frozenset[tuple[int, int]]]] = [(root, "", frozenset())]
-    visited = 0
-    while left:
-        folder, prefix, above = left.pop()
-        status = folder.stat()
-        if (inode := (status.st_dev, status.st_ino)) in above:
-            continue  # a link to a folder that contains the link
-        if (visited := visited + 1) > MOST_FOLDERS:
-            raise DataError(
-                f"SOURCE ({root}): has more than {MOST_FOLDERS} folders; links may lead from one "
-                f"to the next, e.g. {printable(prefix[-200:])}. Remove the links."
-            )
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                size = _size_of(entry)
-                if size is None:
-                    left.append((folder / entry.name, f"{prefix}{entry.name}/", above | {inode}))
-                elif (suffix := PurePosixPath(entry.name).suffix.lower()) in SUFFIXES:
-                    names.append(f"{prefix}{entry.name}")
-                    sizes.append(size)
-                else:
-                    ignored[suffix or "no extension"] += 1
-    return _listed("folder", root, names, sizes, ignored)
+def _folder(root: Path, choice: Choice) -> Source:
+    def opener() -> Callable[[int], Stored]:
+        return lambda row: read_file(root / source.names[row])
+
+    source = _listed("folder", root, list_folder(root), opener, choice)
+    return source
 
 
-def _size_of(entry: os.DirEntry[str]) -> int | None:
-    """Return the size of a file, -1 for what cannot be one, like a dangling link; None: a folder.
+def _zip(path: Path, choice: Choice) -> Source:
+    found, places = list_zip(path)
+    crcs = dict(zip(found.names, zip(places, found.sizes, strict=True), strict=True))
 
-    Raises:
-        OSError: it cannot be looked at, which says nothing about it.
-    """
-    try:
-        if entry.is_dir():
-            return None
-        return entry.stat().st_size if entry.is_file() else -1
-    except OSError as error:
-        if error.errno in NOT_DAMAGE:
-            raise
-        return -1  # a link to itself
+    def opener() -> Callable[[int], Stored]:
+        archive = cache(lambda: open_zip(path))  # opened when the first image is read
 
+        def read(row: int) -> bytes:
+            entries = archive().infolist()
+            (place, name), crc = crcs[source.names[row]]
+            here = entries[place : place + 1]
+            if [(entry.filename, entry.CRC) for entry in here] != [(name, crc)]:
+                raise DamagedFile("another image stands in its place")
+            return read_member(archive(), here[0])
 
-def _zip(path: Path) -> Source:
-    names, sizes, ignored = [], [], Counter[str]()
-    try:
-        members = zip_images(path)
-    except DamagedFile as error:
-        raise DataError(f"SOURCE ({path}): {error}.") from None
-    for name, entry in members.items():
-        if entry.flag_bits & 1:
-            raise DataError(f"SOURCE ({path}): encrypted; unpack it into a folder first.")
-        if (suffix := PurePosixPath(name).suffix.lower()) in SUFFIXES:
-            names.append(name)
-            sizes.append(entry.CRC)
-        else:
-            ignored[suffix or "no extension"] += 1
-    return _listed("zip", path, names, sizes, ignored)
+        return read
+
+    source = _listed("zip", path, found, opener, choice)
+    return source
 
 
 def _listed(
-    kind: str, path: Path, names: list[str], sizes: list[int], ignored: Counter[str]
+    kind: str,
+    path: Path,
+    found: Listing,
+    opener: Callable[[], Callable[[int], Stored]],
+    choice: Choice,
 ) -> Source:
-    """Sort the names, and label them by their top folders as torchvision's ImageFolder does."""
-    if not names:
-        types = listed_types(ignored) or "no files"
+    if not found.names:
+        types = listed_types(found.left_out) or "no files"
         raise DataError(
             f"SOURCE ({path}): holds no images (found: {types}). Known types are "
             f"{' '.join(SUFFIXES)}."
         )
-    order = sorted(range(len(names)), key=names.__getitem__)
-    names = [names[i] for i in order]
-    parts = [PurePosixPath(name).parts for name in names]
-    # If all of an archive is in one folder, the name of this folder is no class.
-    if kind == "zip" and all(len(p) > 1 and p[0] == parts[0][0] for p in parts):
-        parts = [p[1:] for p in parts]
-    classes = sorted({p[0] for p in parts}) if all(len(p) > 1 for p in parts) else []
-    number = {name: k for k, name in enumerate(classes)}
-    labels = np.array([number.get(p[0], NO_LABEL) for p in parts], np.int32)
-    digest = hashlib.sha256()
-    for name, i in zip(names, order, strict=True):
-        digest.update(f"{name}\0{sizes[i]}\0".encode("utf-8", "surrogateescape"))
-    return Source(kind, str(path), names, labels, digest.hexdigest(), tuple(classes), dict(ignored))
+    found = choose_split(found, choice.split, str(path))
+    labels, classes = labels_of(found, str(path))
+    return Source(
+        kind=kind,
+        location=str(path),
+        names=found.names,
+        labels=labels,
+        digest=found.digest,
+        opener=opener,
+        classes=classes,
+        left_out=dict(found.left_out),
+        said=found.said,
+    )
 
 
-def listed_types(ignored: Mapping[str, int]) -> str:
-    """Return the most frequent extensions of files that are no images, with their numbers."""
-    found = Counter(ignored).most_common(MOST_TYPES + 1)
-    types = [f"{n} {printable(suffix[:20])}" for suffix, n in found[:MOST_TYPES]]
-    return ", ".join([*types, *(["..."] if len(found) > MOST_TYPES else [])])
-
-
-def _tars(folder: Path, paths: list[Path]) -> Source:
-    spans: list[tuple[str, int, int, str]] = []
-    names, labels, digest = [], [], hashlib.sha256()
-    for path in paths:
-        shard, rows, extension = scan(path)
-        digest.update(f"{shard.nsamples} {shard.sha256}\n".encode())
-        for row, (offset, length, label) in enumerate(rows.tolist()):
-            spans.append((path.name, offset, length, extension))
-            names.append(f"{path.name}#{row}")
-            labels.append(label)
+def _tars(folder: Path, paths: list[Path], choice: Choice) -> Source:
+    scans, classes, said = number_classes(
+        [scan(path, choice.image_field, choice.label_field) for path in paths]
+    )
+    spans: list[tuple[str, int, int]] = []
+    names, left_out, digest = list[str](), Counter[str](), hashlib.sha256()
+    for path, one in zip(paths, scans, strict=True):
+        digest.update(f"{one.shard.nsamples} {one.shard.sha256}\n".encode())
+        spans += [(path.name, offset, length) for offset, length, _ in one.table.tolist()]
+        seen = Counter[str]()
+        for name in one.contents.names:
+            seen[name] += 1
+            names.append(f"{path.name}/{name}" + (f" ({seen[name]})" if seen[name] > 1 else ""))
+        left_out.update(one.contents.left_out)
     if not spans:
         raise DataError(f"SOURCE ({folder}): its {len(paths)} tars hold no images.")
-    numbers = np.array(labels, np.int32)
-    return Source("tars", str(folder), names, numbers, digest.hexdigest(), spans=spans)
+    labels = np.concatenate([one.table["label"] for one in scans]).astype(np.int32)
+
+    def opener() -> Callable[[int], Stored]:
+        def read(row: int) -> bytes:
+            name, offset, length = spans[row]
+            return read_span(folder / name, offset, length)
+
+        return read
+
+    return Source(
+        kind="tars",
+        location=str(folder if len(paths) != 1 else paths[0]),
+        names=names,
+        labels=labels,
+        digest=digest.hexdigest(),
+        opener=opener,
+        classes=classes,
+        left_out=dict(left_out),
+        said=lines([one.contents for one in scans]) + said,
+    )
 
 
 def _idx(folder: Path, split: str, location: str) -> Source:
@@ -231,45 +227,38 @@ def _idx(folder: Path, split: str, location: str) -> Source:
         )
     digest = hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest()
     names = [f"{split}[{i}]" for i in range(len(pixels))]
-    return Source("idx", location, names, labels.astype(np.int32), digest, pixels=pixels)
+    labelled = labels.astype(np.int32)
+    return Source("idx", location, names, labelled, digest, lambda: lambda row: pixels[row])
 
 
 # -- one image ----------------------------------------------------------------------------------
 
 
-def reader(
-    source: Source, size: int, channels: int, background: tuple[int, int, int]
-) -> Callable[[int], tuple[Pixels, bool]]:
-    """Return a function that reads the image of a row and returns ``to_square`` of it.
+def reader(source: Source, square: Square) -> Callable[[int], tuple[Pixels, list[str]]]:
+    """Return a function that reads the image of a row and returns (square, what was done to it).
 
     Each process makes its own. The function raises ``DecodeError`` if one image cannot be read, and
     ``DataError`` if the source cannot: if a file system goes away, its images are not damaged.
     """
-    if (pixels := source.pixels) is not None:
-        return lambda row: to_square(Image.fromarray(pixels[row]), size, channels, background)
-    folder = Path(source.location).expanduser()
-    archive = cache(lambda: open_zip(folder))  # opened once, when the first image is read
+    location = Path(source.location).expanduser()
+    read = source.opener()
 
-    def read(row: int) -> bytes:
-        if source.kind == "zip":
-            return read_member(archive(), source.names[row])
-        if not source.spans:
-            return read_file(folder / source.names[row])
-        name, offset, length, _ = source.spans[row]
-        return read_span(folder / name, offset, length)
-
-    def pixels_of(row: int) -> tuple[Pixels, bool]:
+    def pixels_of(row: int) -> tuple[Pixels, list[str]]:
         try:
-            raw = memoryview(read(row))
-            if source.spans and source.spans[row][3] == "npy":
-                return to_square(npy_image(raw), size, channels, background)
-            with open_pillow(raw) as image:
-                return to_square(image, size, channels, background)
+            stored = read(row)
+            if isinstance(stored, np.ndarray):
+                return square.of(Image.fromarray(stored))
+            if stored[:6] == NPY:
+                return square.of(npy_image(memoryview(stored)))
+            with open_pillow(memoryview(stored)) as image:
+                said = require_intact(memoryview(stored), image)
+                pixels, done = square.of(image)
+                return pixels, said + done
         except DecodeError:
-            if not exists(folder):  # the file system went away
+            if source.kind != "idx" and not exists(location):  # the file system went away
                 raise _gone(source, row, "the source is gone") from None
             raise
-        except (DamagedFile, KeyError) as error:
+        except DamagedFile as error:
             raise _gone(source, row, f"the archive was changed: {reason(error)}") from None
         except OSError as error:
             raise _gone(
@@ -285,29 +274,3 @@ def _gone(source: Source, row: int, why: str) -> DataError:
         f"{printable(source.names[row])}: cannot be read from {source.location}: {why}. When it "
         "can be read again, the same command continues."
     )
-
-
-def to_square(
-    image: Image.Image, size: int, channels: int, background: tuple[int, int, int]
-) -> tuple[Pixels, bool]:
-    """Return ((size, size, channels) uint8 pixels, whether they were enlarged) of a Pillow image.
-
-    The image is turned upright by EXIF, composited on the background, cropped to the central square
-    and resized with an antialiased Lanczos filter. Of an animation the first frame is used.
-
-    Raises:
-        DecodeError: it has more than ``MOST_PIXELS`` pixels, or none.
-    """
-    require_pixels(image.size)
-    image.load()
-    with contextlib.suppress(Exception):  # damaged metadata: viewers show the image as stored
-        ImageOps.exif_transpose(image, in_place=True)
-    # Composite before the filter, which would mix in the colours of transparent pixels.
-    image = flatten(image, channels, background)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    if image.size != (side, side):
-        image = image.crop((left, top, left + side, top + side))
-    if side != size:
-        image = image.resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image).reshape(size, size, channels), side < size

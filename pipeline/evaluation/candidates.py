@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from pipeline.config.loading import load
 from pipeline.config.schema import DataConfig, ModelConfig
 from pipeline.data.cache import Cache
-from pipeline.data.codecs import DecodeError
 from pipeline.data.order import permutation
+from pipeline.data.pictures import DecodeError
 from pipeline.data.reader import Reader
 from pipeline.data.shards import Index
 from pipeline.evaluation.protocol import PURPOSE
@@ -241,15 +241,16 @@ def images_in_folder(location: str, shape: tuple[int, int, int], count: int) -> 
         EvaluationError: there are fewer than ``count``.
     """
     from pipeline.data import sources  # imports the decoders of all formats
+    from pipeline.data.squares import Square
 
-    source = sources.find(location, split="train", idx=None, download=False)
+    source = sources.find(location, sources.Choice(download=False))
     if (available := len(source.names)) < count:
         raise EvaluationError(
             f"eval.num_images is {count}, but --images {location} has {available} images. Add "
             f"images, or set eval.num_images={available} (scores of different N are not "
             "comparable)."
         )
-    read = sources.reader(source, shape[0], shape[2], WHITE)
+    read = sources.reader(source, Square(shape[0], shape[2]))
     rows = np.sort(chosen_ids(available, count)).tolist()
 
     def read_image(row: int) -> NDArray[np.uint8]:

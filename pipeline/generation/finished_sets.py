@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.codecs import DecodeError, npy_header, parse_npy
+from pipeline.data.codecs import npy_header, parse_npy
+from pipeline.data.pictures import DecodeError
 from pipeline.data.shards import INDEX_NAME, read_index
 from pipeline.generation.image_files import PIECE
 from pipeline.generation.image_set import ImageSet

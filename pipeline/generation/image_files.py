@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.codecs import encode, npy_header
+from pipeline.data.labels import NO_LABEL
 from pipeline.data.shard_writer import write_shard
-from pipeline.data.shards import NO_LABEL
 from pipeline.generation.image_set import ImageSet
 from pipeline.runtime.documents import open_regular
 from pipeline.runtime.errors import GenerationError

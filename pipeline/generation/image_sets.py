@@ -19,7 +19,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from pipeline.data.shards import scan, shard_name, write_index
+from pipeline.data.shards import shard_name, write_index
+from pipeline.data.tar_scan import scan
 from pipeline.generation.finished_sets import (
     RECORD_NAME,
     read_record,

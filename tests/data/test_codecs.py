@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.codecs import DecodeError, decoder, encode, flatten, shape_of
+from pipeline.data.codecs import decoder, encode, shape_of
+from pipeline.data.pictures import DecodeError, flatten
 
 
 def stored(image, kind, **options):

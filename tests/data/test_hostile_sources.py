@@ -26,10 +26,12 @@ import pytest
 from launching import REPO, environment
 from PIL import Image
 
-from pipeline.data import codecs, idx_files, source_files, sources
-from pipeline.data.codecs import DecodeError, Pixels, decoder, npy_image, read_npy, shape_of
+from pipeline.data import folders, idx_files, pictures, source_files
+from pipeline.data.codecs import decoder, npy_image, read_npy, shape_of
+from pipeline.data.pictures import DecodeError, Pixels
 from pipeline.data.shards import read_index
-from pipeline.data.sources import Source, find, reader, to_square
+from pipeline.data.sources import Choice, Source, find, reader
+from pipeline.data.squares import Square
 from pipeline.runtime.errors import DataError
 
 WHITE = (255, 255, 255)
@@ -68,11 +70,11 @@ def skipped(out: Path) -> dict[str, str]:
 
 
 def found_in(location: Path) -> Source:
-    return find(str(location), split="train", idx=None, download=False)
+    return find(str(location), Choice(download=False))
 
 
-def read_of(source: Source) -> Callable[[int], tuple[Pixels, bool]]:
-    return reader(source, 8, 3, WHITE)
+def read_of(source: Source) -> Callable[[int], tuple[Pixels, list[str]]]:
+    return reader(source, Square(8, 3))
 
 
 def good_png() -> bytes:
@@ -159,8 +161,8 @@ BOMBS = {
 
 def test_a_webp_of_no_bits_per_pixel_is_a_valid_image() -> None:
     """So that the large one is refused for its size alone."""
-    with codecs.open_pillow(memoryview(webp(300, 200))) as image:
-        assert to_square(image, 8, 3, WHITE)[0].shape == (8, 8, 3)
+    with pictures.open_pillow(memoryview(webp(300, 200))) as image:
+        assert Square(8, 3).of(image)[0].shape == (8, 8, 3)
 
 
 @pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0II*\0"}])
@@ -171,7 +173,7 @@ def test_the_size_of_a_webp_is_read_from_its_header(
     """Before Pillow's plugin, which makes room for its pixels at once."""
     out = io.BytesIO()
     Image.new("RGB", size).save(out, "WEBP", **options)
-    assert codecs._webp_size(memoryview(out.getvalue())) == size
+    assert pictures._webp_size(memoryview(out.getvalue())) == size
 
 
 def test_bombs_devices_and_lies_in_a_folder_are_lines_of_skipped_txt(tmp_path: Path) -> None:
@@ -210,7 +212,8 @@ def test_bombs_devices_and_lies_in_a_folder_are_lines_of_skipped_txt(tmp_path: P
     bad.pop("endless.png", None)
     assert list(bad) == ["\\x1b[31mred\\x0a\\udcff.png", "\\u202egnp.png"]
     assert "\\x1b[2j" in said  # the extension of a file that is no image
-    assert read_index(str(out)).num_samples == 3
+    assert read_index(str(out)).num_samples == 4  # a.png twice
+    assert "1 files have the name of another in the archive" in said
 
 
 def test_a_folder_without_an_image_says_what_it_holds_on_one_line(tmp_path: Path) -> None:
@@ -240,7 +243,7 @@ def test_deep_folders_are_listed_and_links_in_circles_end(
         os.chdir(here)
         subprocess.run(["rm", "-rf", deep], check=True)  # pytest would recurse as deep
 
-    monkeypatch.setattr(sources, "MOST_FOLDERS", 1000)
+    monkeypatch.setattr(folders, "MOST_FOLDERS", 1000)
     knot = tmp_path / "knot"
     for name in "abcdefgh":  # 8! ways through them
         (knot / name).mkdir(parents=True)
@@ -288,7 +291,8 @@ def test_bombs_and_odd_members_of_a_zip_are_lines_of_skipped_txt(tmp_path: Path)
     assert "CRC" in bad.pop("lies.png")
     assert "has 13000 x 13000 pixels" in bad.pop("huge.webp")
     assert list(bad) == ["\\x1b[31mred\\x0a.png"]
-    assert read_index(str(out)).num_samples == 3
+    assert read_index(str(out)).num_samples == 4  # a.png twice
+    assert "1 files have the name of another in the archive" in said
     assert not (tmp_path / "above.png").exists()
 
 
@@ -553,13 +557,13 @@ def test_a_plugin_that_cannot_be_loaded_is_no_unknown_format() -> None:
     """Pillow loads its plugins when it first meets an unusual format: with no file left to open."""
     code = (
         "import io, os, resource, sys\n"
-        "from pipeline.data import codecs\n"
+        "from pipeline.data import pictures\n"
         "free = os.open('/dev/null', 0); os.close(free)\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (free, free))\n"
         "try:\n"
-        "    with codecs.open_pillow(memoryview(bytes.fromhex(sys.argv[1]))) as image:\n"
+        "    with pictures.open_pillow(memoryview(bytes.fromhex(sys.argv[1]))) as image:\n"
         "        image.load()\n"
-        "except codecs.DecodeError as error: print('damaged', error)\n"
+        "except pictures.DecodeError as error: print('damaged', error)\n"
         "except (OSError, ImportError) as error: print('system', error)\n"
     )
     words = [sys.executable, "-c", code, webp(16, 16).hex()]
@@ -573,14 +577,14 @@ def test_too_little_memory_is_never_a_damaged_image(size: int, kind: str) -> Non
     code = (
         "import io, resource, sys\n"
         "from PIL import Image\n"
-        "from pipeline.data import codecs, sources\n"
+        "from pipeline.data import pictures\nfrom pipeline.data.squares import Square\n"
         "Image.init()\n"
         "raw = memoryview(bytes.fromhex(sys.stdin.read()))\n"
         "now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (now + int(sys.argv[1]),) * 2)\n"
         "try:\n"
-        "    with codecs.open_pillow(raw) as image: sources.to_square(image, 8, 3, (0, 0, 0))\n"
-        "except codecs.DecodeError as error: print('damaged', error)\n"
+        "    with pictures.open_pillow(raw) as image: Square(8, 3).of(image)\n"
+        "except pictures.DecodeError as error: print('damaged', error)\n"
         "except MemoryError: print('memory')\n"
         "else: print('read')\n"
     )
@@ -641,7 +645,7 @@ def test_a_converted_image_does_not_depend_on_the_bands(monkeypatch: pytest.Monk
     palette.info["transparency"] = 7
     for image in [*images, palette]:
         for channels in (1, 3):
-            monkeypatch.setattr(codecs, "BAND_PIXELS", 1 << 22)
-            whole = np.asarray(codecs.flatten(image, channels, (1, 200, 99)))
-            monkeypatch.setattr(codecs, "BAND_PIXELS", 130)
-            assert np.array_equal(codecs.flatten(image, channels, (1, 200, 99)), whole)
+            monkeypatch.setattr(pictures, "BAND_PIXELS", 1 << 22)
+            whole = np.asarray(pictures.flatten(image, channels, (1, 200, 99)))
+            monkeypatch.setattr(pictures, "BAND_PIXELS", 130)
+            assert np.array_equal(pictures.flatten(image, channels, (1, 200, 99)), whole)

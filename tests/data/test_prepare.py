@@ -22,10 +22,12 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from pipeline.data import packing
 from pipeline.data.cache import Cache
-from pipeline.data.codecs import DecodeError
+from pipeline.data.pictures import DecodeError
 from pipeline.data.reader import Reader
-from pipeline.data.shards import read_index, scan
-from pipeline.data.sources import find, reader, to_square
+from pipeline.data.shards import read_index
+from pipeline.data.sources import Choice, find, reader
+from pipeline.data.squares import ENLARGED, Square
+from pipeline.data.tar_scan import scan
 from pipeline.runtime.documents import read_document, write_document
 from pipeline.runtime.errors import DataError
 from pipeline.runtime.work_folder import WorkFolder
@@ -120,7 +122,7 @@ def test_exif_orientation_is_undone_once(kind, orientation):
     out = io.BytesIO()
     Image.fromarray(noise(16, 16, 3)).save(out, kind, exif=exif)
     with Image.open(out) as image:
-        pixels, _ = to_square(image, 16, 3, WHITE)
+        pixels, _ = Square(16, 3).of(image)
     with Image.open(out) as image:
         expected = np.asarray(ImageOps.exif_transpose(image))
     assert np.array_equal(pixels, expected)
@@ -135,7 +137,7 @@ def test_orientation_in_the_old_text_chunk_of_png_files_is_undone():
     array = noise(16, 16, 3)
     Image.fromarray(array).save(out, "PNG", pnginfo=text)
     with Image.open(out) as image:
-        assert np.array_equal(to_square(image, 16, 3, WHITE)[0], np.rot90(array, -1))
+        assert np.array_equal(Square(16, 3).of(image)[0], np.rot90(array, -1))
 
 
 @pytest.mark.parametrize("damaged", [b"", b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\0", b"noise" * 9])
@@ -144,7 +146,7 @@ def test_an_image_with_damaged_metadata_is_shown_as_stored(damaged):
     array, out = noise(16, 16, 3), io.BytesIO()
     Image.fromarray(array).save(out, "PNG", exif=damaged)
     with Image.open(out) as image:
-        assert np.array_equal(to_square(image, 16, 3, WHITE)[0], array)
+        assert np.array_equal(Square(16, 3).of(image)[0], array)
 
 
 def test_crop_is_central_and_comes_before_the_resize():
@@ -152,17 +154,17 @@ def test_crop_is_central_and_comes_before_the_resize():
     wide[:, 10:20] = (0, 255, 0)
     for array in (wide, wide.transpose(1, 0, 2)):
         for size in (10, 5, 20):
-            pixels, enlarged = to_square(Image.fromarray(array), size, 3, WHITE)
+            pixels, enlarged = Square(size, 3).of(Image.fromarray(array))
             assert pixels.shape == (size, size, 3)
             assert (pixels == (0, 255, 0)).all()
-            assert enlarged == (size > 10)
+            assert (ENLARGED in enlarged) == (size > 10)
 
 
 def test_resize_is_antialiased():
     """One-pixel stripes average to gray; a filter that samples points would keep black or white."""
     stripes = np.zeros((64, 64), np.uint8)
     stripes[:, ::2] = 255
-    pixels, _ = to_square(Image.fromarray(stripes), 8, 1, WHITE)
+    pixels, _ = Square(8, 1).of(Image.fromarray(stripes))
     assert np.abs(pixels[:, 1:-1].astype(int) - 128).max() <= 2
 
 
@@ -170,7 +172,7 @@ def test_hidden_colours_of_transparent_pixels_do_not_bleed():
     array = np.zeros((16, 16, 4), np.uint8)
     array[:, :8] = (255, 0, 0, 255)
     array[:, 8:] = (0, 255, 0, 0)  # green that nobody sees
-    pixels, _ = to_square(Image.fromarray(array), 5, 3, WHITE)
+    pixels, _ = Square(5, 3).of(Image.fromarray(array))
     assert np.array_equal(pixels[..., 1], pixels[..., 2])  # only mixtures of red and white
     assert (pixels[..., 0] == 255).all()
 
@@ -278,8 +280,8 @@ def test_labels_are_those_of_image_folder_and_webdataset_reads_them(labelled):
 def test_the_index_places_samples_where_the_headers_do(labelled):
     index = read_index(str(labelled / "one"))
     scans = [scan(labelled / "one" / shard.url) for shard in index.shards]
-    assert np.array_equal(np.concatenate([table for _, table, _ in scans]), index.table)
-    assert [shard for shard, _, _ in scans] == list(index.shards)
+    assert np.array_equal(np.concatenate([one.table for one in scans]), index.table)
+    assert [one.shard for one in scans] == list(index.shards)
 
 
 def test_two_workers_write_the_bytes_of_one(labelled):
@@ -375,7 +377,13 @@ def test_a_marker_sealed_anew_leads_nowhere_else(labelled, unfinished, tmp_path)
         *({"files": files} for files in ({"../mine": [1, "0"]}, {"": [1, "0"]}, {"..": [1, "0"]})),
         *({"files": files} for files in ({}, 3, {marker.name.removesuffix(".json"): 3})),
         *({"table": table} for table in (3, [["a"]], [[2**70, 1, 1]], [[10**9, 1, 1]])),
-        *({"skipped": [3]}, {"enlarged": "many"}, {"part": "other"}, {"settings": "other"}),
+        *(
+            {"skipped": [3]},
+            {"done": {"turned": "x"}},
+            {"done": 3},
+            {"part": "other"},
+            {"settings": "other"},
+        ),
     ]
     work = WorkFolder(
         marker.parent, out, read_document(marker.parent / "settings.json"), {"source"}
@@ -553,26 +561,23 @@ def test_a_zip_archive_gives_the_samples_of_its_folder(labelled, tmp_path):
         for path in sorted((labelled / "images").rglob("*.png")):
             out.write(path, path.relative_to(labelled))  # all below one folder, images/
         out.writestr("__MACOSX/images/x.png", b"")
-    zipped, folder = (
-        find(str(p), split="train", idx=None, download=False)
-        for p in (archive, labelled / "images")
-    )
+    zipped, folder = (find(str(p), Choice(download=False)) for p in (archive, labelled / "images"))
     assert zipped.classes == folder.classes
     assert np.array_equal(zipped.labels, folder.labels)
     for row in (0, 59):
-        from_zip = reader(zipped, 16, 3, WHITE)(row)[0]
-        assert np.array_equal(from_zip, reader(folder, 16, 3, WHITE)(row)[0])
+        from_zip = reader(zipped, Square(16, 3))(row)[0]
+        assert np.array_equal(from_zip, reader(folder, Square(16, 3))(row)[0])
 
 
 def test_a_source_that_goes_away_is_not_a_folder_of_damaged_images(labelled, tmp_path):
     shutil.copytree(labelled / "images", tmp_path / "images")
-    source = find(str(tmp_path / "images"), split="train", idx=None, download=False)
+    source = find(str(tmp_path / "images"), Choice(download=False))
     (tmp_path / "images" / source.names[0]).unlink()
     with pytest.raises(DecodeError, match="No such file"):
-        reader(source, 16, 3, WHITE)(0)
+        reader(source, Square(16, 3))(0)
     shutil.rmtree(tmp_path / "images")
     with pytest.raises(DataError, match="the same command continues"):
-        reader(source, 16, 3, WHITE)(1)
+        reader(source, Square(16, 3))(1)
 
 
 # -- interruptions ------------------------------------------------------------------------------
@@ -695,11 +700,11 @@ def test_tars_of_several_sizes_are_refused_with_the_way_out(tmp_path):
     assert "20 of 24 x 24" in said
     assert "20 of 16 x 32" in said
     assert "--out OTHER --size 64" in said
-    source = find(str(tmp_path / "tars"), split="train", idx=None, download=False)
+    source = find(str(tmp_path / "tars"), Choice(download=False))
     assert source.labels.tolist() == [i % 10 for i in range(20)] * 2
-    pixels, _ = reader(source, 8, 3, WHITE)(1)
+    pixels, _ = reader(source, Square(8, 3))(1)
     with Image.open(io.BytesIO(list(images.values())[1])) as image:
-        assert np.array_equal(pixels, to_square(image, 8, 3, WHITE)[0])
+        assert np.array_equal(pixels, Square(8, 3).of(image)[0])
 
 
 @pytest.mark.parametrize("mtime", [None, 0])
@@ -807,9 +812,9 @@ def test_idx_files_are_read_and_their_labels_kept(tmp_path, end):
     images = noise(5, 28, 28)
     write_idx(tmp_path, images, np.arange(5), end)
     for name, idx in ((str(tmp_path), None), ("fashion-mnist", str(tmp_path))):
-        source = find(name, split="train", idx=idx, download=False)
+        source = find(name, Choice(idx=idx, download=False))
         assert source.labels.tolist() == [0, 1, 2, 3, 4]
-        pixels_of = reader(source, 28, 1, WHITE)
+        pixels_of = reader(source, Square(28, 1))
         assert all(np.array_equal(pixels_of(i)[0][:, :, 0], images[i]) for i in range(5))
 
 
@@ -820,10 +825,10 @@ def test_idx_files_that_lie_about_their_length_are_refused(tmp_path):
     for raw in (whole[:-1], whole + b"\0", whole[:7], b"\0\0\x0b" + whole[3:]):
         path.write_bytes(raw)
         with pytest.raises(DataError, match="IDX header"):
-            find(str(tmp_path), split="train", idx=None, download=False)
+            find(str(tmp_path), Choice(download=False))
     write_idx(tmp_path, noise(5, 28, 28), np.arange(4))
     with pytest.raises(DataError, match="5 images and 4 labels"):
-        find(str(tmp_path), split="train", idx=None, download=False)
+        find(str(tmp_path), Choice(download=False))
 
 
 def test_the_index_records_how_the_images_were_made(labelled):

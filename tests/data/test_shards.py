@@ -22,17 +22,17 @@ from conftest import UNEVEN, label_of, pixels_of
 
 from pipeline.data import remote as fetching
 from pipeline.data.cache import Cache, check_shards
-from pipeline.data.codecs import encode
+from pipeline.data.codecs import MIXED, encode
+from pipeline.data.labels import NO_LABEL
 from pipeline.data.reader import Reader
 from pipeline.data.shards import (
     INDEX_NAME,
-    NO_LABEL,
     ROW,
     TABLE_NAME,
     read_index,
-    scan,
     write_index,
 )
+from pipeline.data.tar_scan import NO_LABELS, scan
 from pipeline.runtime.documents import read_document, write_document
 from pipeline.runtime.errors import CorruptSample, DataError
 
@@ -169,17 +169,20 @@ def test_tars_of_other_tools_are_indexed(tmp_path, form):
         form,
     )
     found = scan(path)
-    assert found[1]["label"].tolist() == [7, NO_LABEL, 3, NO_LABEL]
+    assert found[1]["label"].tolist() == [7, NO_LABEL, 3, NO_LABEL, NO_LABEL]
     index = write_index(tmp_path, [found], SHAPE, {})
     assert (read_all(index)[0] == pixels_of(0, SHAPE)).all()
 
 
-def test_of_several_images_in_a_sample_the_first_counts(tmp_path):
-    """A sample is one image, whatever else lies beside it."""
+def test_of_several_images_in_a_sample_each_is_used(tmp_path):
+    """A file that ends like an image is an image; the set may hold several formats."""
     png = encode(pixels_of(1, SHAPE), "png")
     both = [("a.npy", IMAGE), ("a.png", png), ("b.npy", IMAGE), ("b.png", png)]
-    shard, _, field = scan(make_tar(tmp_path / "a.tar", both))
-    assert (shard.nsamples, field) == (2, "npy")
+    found = scan(make_tar(tmp_path / "a.tar", both))
+    assert (found.shard.nsamples, found.field, found.contents.shared) == (4, MIXED, 4)
+    pixels = read_all(write_index(tmp_path, [found], SHAPE, {}))[0]
+    expected = [pixels_of(k % 2, SHAPE) for k in range(4)]
+    assert np.array_equal(pixels, np.stack(expected))
 
 
 def test_indexing_needs_no_label(tmp_path):
@@ -192,24 +195,38 @@ def test_indexing_needs_no_label(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("members", "reason"),
+    ("text", "label"),
     [
-        ([("a.npy", IMAGE), ("b.png", IMAGE)], "share one extension; found ['npy', 'png']"),
-        ([("a.npy", IMAGE), ("a.cls", b"cat")], "a.cls holds b'cat', not an integer"),
-        ([("a.npy", IMAGE), ("a.cls", b"")], "not an integer"),
-        ([("a.npy", IMAGE), ("a.cls", b"1.0")], "not an integer"),
-        ([("a.npy", IMAGE), ("a.cls", b"-1")], "labels are 0 to 2**31 - 1"),
-        ([("a.npy", IMAGE), ("a.cls", b"2147483648")], "labels are 0 to 2**31 - 1"),
-        ([("a.txt", bytes(20_000))], "holds no images; known extensions are npy, jpg"),
+        (b"7", 7),
+        (b" 7\n", 7),
+        (b"1.0", 1),
+        (b"-1", None),
+        (b"cat", "cat"),
+        (b"0 0 1 0", 2),
+        (b"[0, 1]", 1),
+        (b"[0., 0., 1.]", 2),
     ],
 )
-def test_a_tar_that_is_no_shard_is_refused(tmp_path, members, reason):
-    """Each with its file and what is wrong in it."""
-    path = make_tar(tmp_path / "a.tar", members)
-    with pytest.raises(DataError) as caught:
+def test_labels_are_numbers_names_or_one_hot(tmp_path, text, label):
+    """As tools write them; -1 is their word for no label."""
+    found = scan(make_tar(tmp_path / "a.tar", [("a.npy", IMAGE), ("a.cls", text)]))
+    assert found.contents.labels == [label]
+    assert not found.contents.left_out
+
+
+@pytest.mark.parametrize("text", [b"", b"2147483648", b"-2", b"1.5", b"a\nb", b"\xff", b"0 1 1"])
+def test_a_label_that_is_none_is_counted(tmp_path, text):
+    """The images are there all the same."""
+    found = scan(make_tar(tmp_path / "a.tar", [("a.npy", IMAGE), ("a.cls", text)]))
+    assert found.contents.labels == [None]
+    assert found.contents.left_out == {NO_LABELS: 1}
+
+
+def test_a_tar_without_images_is_refused(tmp_path):
+    """With what it holds, and what images are called."""
+    path = make_tar(tmp_path / "a.tar", [("a.txt", bytes(20_000))])
+    with pytest.raises(DataError, match=r"holds no images \(found: 1 .txt\); known extensions are"):
         scan(path)
-    assert str(path) in str(caught.value)
-    assert reason in str(caught.value)
 
 
 @pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
@@ -281,15 +298,16 @@ def test_a_set_without_images_is_refused(make_shards, tmp_path):
         make_shards(tmp_path, [0, 0])
 
 
-def test_shards_of_two_formats_are_refused(tmp_path):
-    """One set, one decoder."""
-    png = encode(pixels_of(0, SHAPE), "png")
+def test_shards_of_two_formats_are_one_set(tmp_path):
+    """Each image is known by its first bytes."""
+    png = encode(pixels_of(1, SHAPE), "png")
     scans = [
         scan(make_tar(tmp_path / "a.tar", [("a.npy", IMAGE)])),
         scan(make_tar(tmp_path / "b.tar", [("b.png", png)])),
     ]
-    with pytest.raises(DataError, match="share one extension"):
-        write_index(tmp_path, scans, SHAPE, {})
+    index = write_index(tmp_path, scans, SHAPE, {})
+    assert index.field == MIXED
+    assert np.array_equal(read_all(index)[0], np.stack([pixels_of(k, SHAPE) for k in range(2)]))
 
 
 # -- reading an index ---------------------------------------------------------------------------

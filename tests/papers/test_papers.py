@@ -34,7 +34,8 @@ from pipeline.config.loading import dump, load
 from pipeline.data.cache import Cache
 from pipeline.data.codecs import encode
 from pipeline.data.reader import Reader
-from pipeline.data.shards import read_index, scan, write_index
+from pipeline.data.shards import read_index, write_index
+from pipeline.data.tar_scan import scan
 from pipeline.evaluation.candidates import chosen_ids
 from pipeline.evaluation.parzen import SAMPLES, SIGMAS, log_likelihoods, parzen
 from pipeline.models.dcgan import init_weights, make_discriminator
