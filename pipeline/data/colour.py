@@ -18,7 +18,8 @@ SRGB_GAMMA = 1 / 2.2
 """What a gAMA chunk says of sRGB (PNG specification, 11.3.2.2)."""
 MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 """Modes of Pillow by the colour space of a profile."""
-FLAGS = ImageCms.Flags.BLACKPOINTCOMPENSATION
+FLAGS = ImageCms.Flags.BLACKPOINTCOMPENSATION | ImageCms.Flags.NOOPTIMIZE
+"""Optimised tables of a gray profile are off by up to 10 levels of 255."""
 
 CONVERTED, UNUSABLE = "converted to sRGB", "with an unusable colour profile, taken as sRGB"
 
