@@ -44,7 +44,8 @@ from pipeline.data.cache import Cache
 from pipeline.data.loader import Loader, make_order, normalise
 from pipeline.data.reader import Reader
 from pipeline.data.shards import Index, read_index
-from pipeline.data.sources import Choice, find
+from pipeline.data.source import Choice
+from pipeline.data.sources import find
 
 BATCH = 128
 FORMATS = ("npy", "jpg", "png")

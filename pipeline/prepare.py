@@ -49,7 +49,8 @@ from pipeline.data.packing import (
 )
 from pipeline.data.shards import INDEX_NAME, Index, read_index, write_index
 from pipeline.data.skipped import SKIPPED_NAME, SKIPPED_SUM, account, listed_types, write_list
-from pipeline.data.sources import Choice, Source, find
+from pipeline.data.source import Choice, Source
+from pipeline.data.sources import find
 from pipeline.data.squares import FITS, Square
 from pipeline.runtime.arguments import HelpFormatter, integer, number, seed
 from pipeline.runtime.console import printable, progress, say

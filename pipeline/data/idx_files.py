@@ -22,22 +22,72 @@ LARGEST_IDX = 2 << 30
 """Bytes of the largest IDX file, unpacked: it is held in memory. EMNIST's largest has 0.6 GB."""
 
 
-def idx_file(folder: Path, split: str, what: str) -> Path | None:
+def idx_folder(path: Path, name: str | None) -> tuple[Path, str] | None:
+    """Return (folder of IDX files, prefix of their names) below a folder; None if there are none.
+
+    Args:
+        path: the folder of the files, or torchvision's root with MNIST/raw in it.
+        name: which of several sets, as EMNIST has them: ``letters``, ``balanced``, ...
+
+    Raises:
+        DataError: there are several sets, and none or another was named.
+    """
+    ends = [
+        f"{part}-images{dot}idx3-ubyte{gz}"
+        for part in ("train", "t10k", "test")
+        for dot in "-."
+        for gz in ("", ".gz")
+    ]
+    folders = [
+        path,
+        *(
+            path / one
+            for one in (
+                "raw",
+                "MNIST/raw",
+                "EMNIST/raw",
+                "FashionMNIST/raw",
+                "KMNIST/raw",
+                "QMNIST/raw",
+                "gzip",
+            )
+        ),
+    ]
+    found = {}
+    for folder in folders:
+        for file in sorted(folder.glob("*-images*ubyte*")):
+            for end in ends:
+                if file.name.endswith(end):
+                    found[file.name.removesuffix(end)] = folder
+    chosen = [prefix for prefix in found if name is None or f"-{name}-" in f"-{prefix}"]
+    if len(chosen) == 1:
+        return found[chosen[0]], chosen[0]
+    if found and (name is not None or len(found) > 1):
+        sets = ", ".join(sorted(prefix.strip("-").removeprefix("emnist-") for prefix in found))
+        raise DataError(
+            f"SOURCE ({path}): holds several sets of IDX files. Give --image-field with one of "
+            f"{sets or 'no name'}."
+        )
+    return None
+
+
+def idx_file(folder: Path, split: str, what: str, prefix: str = "") -> Path | None:
     """Return the IDX file of the ``images`` or ``labels`` of a split, None if there is none."""
     kind = {"images": "idx3-ubyte", "labels": "idx1-ubyte"}[what]
-    stems = [f"{IDX_PREFIX[split]}-{what}{dot}{kind}" for dot in "-."]
+    parts = ("t10k", "test") if split == "test" else ("train",)
+    stems = [f"{prefix}{part}-{what}{dot}{kind}" for part in parts for dot in "-."]
     files = [folder / f"{stem}{end}" for stem in stems for end in ("", ".gz")]
     return next((file for file in files if file.is_file()), None)
 
 
-def read_idx(folder: Path, split: str, what: str, dimensions: int) -> Pixels:
+def read_idx(folder: Path, split: str, what: str, dimensions: int, prefix: str = "") -> Pixels:
     """Return the uint8 array of an IDX file, whose length must be exactly that of its header.
 
     Raises:
         DataError: there is no such file, it is damaged, or larger than ``LARGEST_IDX``.
         OSError: it cannot be read, which is no damage.
     """
-    path = idx_file(folder, split, what)
+    path = idx_file(folder, split, what, prefix)
     if path is None:
         raise DataError(
             f"{folder}: has no file {IDX_PREFIX[split]}-{what}-idx{dimensions}-ubyte[.gz]."

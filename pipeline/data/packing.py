@@ -27,7 +27,8 @@ from pipeline.data.pictures import DecodeError
 from pipeline.data.shard_writer import write_shard
 from pipeline.data.shards import INDEX_NAME, ROW, Shard, shard_name
 from pipeline.data.skipped import SKIPPED_NAME
-from pipeline.data.sources import Source, reader
+from pipeline.data.source import Source
+from pipeline.data.sources import reader
 from pipeline.data.squares import Square
 from pipeline.runtime.errors import DataError, UserError
 from pipeline.runtime.work_folder import SETTINGS_NAME, WorkFolder, remove_folder, sum_of

@@ -7,11 +7,13 @@ be known of damage is checked here, with the decoders that the loader uses.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -76,6 +78,7 @@ def open_pillow(payload: memoryview) -> Iterator[Image.Image]:
 
     An error of the system is raised as it is: it says nothing about the image.
     """
+    _load_plugins()
     Image.init()  # else a plugin that cannot be loaded (open files) would be an unknown format
     if payload[:3] == JPEG and payload[-2:] != END_OF_JPEG:
         payload = memoryview(bytes(payload) + END_OF_JPEG)  # ``require_intact`` tells what is lost
@@ -96,6 +99,15 @@ def open_pillow(payload: memoryview) -> Iterator[Image.Image]:
             raise
         _require_memory(size)
         raise DecodeError(f"not a readable image: {reason(error)}") from None
+
+
+@cache
+def _load_plugins() -> None:
+    """Make Pillow know the formats of installed packages, where it is first needed."""
+    if ".heic" in SUFFIXES:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    if ".jxl" in SUFFIXES:
+        importlib.import_module("pillow_jxl")
 
 
 def _webp_size(payload: memoryview) -> tuple[int, int]:

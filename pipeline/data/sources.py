@@ -1,26 +1,27 @@
-"""List the images of a source, and read them as squares.
-
-A ``Source`` is a listing in a fixed order, made without decoding an image. ``reader`` reads the
-images in a worker process and makes squares of them, for every kind of source.
-"""
+"""Find out what kind of source a user names, list its images, and read them as squares."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.data.arrays import array_file, hdf5_file
+from pipeline.data.cifar import CIFAR_FILES, LARGEST_BATCH, cifar, cifar_folder
 from pipeline.data.codecs import NPY, npy_image
+from pipeline.data.compressed import extracted, is_compressed, unpacked
 from pipeline.data.folders import Listing, choose_split, labels_of, list_folder, list_zip
-from pipeline.data.idx_files import fashion_mnist, idx_file, read_idx
+from pipeline.data.idx_files import fashion_mnist, idx_file, idx_folder, read_idx
+from pipeline.data.labels import NO_LABEL
+from pipeline.data.lmdb_store import FILE as LMDB_FILE
+from pipeline.data.lmdb_store import lmdb_folder
 from pipeline.data.pictures import (
     SUFFIXES,
     DecodeError,
@@ -30,64 +31,23 @@ from pipeline.data.pictures import (
     require_intact,
 )
 from pipeline.data.skipped import listed_types
+from pipeline.data.source import Choice, Source, Stored
 from pipeline.data.source_files import open_zip, read_file, read_member, read_span
 from pipeline.data.squares import Square
+from pipeline.data.tables import HUB, from_hub, parquet_files
 from pipeline.data.tar_scan import lines, number_classes, scan
 from pipeline.runtime.console import printable
-from pipeline.runtime.documents import DamagedFile, open_regular
+from pipeline.runtime.documents import DamagedFile, open_regular, read_bytes
 from pipeline.runtime.errors import DataError
 from pipeline.runtime.files import exists
 from pipeline.runtime.host import remedy_of_file
 
-Stored = bytes | Pixels
-"""An image of a source: the bytes of a file, or its pixels, uint8 (H, W) or (H, W, C)."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A listing of N images.
-
-    Args:
-        kind: ``folder``, ``zip``, ``idx``, ``tars``, ...
-        location: the path, or ``fashion-mnist``.
-        names: unique names in a fixed order; sorted for folders and zip archives.
-        labels: int32 (N,), ``NO_LABEL`` where unknown.
-        digest: hex sha256 that changes when an image is added, removed or renamed, or replaced by
-            one of another size.
-        opener: called once in a worker process; returns a function that reads the image of a row.
-        classes: names of the classes, by label; empty if unknown.
-        left_out: number of files that are not used, by extension or reason.
-        said: lines for the user about files that are used.
-    """
-
-    kind: str
-    location: str
-    names: Sequence[str]
-    labels: NDArray[np.int32]
-    digest: str
-    opener: Callable[[], Callable[[int], Stored]]
-    classes: tuple[str, ...] = ()
-    left_out: dict[str, int] = field(default_factory=dict)
-    said: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What to take of a source, as the user said.
-
-    Args:
-        split: part of a data set: ``train``, ``test``, a folder, or ``all``; None: not said.
-        idx: folder of the IDX files of fashion-mnist; None = the usual places.
-        download: whether fashion-mnist may be downloaded.
-        image_field: which of several images of a sample to use; None: all.
-        label_field: where the label is; None: the usual names.
-    """
-
-    split: str | None = None
-    idx: str | None = None
-    download: bool = True
-    image_field: str | None = None
-    label_field: str | None = None
+GIVE = (
+    "Give a folder of images, of IDX files, of tars or of Parquet files; a zip archive, tar, .npy, "
+    ".npz, .h5 or .parquet file; hf://datasets/OWNER/NAME; or the word fashion-mnist."
+)
+IN_MEMORY = ("idx", "cifar", "npz")
+"""Kinds that are read when they are listed."""
 
 
 def find(name: str, choice: Choice) -> Source:
@@ -97,36 +57,60 @@ def find(name: str, choice: Choice) -> Source:
         DataError: the source does not exist, holds no images, or is damaged.
         OSError: it cannot be read, which is no damage.
     """
-    idx_split = "test" if choice.split == "test" else "train"
     if name == "fashion-mnist":
-        return _idx(fashion_mnist(idx_split, choice.idx, choice.download), idx_split, name)
-    path = Path(name).expanduser()
+        split = "test" if choice.split == "test" else "train"
+        return _idx(fashion_mnist(split, choice.idx, choice.download), "", choice, name)
+    path = from_hub(name) if name.startswith(HUB) else Path(name).expanduser()
     if path.is_file():
-        if path.suffix == ".tar":
-            return _tars(path.parent, [path], choice)
-        with open_regular(path) as file:
-            if zipfile.is_zipfile(file):
-                return _zip(path, choice)
+        return _file(path, choice)
     if not path.is_dir():
-        found = "is not a zip archive" if path.exists() else "no such folder or file"
-        raise DataError(
-            f"SOURCE ({name}): {found}. Give a folder of images, of IDX files or of tars, a zip "
-            "archive of images, or the word fashion-mnist."
-        )
-    if idx_file(path, idx_split, "images"):
-        return _idx(path, idx_split, name)
+        found = "is neither a file nor a folder" if path.exists() else "no such folder or file"
+        raise DataError(f"SOURCE ({name}): {found}. {GIVE}")
+    if (path / LMDB_FILE).is_file():
+        return lmdb_folder(path)
+    if batches := cifar_folder(path):
+        return cifar(batches, choice, read_bytes)
+    if idx := idx_folder(path, choice.image_field):
+        return _idx(*idx, choice, name)
     tars = sorted(path.glob("*.tar"))
     return _tars(path, tars, choice) if tars else _folder(path, choice)
+
+
+def _file(path: Path, choice: Choice) -> Source:
+    """List the images of a file, by its ending or its first bytes."""
+    suffix = path.suffix.lower()
+    if suffix in (".npy", ".npz"):
+        return array_file(path, choice)
+    if suffix in (".h5", ".hdf5"):
+        return hdf5_file(path, choice)
+    if suffix == ".parquet":
+        return parquet_files(path, [path], choice)
+    if is_compressed(path):
+        tar = unpacked(path)
+        if folder := extracted(tar, CIFAR_FILES, LARGEST_BATCH):
+            return cifar(folder, choice, read_bytes)
+        return dataclasses.replace(_tars(tar.parent, [tar], choice), location=str(path))
+    with open_regular(path) as file:
+        if suffix != ".tar" and zipfile.is_zipfile(file):
+            return _zip(path, choice)
+        is_tar = suffix == ".tar" or (file.seek(257) and file.read(5) == b"ustar")
+    if is_tar:
+        return _tars(path.parent, [path], choice)
+    raise DataError(f"SOURCE ({path}): is none of the files that hold images. {GIVE}")
 
 
 # -- the kinds ----------------------------------------------------------------------------------
 
 
 def _folder(root: Path, choice: Choice) -> Source:
+    found = list_folder(root)
+    if not found.names and (files := sorted(root.rglob("*.parquet"))):
+        return parquet_files(root, files, choice)
+
     def opener() -> Callable[[int], Stored]:
         return lambda row: read_file(root / source.names[row])
 
-    source = _listed("folder", root, list_folder(root), opener, choice)
+    source = _listed("folder", root, found, opener, choice)
     return source
 
 
@@ -217,18 +201,33 @@ def _tars(folder: Path, paths: list[Path], choice: Choice) -> Source:
     )
 
 
-def _idx(folder: Path, split: str, location: str) -> Source:
-    pixels = read_idx(folder, split, "images", 3)
-    labels = read_idx(folder, split, "labels", 1)
+def _idx(folder: Path, prefix: str, choice: Choice, location: str) -> Source:
+    split = choice.split or "train"
+    if split not in ("train", "test"):
+        raise DataError(f"--split ({split}): must be train or test for IDX files.")
+    pixels = read_idx(folder, split, "images", 3, prefix)
+    said = []
+    if prefix.startswith("emnist-"):
+        pixels = pixels.transpose(0, 2, 1)
+        said.append("EMNIST stores its images lying on their sides: turned upright")
+    labels = np.full(len(pixels), NO_LABEL, np.int32)
+    if idx_file(folder, split, "labels", prefix):
+        labels = read_idx(folder, split, "labels", 1, prefix).astype(np.int32)
     if len(pixels) != len(labels) or not pixels.size:
         raise DataError(
             f"{folder}: the {split} split has {len(pixels)} images and {len(labels)} labels. There "
             "must be as many labels as images, and at least one. Get both files again."
         )
-    digest = hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest()
-    names = [f"{split}[{i}]" for i in range(len(pixels))]
-    labelled = labels.astype(np.int32)
-    return Source("idx", location, names, labelled, digest, lambda: lambda row: pixels[row])
+    digest = hashlib.sha256(pixels.tobytes() + labels.astype(np.uint8).tobytes()).hexdigest()
+    return Source(
+        kind="idx",
+        location=location,
+        names=[f"{split}[{i}]" for i in range(len(pixels))],
+        labels=labels,
+        digest=digest,
+        opener=lambda: lambda row: np.ascontiguousarray(pixels[row]),
+        said=said,
+    )
 
 
 # -- one image ----------------------------------------------------------------------------------
@@ -255,7 +254,7 @@ def reader(source: Source, square: Square) -> Callable[[int], tuple[Pixels, list
                 pixels, done = square.of(image)
                 return pixels, said + done
         except DecodeError:
-            if source.kind != "idx" and not exists(location):  # the file system went away
+            if source.kind not in IN_MEMORY and not exists(location):  # the file system went away
                 raise _gone(source, row, "the source is gone") from None
             raise
         except DamagedFile as error:

@@ -79,12 +79,13 @@ def scan(path: Path, image_field: str | None = None, label_field: str | None = N
     """
     members = _Members(image_field, label_field)
     try:
-        with open_tar(path) as tar:
-            for member in tar:
-                members.add(member, tar)
-            if members.spans and members.end > path.stat().st_size:
-                raise tarfile.ReadError("its last member ends past the end of the file")
-            tar.require_end()
+        members.read(path)
+        if members.names and members.tars:
+            raise tarfile.ReadError(
+                f"holds {len(members.names)} images beside {len(members.tars)} tars: unpack it"
+            )
+        for name, start, size in members.tars:
+            members.read(path, start, size, name)
     except tarfile.ReadError as error:
         raise DataError(
             f"{path}: truncated, damaged or compressed: not readable as a plain tar ({error}). "
@@ -113,10 +114,18 @@ class _Members:
         self._labels: defaultdict[str, list[Label]] = defaultdict(list)
         self._links: list[tuple[int, str]] = []
         self.spans: list[tuple[int, int] | None] = []
-        self.end = 0
+        self.names: list[str] = self._found.names
+        self.tars: list[tuple[str, int, int]] = []
 
-    def add(self, member: tarfile.TarInfo, tar: Tar) -> None:
-        name = member.name
+    def read(self, path: Path, start: int = 0, size: int | None = None, inner: str = "") -> None:
+        """Read the headers of a tar, or of one in it, whose name is then the class."""
+        with open_tar(path, start, size) as tar:
+            for member in tar:
+                self._add(member, tar, start, inner)
+            tar.require_end()
+
+    def _add(self, member: tarfile.TarInfo, tar: Tar, start: int, inner: str) -> None:
+        name = f"{inner}/{member.name}" if inner else member.name
         if member.isdir() or is_hidden(name):
             return
         extension = name.rpartition(".")[2].lower() if "." in name.rpartition("/")[2] else ""
@@ -133,9 +142,10 @@ class _Members:
         else:
             if member.issparse():
                 raise tarfile.ReadError(f"{printable(name)} is stored sparse")
-            self.end = member.offset_data + member.size
             if extension in LABEL_FIELDS:
-                self._add_label(member, extension, tar)
+                self._add_label(name, member, extension, tar)
+            elif extension == "tar" and not inner:
+                self.tars.append((name, member.offset_data, member.size))
             elif not is_image:
                 self._found.left_out[extension[:20] or "no extension"] += 1
             elif not self._is_chosen(name):
@@ -144,14 +154,14 @@ class _Members:
                 if member.size > LARGEST_IMAGE:
                     raise tarfile.ReadError(f"{printable(name)} has {member.size} bytes")
                 self._found.names.append(name)
-                self.spans.append((member.offset_data, member.size))
+                self.spans.append((start + member.offset_data, member.size))
 
     def _is_chosen(self, name: str) -> bool:
         return self._image_field in (None, _split(name)[1])
 
-    def _add_label(self, member: tarfile.TarInfo, extension: str, tar: Tar) -> None:
+    def _add_label(self, name: str, member: tarfile.TarInfo, extension: str, tar: Tar) -> None:
         """Read a label; a ``.json`` counts only where there is no ``.cls``."""
-        key = f"{extension}:{_stem(member.name)}"
+        key = f"{extension}:{_stem(name)}"
         try:
             content = tar.content(member, LONGEST_LABEL)
             is_text = extension == "cls"
@@ -199,7 +209,8 @@ class _Members:
             for key in (_stem(name), _split(name)[0]):
                 if labels := self._labels.get(f"{kind}:{key}"):
                     return labels[min(occurrence, len(labels) - 1)]
-        return None
+        inner = name.partition(".tar/")  # ImageNet has a tar for each class
+        return posixpath.basename(inner[0]) if self.tars and inner[1] else None
 
 
 def _stem(name: str) -> str:

@@ -33,11 +33,17 @@ LONG_NUMBER = re.compile(rb"[0-9]{4096}")
 
 
 class Tar:
-    """The members of an open tar, in order."""
+    """The members of an open tar, in order.
 
-    def __init__(self, file: BufferedReader) -> None:
-        self._file = file
-        self._headers = _Headers(file)
+    Args:
+        file: the file that holds it.
+        start, size: the span of a tar in a tar, in bytes; offsets of members count from ``start``.
+    """
+
+    def __init__(self, file: BufferedReader, start: int = 0, size: int | None = None) -> None:
+        self._file, self._start = file, start
+        self._end = os.fstat(file.fileno()).st_size if size is None else start + size
+        self._headers = _Headers(file, start)
         self._tar = tarfile.TarFile(fileobj=self._headers)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[TarInfo]:
@@ -67,7 +73,7 @@ class Tar:
         """
         if member.size > limit:
             raise ReadError(f"has {member.size} bytes, at most {limit} are read")
-        content = os.pread(self._file.fileno(), member.size, member.offset_data)
+        content = os.pread(self._file.fileno(), member.size, self._start + member.offset_data)
         if len(content) < member.size:
             raise ReadError("is cut short")
         return content
@@ -77,10 +83,10 @@ class Tar:
 
         tarfile reads a damaged header, or a cut between two members, as the end of the archive.
         """
-        ends_at, descriptor = self._tar.offset, self._file.fileno()
+        ends_at, descriptor = self._start + self._tar.offset, self._file.fileno()
         if os.pread(descriptor, BLOCKSIZE, ends_at) != bytes(BLOCKSIZE):
             raise ReadError(f"byte {ends_at} begins neither a member nor the end mark")
-        more = os.fstat(descriptor).st_size - ends_at
+        more = self._end - ends_at
         if more > LONGEST_PADDING:
             raise ReadError(f"{more} bytes follow the last member, as if tars were joined")
 
@@ -88,7 +94,8 @@ class Tar:
 class _Headers:
     """A file of which only headers are read."""
 
-    def __init__(self, file: BufferedReader) -> None:
+    def __init__(self, file: BufferedReader, start: int) -> None:
+        self._start = start
         self._file, self.left, self._kind = file, LONGEST_HEADERS, b""
 
     def read(self, size: int = -1) -> bytes:
@@ -104,10 +111,10 @@ class _Headers:
         return content
 
     def seek(self, position: int) -> int:
-        return self._file.seek(position)
+        return self._file.seek(self._start + position) - self._start
 
     def tell(self) -> int:
-        return self._file.tell()
+        return self._file.tell() - self._start
 
 
 def _check_pax(content: bytes) -> None:
@@ -124,8 +131,8 @@ def _check_pax(content: bytes) -> None:
 
 
 @contextmanager
-def open_tar(path: Path) -> Iterator[Tar]:
-    """Open a plain tar; any fault of its bytes is a ``ReadError`` in the block.
+def open_tar(path: Path, start: int = 0, size: int | None = None) -> Iterator[Tar]:
+    """Open a plain tar, or one in it; any fault of its bytes is a ``ReadError`` in the block.
 
     Raises:
         ReadError: it is no regular file, compressed, damaged or cut.
@@ -133,7 +140,8 @@ def open_tar(path: Path) -> Iterator[Tar]:
     """
     try:
         with open_regular(path) as file, naming(path):
-            yield Tar(file)
+            file.seek(start)
+            yield Tar(file, start, size)
     except tarfile.TarError as error:
         raise ReadError(str(error)) from None
     except DamagedFile as error:

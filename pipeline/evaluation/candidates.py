@@ -241,9 +241,10 @@ def images_in_folder(location: str, shape: tuple[int, int, int], count: int) -> 
         EvaluationError: there are fewer than ``count``.
     """
     from pipeline.data import sources  # imports the decoders of all formats
+    from pipeline.data.source import Choice
     from pipeline.data.squares import Square
 
-    source = sources.find(location, sources.Choice(download=False))
+    source = sources.find(location, Choice(download=False))
     if (available := len(source.names)) < count:
         raise EvaluationError(
             f"eval.num_images is {count}, but --images {location} has {available} images. Add "

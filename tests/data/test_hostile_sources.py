@@ -30,7 +30,8 @@ from pipeline.data import folders, idx_files, pictures, source_files
 from pipeline.data.codecs import decoder, npy_image, read_npy, shape_of
 from pipeline.data.pictures import DecodeError, Pixels
 from pipeline.data.shards import read_index
-from pipeline.data.sources import Choice, Source, find, reader
+from pipeline.data.source import Choice, Source
+from pipeline.data.sources import find, reader
 from pipeline.data.squares import Square
 from pipeline.runtime.errors import DataError
 

@@ -25,7 +25,8 @@ from pipeline.data.cache import Cache
 from pipeline.data.pictures import DecodeError
 from pipeline.data.reader import Reader
 from pipeline.data.shards import read_index
-from pipeline.data.sources import Choice, find, reader
+from pipeline.data.source import Choice
+from pipeline.data.sources import find, reader
 from pipeline.data.squares import ENLARGED, Square
 from pipeline.data.tar_scan import scan
 from pipeline.runtime.documents import read_document, write_document

@@ -21,7 +21,8 @@ from test_pictures import icc, picture, stored
 
 from pipeline.data.labels import NO_LABEL
 from pipeline.data.shards import read_index
-from pipeline.data.sources import Choice, Source, find, reader
+from pipeline.data.source import Choice, Source
+from pipeline.data.sources import find, reader
 from pipeline.data.squares import Square
 from pipeline.runtime.errors import DataError
 
