@@ -4,6 +4,7 @@
     python -m pipeline.prepare ~/photos --out data/photos_64 --size 64   # folder or zip of images
     python -m pipeline.prepare data/tars             # index tars of another tool where they are
     python -m pipeline.prepare data/tars --out data/tars_64 --size 64    # or make smaller ones
+    python -m pipeline.prepare 's3://bucket/train-{000..127}.tar' --index train.json   # elsewhere
     python -m pipeline.prepare --verify data/photos_64
 
 Several machines share the work when each runs the command with its own --part: 0/8, 1/8, ... 7/8.
@@ -23,7 +24,6 @@ if __name__ == "__main__":
 
 import argparse
 import math
-import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -34,7 +34,19 @@ from pathlib import Path
 import numpy as np
 from PIL import ImageColor
 
+from pipeline.config.schema import DCGAN_SIZES, SIZES
 from pipeline.data.audit import index_tars, verify
+from pipeline.data.borders import (
+    has_tars,
+    index_file,
+    local_folder,
+    local_path,
+    part,
+    path_of,
+    require_apart,
+    require_writable,
+    say_models_of,
+)
 from pipeline.data.cache import check_shards
 from pipeline.data.packing import (
     WORK_FOLDER,
@@ -45,6 +57,7 @@ from pipeline.data.packing import (
     hold,
     num_unfinished,
     pack,
+    stale_shards,
     tar_bytes,
 )
 from pipeline.data.shards import INDEX_NAME, Index, read_index, write_index
@@ -60,6 +73,9 @@ from pipeline.runtime.process_pool import map_in_processes
 from pipeline.runtime.signals import exit_on_interrupt
 from pipeline.runtime.work_folder import SETTINGS_NAME, FolderInUse
 
+FILES = "source_files"
+"""Key of the index: the record of the files of each shard."""
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the checked command line."""
@@ -70,12 +86,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "source",
         nargs="?",
-        type=_expanded,
+        type=path_of,
         metavar="SOURCE",
-        help="fashion-mnist, a folder or a zip archive",
+        help="fashion-mnist, a folder, a zip archive, or tars to be indexed where they are",
     )
-    add("--out", type=_folder, metavar="DIR", help="write the shards into this folder")
-    add("--size", type=integer(1, 4096), default=64, help="height and width in pixels")
+    add("--out", type=local_folder, metavar="DIR", help="write the shards into this folder")
+    add("--index", metavar="FILE", help="write the index of tars here; they may be behind URLs")
+    add("--size", type=integer(*SIZES), default=64, help="height and width in pixels")
     add("--channels", type=int, choices=(1, 3), help="gray or RGB (default: 1 for IDX, else 3)")
     formats = "npy decodes fastest, png is lossless and smaller, jpg is smallest"
     add("--format", choices=("npy", "png", "jpg"), default="npy", help=formats)
@@ -83,7 +100,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=seed, default=0, help="seed of the global shuffle")
     add("--shard-mib", type=number(0.001, 65536), default=32, help="approximate size of a shard")
     add("--workers", type=integer(1, 1024), default=cores(), help="number of processes")
-    add("--part", type=_part, metavar="I/N", help="pack only part I (0 to N-1) of N")
+    add("--part", type=part, metavar="I/N", help="pack only part I (0 to N-1) of N")
     strict = "fail unless every file is an image that is used as it is stored"
     add("--strict", action="store_true", help=strict)
     add("--fit", choices=tuple(FITS), default="crop", help="how an image is made square")
@@ -99,13 +116,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--idx",
-        type=_expanded,
+        type=path_of,
         metavar="FOLDER",
         help="read the IDX files of fashion-mnist from this folder",
     )
     add("--no-download", action="store_true", help="never use the network for fashion-mnist")
     add(
-        "--verify", type=_folder, metavar="DIR", help="check every checksum and decode every sample"
+        "--verify",
+        type=local_path,
+        metavar="DIR",
+        help="check every checksum and decode every sample",
     )
     options = parser.parse_args(arguments)
     if (options.verify is None) == (options.source is None):
@@ -119,42 +139,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def _expanded(text: str) -> str:
-    """Return a path with ``~`` expanded; the word fashion-mnist stays as it is."""
-    try:
-        return str(Path(text).expanduser())
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text}: there is no such user") from None
-
-
-def _folder(text: str) -> Path:
-    return Path(_expanded(text))
-
-
-def _part(text: str) -> tuple[int, int]:
-    """Parse ``I/N``."""
-    numbers = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
-    if numbers is None or not int(numbers[1]) < int(numbers[2]):
-        raise argparse.ArgumentTypeError(f"{text}: must be I/N with I from 0 to N-1, like 0/8")
-    return int(numbers[1]), int(numbers[2])
-
-
 def prepare(options: argparse.Namespace) -> str:
     """Pack a source, or index tars where they are; returns the summary for the user."""
     folder = Path(options.source)
-    if folder.is_dir() and any(folder.glob("*.tar")):
+    if file := index_file(options.index, options.source, options.out):
+        done = index_tars(options.source, options.workers, file)
+        return f"{done}\ntrain with: data.shards={file}"
+    if has_tars(folder):
         if (folder / WORK_FOLDER / SETTINGS_NAME).exists() and not (folder / INDEX_NAME).exists():
             raise UserError(
                 f"SOURCE ({folder}): holds the shards of an interrupted prepare. Run the command "
                 "again that began it."
             )
         if options.out is None or realpath(options.out) == realpath(folder):
-            return index_tars(folder, options.workers)
+            require_writable(folder)
+            return index_tars(options.source, options.workers)
     if options.out is None:
         raise UserError("--out: is missing. Give the folder to write the shards into.")
     out: Path = options.out
-    if realpath(out) == realpath(folder):
-        raise UserError(f"--out ({out}): must be another folder than SOURCE.")
+    require_apart(out, folder)
+    say_models_of(options.size)
     choice = Choice(
         split=options.split,
         idx=options.idx,
@@ -214,6 +218,7 @@ def _prepare_all(job: Job, options: argparse.Namespace) -> str:
         f"{index.num_samples} samples in {len(index.shards)} shards, "
         f"{'x'.join(map(str, index.shape))} {index.field}{labels}: {out}\n"
         f"train with: data.shards={out} model.image_size={size} model.channels={channels}"
+        + (" model.architecture=mlp" if size not in DCGAN_SIZES else "")
     )
 
 
@@ -247,6 +252,13 @@ def _read_complete(job: Job) -> Index:
         )
     job.work.refuse_differences(index.made_by, INDEX_NAME, job.out, free={"source", "pillow"})
     check_shards(index, "auto")
+    records = dict(enumerate(index.made_by.get(FILES, [])))
+    if stale := stale_shards(job, records):
+        raise UserError(
+            f"--out ({job.out}): images of SOURCE were edited since they were packed, in "
+            f"{len(stale)} of {len(index.shards)} shards; their names and sizes are the same. Give "
+            f"another --out, or remove {job.out} to make the set anew."
+        )
     return index
 
 
@@ -268,7 +280,7 @@ def _pack_all(job: Job, options: argparse.Namespace) -> Index:
         **{"left_out": job.source.left_out, "said": job.source.said},
     }
     account(counts, len(job.source.names), job.out, options.strict)
-    made_by, size = job.describe() | counts, job.square.size
+    made_by, size = job.describe() | counts | {FILES: [one.files for one in done]}, job.square.size
     scans = [(one.shard, one.table, one.field) for one in done]
     return write_index(job.out, scans, (size, size, job.square.channels), made_by)
 

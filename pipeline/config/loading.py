@@ -26,7 +26,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from pipeline.config import rules, yaml_file
-from pipeline.config.schema import EXTRACTORS, Config, flatten
+from pipeline.config.schema import EXTRACTORS, Config, flatten, without_credentials
 from pipeline.config.values import (
     NULLS,
     Misfit,
@@ -57,6 +57,8 @@ PATH_KEYS = (
     "eval.cache_dir",
     "eval.parzen_shards",
 )
+SETS, JOINT = ("data.shards", "eval.parzen_shards"), "::"
+"""Keys that may name several sets, as a list or joined by this."""
 REMOVED_KEYS = {
     "train.cuda_graph": ("false", "set train.compile=true train.compile_mode=reduce-overhead"),
     "model.spectral_norm": ("false", "set model.d_norm=spectral"),
@@ -105,13 +107,16 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, saved: bool = False
 
 
 def dump(config: Config, *, public: bool = False) -> str:
-    """Return the configuration as YAML; ``load`` reads the same configuration from it.
+    """Return the configuration as YAML, from which ``load`` reads the same.
+
+    Credentials of URLs are left out.
 
     Args:
         config: of a run.
-        public: the file is made to be given to others: credentials are masked.
+        public: the file is made to be given to others: what the environment keeps secret is masked.
     """
-    tree = masked_tree(dataclasses.asdict(config)) if public else dataclasses.asdict(config)
+    stored = dataclasses.asdict(without_credentials(config))
+    tree = masked_tree(stored) if public else stored
     return OmegaConf.to_yaml(OmegaConf.create(escape(tree)))
 
 
@@ -137,6 +142,8 @@ class _Draft:
             return
         if source == COMMAND_LINE and value == "" and types_of_keys()[key] is str:
             value = ""  # section.key= is the empty text; in a file it is null
+        if key in SETS and isinstance(value, list):
+            value = JOINT.join(map(str, value))
         self._written[key], self._from[key] = value, (base, source)
         try:
             if not has_reference(value):
@@ -182,7 +189,9 @@ class _Draft:
             finally:
                 self._open.pop()
             if key in PATH_KEYS and isinstance(value, str):
-                value = type(value)(_make_absolute(value, self._from[key][0]))
+                parts = value.split(JOINT) if key in SETS else [value]
+                absolute = [_make_absolute(part, self._from[key][0]) for part in parts]
+                value = type(value)(JOINT.join(absolute))
             self._expanded[key] = value
         return self._expanded[key]
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline.config.recipe import POLICIES
-from pipeline.config.schema import EXTRACTORS, METRICS, Config, flatten
+from pipeline.config.schema import DCGAN_SIZES, EXTRACTORS, METRICS, SIZES, Config, flatten
 from pipeline.config.values import show
+from pipeline.runtime.text import has_login
 
 
 def _is_extractor(name: str) -> bool:
@@ -46,6 +47,8 @@ train.total_steps train.keep train.log_every stability.r1_every eval.batch_size"
 AT_LEAST_0 = """
 data.workers data.window data.cache_gib train.checkpoint_every train.checkpoint_minutes
 train.keep_every train.sample_every stability.r1_gamma stability.r2_gamma"""
+URLS = "data.shards eval.parzen_shards"
+NETRC = "for http(s) put them into ~/.netrc (machine HOST login USER password PASSWORD)"
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     # The value must be ..., as this function tests, for these keys.
     ("at least 1", lambda v: v >= 1, AT_LEAST_1),
@@ -66,7 +69,8 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('a folder, or "" for the default', lambda v: "://" not in v, "data.cache_dir"),
     ("a folder, e.g. ~/.cache/refs", lambda v: v and "://" not in v, "eval.cache_dir"),
     ("a folder or URL, e.g. data/shards", bool, "data.shards"),
-    ("between 8 and 256", lambda v: 8 <= v <= 256, "model.image_size"),
+    (f"a URL without user and password: {NETRC}", lambda v: not has_login(v), URLS),
+    ("between 8 and 256", lambda v: SIZES[0] <= v <= SIZES[1], "model.image_size"),
     ("1 (gray) or 3 (RGB)", lambda v: v in (1, 3), "model.channels"),
     ("0 or at least 2", lambda v: v == 0 or v >= 2, "model.maxout model.num_classes"),
     ("in [0, 1)", lambda v: 0 <= v < 1, "model.dropout optim.beta1 optim.beta2 train.ema_decay"),
@@ -127,7 +131,7 @@ def _conflicts(config: Config) -> list[str]:
             f"train.total_steps ({train.total_steps}): must be below 2**62 images",
         ),
         (
-            dcgan and model.image_size not in (32, 64, 128, 256),
+            dcgan and model.image_size not in DCGAN_SIZES,
             f"model.image_size ({model.image_size}): must be 32, 64, 128 or 256 with "
             "model.architecture=dcgan",
         ),

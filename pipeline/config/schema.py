@@ -12,8 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from pipeline.config.recipe import EXACT_BEFORE, Loss, StabilityConfig, with_todays_keys
+from pipeline.runtime import text
 
 T = TypeVar("T")
+SIZES = (8, 256)
+"""The smallest and the largest ``model.image_size``, of the mlp."""
+DCGAN_SIZES = (32, 64, 128, 256)
 EXTRACTORS = ("inception", "efficientnet-lite0")
 METRICS = ("fid", "kid", "is", "prc", "density_coverage", "mind")
 
@@ -84,7 +88,10 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     shards: str = _may_change("data/shards")
-    """Folder or URL (http, https, s3, gs) with index.json and the tar shards that it lists."""
+    """Folder or URL (http, https, s3, gs) with index.json and the tar shards that it lists, or an
+    index file FILE.json. Several sets of one image size are read as one: a list, A::B, or braces
+    like s3://bucket/part-{00..07}. Logins for http are read from ~/.netrc. Tokens in a query are
+    not stored with the run."""
     batch_size: int = 128
     """Images per optimizer step of D, over all ranks and micro-batches, 1 to
     1048576."""
@@ -267,6 +274,18 @@ def flatten(config: Config) -> dict[str, Any]:
         for section in dataclasses.fields(config)
         for entry in dataclasses.fields(getattr(config, section.name))
     }
+
+
+def without_credentials(config: Config) -> Config:
+    """Return what may be stored with a run: URLs without the tokens and signatures of their query.
+
+    A resume gets them from its command line.
+    """
+    data = dataclasses.replace(config.data, shards=text.without_credentials(config.data.shards))
+    held_out = text.without_credentials(config.eval.parzen_shards)
+    return dataclasses.replace(
+        config, data=data, eval=dataclasses.replace(config.eval, parzen_shards=held_out)
+    )
 
 
 def fixed_differences(old: Mapping[str, Any], new: Config) -> list[str]:

@@ -10,7 +10,7 @@ import hashlib
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.checksums import open_shard
+from pipeline.data.checksums import changes, open_shard
 from pipeline.data.codecs import decoder, shape_of
 from pipeline.data.colour import CONVERTED
+from pipeline.data.indexing import folder_of, survey_tar, tars_of
 from pipeline.data.labels import NO_LABEL
+from pipeline.data.locations import prepare_command
 from pipeline.data.pictures import TURNED, DecodeError, alterations
 from pipeline.data.shards import INDEX_NAME, Index, read_index, write_index
 from pipeline.data.skipped import listed_types
@@ -60,11 +62,6 @@ def verify(folder: Path, workers: int) -> str:
     Raises:
         DataError: there are faults; the message lists each with shard, key and offset.
     """
-    if "://" in str(folder):
-        raise DataError(
-            f"--verify ({folder}): must be a local folder. Remote shards are checked when they are "
-            "downloaded."
-        )
     faults: list[str] = []
     try:
         index = read_index(str(folder))
@@ -75,9 +72,14 @@ def verify(folder: Path, workers: int) -> str:
             raise
         reports = _audit(tars, workers, "verify", None)
     else:
-        reports = _audit([folder / s.url for s in index.shards], workers, "verify", index)
+        if index.is_remote:
+            raise DataError(
+                f"--verify ({folder}): its shards are in {index.location}. They are checked when "
+                "they are downloaded."
+            )
+        reports = _audit([index.place_of(s) for s in index.shards], workers, "verify", index)
         listed = {shard.url for shard in index.shards}
-        extra = sorted(path.name for path in folder.glob("*.tar") if path.name not in listed)
+        extra = sorted(path.name for path in folder.glob("[!.]*.tar") if path.name not in listed)
         faults += [f"{folder / name}: not in {INDEX_NAME}." for name in extra]
     faults += [fault for one in reports for fault in one.faults]
     if faults:
@@ -97,38 +99,52 @@ def verify(folder: Path, workers: int) -> str:
     )
 
 
-def index_tars(folder: Path, workers: int) -> str:
-    """Index tars of other tools where they are; returns a one-line summary.
+def index_tars(source: str | Path, workers: int, file: Path | None = None) -> str:
+    """Index tars of other tools where they are; returns a summary.
+
+    Args:
+        source: a folder, or names of tars (``tars_of``).
+        workers: number of processes.
+        file: the index file; None = ``index.json`` beside the tars.
 
     Raises:
         DataError: tars or samples cannot be read, or images differ in size; all are listed.
     """
-    tars = sorted(folder.glob("*.tar"))
-    if (folder / INDEX_NAME).exists():
-        index = read_index(str(folder))
-        sizes = {path.name: path.stat().st_size for path in tars}
-        if sizes == {shard.url: shard.filesize for shard in index.shards}:
+    tars = tars_of(str(source))
+    if not tars:
+        raise DataError(f"SOURCE ({source}): holds no tars.")
+    folder = folder_of(tars[0])
+    target = Path(source) / INDEX_NAME if file is None else file
+    if target.exists():
+        index = read_index(str(target))
+        fault = changes(index, tars)
+        if not fault:
             return f"already complete: {index.num_samples} samples in {len(tars)} shards"
         if index.made_by.get("source_kind") != "indexed":
             raise DataError(
-                f"{folder}: its tars changed since they were prepared. Restore them, or remove "
-                f"{folder / INDEX_NAME} and run the same command to index them as they are now."
+                f"{target}: its tars changed since they were prepared: {fault}. Restore them, or "
+                "remove it and run the same command to index them as they are now."
             )
+        say(f"note: {target}: made anew, as the tars changed since it was written: {fault}")
     reports = _audit(tars, workers, "index", None)
     faults = [fault for one in reports for fault in one.faults]
     shapes: Counter[Shape] = sum((one.shapes for one in reports), Counter())
     examples = {shape: name for one in reversed(reports) for shape, name in one.examples.items()}
+    repacked = prepare_command(folder, "--out", "OTHER", "--size", "64")
     if len({shape[:2] for shape in shapes}) > 1:
         listed = [
             f"{n} of {h} x {w}, e.g. {examples[h, w, c]}" for (h, w, c), n in shapes.most_common(5)
         ]
         faults.append(
             f"images must share one size; found {len(shapes)} shapes: {'; '.join(listed)}. Make "
-            f"new shards of one size: python -m pipeline.prepare {folder} --out OTHER --size 64"
+            f"new shards of one size: {repacked}"
         )
-    faults += _refusals(folder, sum((one.altered for one in reports), Counter()))
+    faults += _refusals(repacked, sum((one.altered for one in reports), Counter()))
     if faults:
-        raise DataError(f"{folder}: cannot be indexed:\n  " + "\n  ".join(faults[:LISTED_FAULTS]))
+        listed = faults[:LISTED_FAULTS]
+        if all(one.scanned for one in reports):  # else no tar of it can be read at all
+            listed.append(f"Repair these; or leave them out, in new shards: {repacked}")
+        raise DataError(f"{folder}: cannot be indexed:\n  " + "\n  ".join(listed))
     if not shapes:
         raise DataError(f"{folder}: its {len(tars)} tars hold no images.")
     shape = max(shapes, key=lambda shape: shape[2])  # gray images among RGB images are read as RGB
@@ -143,14 +159,14 @@ def index_tars(folder: Path, workers: int) -> str:
         "note": "tars of another tool, indexed as they are",
         "classes": list(classes),
     }
-    index = write_index(folder, scans, shape, made_by)
+    index = write_index(folder, scans, shape, made_by, target, elsewhere=file is not None)
     return (
         f"indexed {index.num_samples} samples in {len(scans)} shards, "
-        f"{'x'.join(map(str, shape))} {index.field}: {folder / INDEX_NAME}"
+        f"{'x'.join(map(str, shape))} {index.field}: {target}"
     )
 
 
-def _refusals(folder: Path, altered: Counter[str]) -> list[str]:
+def _refusals(repacked: str, altered: Counter[str]) -> list[str]:
     """Return the message for images that are not to be used as they are stored."""
     for what, count in altered.items():
         if what not in (TURNED, CONVERTED):
@@ -161,7 +177,7 @@ def _refusals(folder: Path, altered: Counter[str]) -> list[str]:
     listed = ", ".join(must)
     return [
         f"images cannot be used as they are stored: {listed}. Make new shards, in which they are: "
-        f"python -m pipeline.prepare {folder} --out OTHER --size 64"
+        f"{repacked}"
     ]
 
 
@@ -174,15 +190,21 @@ def _is_placed(found: Scan, rows: NDArray[np.void], made_by: dict[str, Any]) -> 
     return placed and wanted == rows["label"].tolist()
 
 
-def _audit(paths: list[Path], workers: int, doing: str, index: Index | None) -> list[TarReport]:
+def _rename(found: TarReport, path: str, url: str) -> None:
+    found.faults = [fault.replace(path, url) for fault in found.faults]
+
+
+def _audit(
+    paths: Sequence[Path | str], workers: int, doing: str, index: Index | None
+) -> list[TarReport]:
     """Check each tar against the index; without an index, report its content."""
 
     def work(number: int, report: Callable[[int], None]) -> TarReport:
         if index is None:
-            result = _survey(paths[number])
+            result = survey_tar(str(paths[number]), _survey, _rename)
             report(1)
             return result
-        return _compare(paths[number], number, index, report)
+        return _compare(Path(paths[number]), number, index, report)
 
     total, unit = (index.num_samples, " images") if index else (len(paths), " tars")
     with progress(doing, total, unit) as advance:

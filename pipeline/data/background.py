@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.checksums import check_bytes
+from pipeline.data.locations import is_url
 from pipeline.data.order import Order
 from pipeline.data.shards import Index
 from pipeline.runtime.errors import DataError, UserError, as_user_error
@@ -52,7 +53,6 @@ class BackgroundCheck:
 
     def __init__(self, index: Index, order: Order, start: int) -> None:
         self.index, self.order, self.start = index, order, start
-        self._folder = Path(index.location).expanduser()
         self._states = np.frombuffer(mmap.mmap(-1, max(1, len(index.shards))), np.uint8)
         self._message, self._in_haste = mmap.mmap(-1, LONGEST_MESSAGE), mmap.mmap(-1, 1)
         self._parent = os.getpid()
@@ -102,7 +102,8 @@ class BackgroundCheck:
     def _check(self, number: int, stop: Callable[[], bool]) -> None:
         shard = self.index.shards[number]
         try:
-            check_bytes(self._folder / shard.url, shard, stop)
+            if not is_url(self.index.folder_of(shard)):  # ``Cache`` compares copies of others
+                check_bytes(Path(self.index.place_of(shard)).expanduser(), shard, stop)
         except (UserError, OSError, MemoryError) as error:
             text = str(as_user_error(error) or error).encode()[:LONGEST_MESSAGE]
             self._message[: len(text)] = text

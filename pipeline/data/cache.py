@@ -22,6 +22,7 @@ from pipeline.data.checksums import (
     remember,
     unreadable,
 )
+from pipeline.data.locations import is_url
 from pipeline.data.remote import FETCH_ATTEMPTS, fetch, raise_on_stop
 from pipeline.data.shards import Index, Shard
 from pipeline.runtime.console import say
@@ -66,29 +67,35 @@ class Cache:
         self.folder = node_folder() if needs_default else Path(folder).expanduser()
         self.limit = int(limit_gib * 2**30)
 
-    def path(self, shard: Shard) -> Path:
+    def is_copied(self, shard: Shard) -> bool:
+        """Return whether a shard is remote: what is read is a copy of it."""
+        return is_url(self.index.folder_of(shard))
+
+    def path(self, shard: Shard, *, anew: bool = False) -> Path:
         """Return the local file of a shard.
 
         A copy of a remote shard is downloaded first if it is not in the cache. It is compared with
         the index unless these very bytes were. A copy that differs is set aside and replaced.
 
+        Args:
+            shard: one of the index.
+            anew: compare every byte, whatever the record of an earlier process says.
+
         Raises:
             DataError: it cannot be downloaded, or the cache folder cannot be used.
             Stopped: ``stop`` returned True meanwhile.
         """
-        if not self.index.is_remote:
-            return Path(self.index.location).expanduser() / shard.url
-        # The names of its lock, record and download are longer.
-        name = shard.url.encode()[-LONGEST_NAME:].decode(errors="ignore")
-        target = self.folder / f"{shard.sha256[:16]}-{name}"
+        if not self.is_copied(shard):
+            return Path(self.index.place_of(shard)).expanduser()
+        target = self._target(shard)
         try:
-            if not is_compared(target, shard.sha256, record=True):
+            if not is_compared(target, shard.sha256, record=not anew):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.announce()
                 with FileLock(self.folder / f"{target.name}.lock") as lock:
                     self._wait_for(lock, target)
                     # Another process of this node may have been first.
-                    if not is_compared(target, shard.sha256, record=True):
+                    if not is_compared(target, shard.sha256, record=not anew):
                         self._obtain(shard, target)
             elif self.limit:
                 with contextlib.suppress(FileNotFoundError):  # another process evicted it just now
@@ -133,7 +140,7 @@ class Cache:
         self._make_room(shard.filesize)
         for abandoned in self._partials(target):  # no other download is in progress
             abandoned.unlink(missing_ok=True)
-        url = f"{self.index.location}/{shard.url}"
+        url = self.index.place_of(shard)
         fetch(url, target, shard.sha256, size=shard.filesize, stop=self.stop)
         remember(target, shard.sha256, record=True)
 
@@ -160,20 +167,33 @@ class Cache:
             try:
                 return open_shard(path, shard)
             except DataError:
-                if path.exists() or not self.index.is_remote:
+                if path.exists() or not self.is_copied(shard):
                     raise
         raise DataError(f"{path}: evicted as soon as it was downloaded. Raise data.cache_gib.")
 
     def fetch_all(self, threads: int = 8) -> None:
         """Download and check every shard, in threads; other ranks wait for their locks."""
+        if self.index.is_remote and not self.limit:
+            self._obtain_all(self.index.shards, threads)
 
+    def check_copies(self, threads: int = 8) -> None:
+        """Compare every byte of the copies that are here, whatever their records say."""
+        copied = filter(self.is_copied, self.index.shards)
+        here = [shard for shard in copied if os.path.lexists(self._target(shard))]
+        self._obtain_all(here, threads, anew=True)
+
+    def _obtain_all(self, shards: Sequence[Shard], threads: int, *, anew: bool = False) -> None:
         def obtain(shard: Shard, stop: Callable[[], bool]) -> None:
             hurried = copy.copy(self)
             hurried.stop = stop
-            hurried.path(shard)
+            hurried.path(shard, anew=anew)
 
-        if self.index.is_remote and not self.limit:
-            map_in_threads(obtain, self.index.shards, threads, self.stop)
+        map_in_threads(obtain, shards, threads, self.stop)
+
+    def _target(self, shard: Shard) -> Path:
+        # The names of its lock, record and download are longer.
+        name = shard.url.encode()[-LONGEST_NAME:].decode(errors="ignore")
+        return self.folder / f"{shard.sha256[:16]}-{name}"
 
     def _make_room(self, needed: int) -> None:
         """Evict the least recently used shards. A process that has one mapped can still read it."""
@@ -238,8 +258,8 @@ def node_folder() -> Path:
 
 def hashed_later(index: Index, how: str) -> bool:
     """Return whether the shards of a run are too many to be hashed before it begins."""
-    total = sum(shard.filesize for shard in index.shards)
-    return not index.is_remote and how == "auto" and total > HASH_ALL_BELOW
+    total = sum(shard.filesize for shard in index.local_shards)
+    return how == "auto" and total > HASH_ALL_BELOW
 
 
 def check_shards(
@@ -257,18 +277,16 @@ def check_shards(
         DataError: a shard is missing, truncated or changed.
         Stopped: ``stop`` returned True.
     """
-    if index.is_remote:
-        return
-    folder = Path(index.location).expanduser()
 
     def check(shard: Shard, stop: Callable[[], bool]) -> None:
         if stop():
             raise Stopped
+        path = Path(index.place_of(shard)).expanduser()
         try:
-            open_shard(folder / shard.url, shard).close()
+            open_shard(path, shard).close()
         except OSError as error:
-            raise unreadable(folder / shard.url, error) from None
+            raise unreadable(path, error) from None
         if how != "size" and every_byte:
-            check_bytes(folder / shard.url, shard, stop)
+            check_bytes(path, shard, stop)
 
-    map_in_threads(check, index.shards, min(32, cores() + 4), stop)
+    map_in_threads(check, index.local_shards, min(32, cores() + 4), stop)

@@ -11,11 +11,12 @@ import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import BufferedReader
 from pathlib import Path
 
-from pipeline.data.shards import INDEX_NAME, Shard
+from pipeline.data.locations import is_url
+from pipeline.data.shards import INDEX_NAME, Index, Shard
 from pipeline.runtime.documents import (
     DamagedFile,
     open_regular,
@@ -159,6 +160,23 @@ def fault_of(path: Path, shard: Shard, stop: Callable[[], bool] = never_stop) ->
         if marks(os.fstat(file.fileno())) != marks(before):
             return "was changed while its checksum was computed"
     return "" if digest.hexdigest() == shard.sha256 else "its checksum differs from the index"
+
+
+def changes(index: Index, tars: Sequence[str]) -> str:
+    """Return how the tars that are there differ from those of an index, "" if they do not.
+
+    Args:
+        index: of local or remote tars; the latter are compared by name alone.
+        tars: their paths or URLs.
+    """
+    listed = {shard.url: shard for shard in index.shards}
+    names = [tar.rpartition("/")[2] for tar in tars]
+    if other := sorted(set(names) ^ set(listed)):
+        return f"{other[0]} is {'new' if other[0] in names else 'missing'}"
+    for tar, name in zip(tars, names, strict=True):
+        if not is_url(tar) and (fault := fault_of(Path(tar), listed[name])):
+            return f"{name}: {fault}"
+    return ""
 
 
 def check_bytes(path: Path, shard: Shard, stop: Callable[[], bool] = never_stop) -> None:

@@ -27,7 +27,7 @@ LEAST_SAMPLE = 1024
 """Bytes that a sample takes in a tar: two blocks."""
 LONGEST_NPY_HEADER = 1 << 12
 SHOWN = 60
-LONGEST_NAME = 255
+LONGEST_NAME, LONGEST_PATH = 255, 4096
 MAGIC = b"\x93NUMPY"
 
 
@@ -59,13 +59,20 @@ def parsed(content: bytes, kind: str) -> dict[str, Any]:
         raise ValueError(f"its shards have {count} samples, at most {MOST_SAMPLES} are read")
     if not isinstance(made_by := document.get("made_by", {}), dict):
         raise ValueError(f"made_by is {_shown(made_by)}, must be an object")
+    if not isinstance(at := document.get("shards_at", ""), str) or "::" in at or not _plain(at):
+        raise ValueError(f"shards_at is {_shown(at)}, must be a folder or a URL")
     return {
+        "shards_at": at,
         "shape": shape,
         "field": field,
         "samples_sha256": _digest(document.get("samples_sha256"), "samples_sha256"),
         "made_by": made_by,
         "shardlist": entries,
     }
+
+
+def _plain(text: str) -> bool:
+    return text.isprintable() and len(text) <= LONGEST_PATH
 
 
 def _shard(entry: object, name: str) -> dict[str, Any]:

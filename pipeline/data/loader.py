@@ -88,6 +88,8 @@ def open_data(config: Config, accelerator: Accelerator) -> Index:
         check_shards(index, data.verify, stop, every_byte=not hashed_later(index, data.verify))
         cache = Cache(index, data.cache_dir, data.cache_gib, stop)
         cache.announce()
+        if data.verify == "sha256":
+            cache.check_copies()
         if data.window == 0:  # a uniform order needs every shard from the first batch on
             cache.fetch_all()
 
@@ -103,10 +105,8 @@ def checked_index(config: Config, stop: Callable[[], bool] = raise_on_stop) -> I
         Stopped: ``stop`` returned True while a remote index was waited for.
     """
     data, model = config.data, config.model
-    make = f"python -m pipeline.prepare fashion-mnist --out {data.shards}"
     shape = f"--size {model.image_size} --channels {model.channels}"
-    command = f"{make} {shape} (or a folder of images for fashion-mnist)"
-    index = read_index(data.shards, command, stop=stop)
+    index = read_index(data.shards, shape, stop=stop)
     index.require_shape(model.image_shape, "data.shards")
     labels, classes = index.table["label"], model.num_classes
     if classes and not ((labels >= 0) & (labels < classes)).all():

@@ -12,7 +12,8 @@ import contextlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,8 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
+from pipeline.data import staleness
+from pipeline.data.locations import prepare_command
 from pipeline.data.order import permutation
 from pipeline.data.pictures import DecodeError
 from pipeline.data.shard_writer import write_shard
@@ -30,7 +33,9 @@ from pipeline.data.skipped import SKIPPED_NAME
 from pipeline.data.source import Source
 from pipeline.data.sources import reader
 from pipeline.data.squares import Square
+from pipeline.runtime.console import say
 from pipeline.runtime.errors import DataError, UserError
+from pipeline.runtime.text import printable
 from pipeline.runtime.work_folder import SETTINGS_NAME, WorkFolder, remove_folder, sum_of
 
 FORMAT_VERSION = 2
@@ -112,7 +117,8 @@ class Packed:
 
     ``table`` holds its rows of the index (dtype ``ROW``). ``field`` is the image format, "" for an
     empty shard. ``skipped`` lists (name, reason) of images that could not be read. ``done`` counts
-    what was done to images, like a conversion to sRGB.
+    what was done to images, like a conversion to sRGB. ``files`` is the record of the images' files
+    (``staleness``).
     """
 
     shard: Shard
@@ -120,6 +126,7 @@ class Packed:
     field: str
     skipped: list[tuple[str, str]]
     done: Counter[str]
+    files: dict[str, str]
 
 
 def pack(job: Job, number: int, report: Callable[[int], None]) -> None:
@@ -132,6 +139,7 @@ def pack(job: Job, number: int, report: Callable[[int], None]) -> None:
     read = reader(job.source, job.square)
     skipped: list[tuple[str, str]] = []
     done: Counter[str] = Counter()
+    files = staleness.record(job.source, job.rows(number).tolist())
     target = job.out / shard_name(number)
     partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
@@ -156,6 +164,7 @@ def pack(job: Job, number: int, report: Callable[[int], None]) -> None:
         "field": job.field if len(table) else "",
         "skipped": skipped,
         "done": done,
+        "source_files": files,
     }
     job.work.mark(_marker(number), {target.name: sums}, document)
 
@@ -170,7 +179,22 @@ def finished(job: Job, numbers: Sequence[int]) -> dict[int, Packed]:
     """
     markers = {_marker(number): number for number in numbers}
     found = job.work.finished(markers, job.out, _packed)
-    return {markers[name]: packed for name, packed in found.items()}
+    packed = {markers[name]: one for name, one in found.items()}
+    stale = stale_shards(job, {number: one.files for number, one in packed.items()})
+    if stale:
+        say(f"note: images of {len(stale)} finished shards changed since: they are packed again")
+    return {number: one for number, one in packed.items() if number not in stale}
+
+
+def stale_shards(job: Job, records: Mapping[int, Mapping[str, str]]) -> list[int]:
+    """Return the numbers of the shards whose images are others than their records say."""
+
+    def is_stale(number: int) -> bool:
+        return staleness.is_stale(job.source, job.rows(number).tolist(), records[number])
+
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(is_stale, records))
+    return [number for number, yes in zip(records, found, strict=True) if yes]
 
 
 def _packed(document: dict[str, Any]) -> Packed:
@@ -183,7 +207,8 @@ def _packed(document: dict[str, Any]) -> Packed:
         raise ValueError("an image lies outside of its shard")
     skipped = [(str(name), str(why)) for name, why in document["skipped"]]
     done = Counter({str(what): int(count) for what, count in document["done"].items()})
-    return Packed(shard, table, str(document["field"]), skipped, done)
+    files = {str(key): str(value) for key, value in document.get("source_files", {}).items()}
+    return Packed(shard, table, str(document["field"]), skipped, done, files)
 
 
 def num_unfinished(job: Job) -> int:
@@ -242,7 +267,7 @@ def begin(job: Job) -> None:
         UserError: they differ, or the folder holds tars of something else.
         DataError: there is too little room.
     """
-    foreign = [] if job.work.begun else sorted(path.name for path in job.out.glob("*.tar"))
+    foreign = [] if job.work.begun else sorted(path.name for path in job.out.glob("[!.]*"))
     if foreign and any(job.work.path.glob(f"*{MARKER}")):
         raise UserError(
             f"{job.work.path / SETTINGS_NAME}: is missing, so nobody knows the settings of the "
@@ -250,10 +275,12 @@ def begin(job: Job) -> None:
             "command."
         )
     if foreign:
+        tars = [name for name in foreign if name.endswith(".tar")]
+        index = f" To index those tars as they are: {prepare_command(job.out)}" if tars else ""
         raise UserError(
-            f"--out ({job.out}): holds {len(foreign)} tars of something else ({foreign[0]}, ...). "
-            "Give an empty folder. To index those tars as they are: "
-            f"python -m pipeline.prepare {job.out}"
+            f"--out ({job.out}): holds {len(tars or foreign)} {'tars' if tars else 'files'} of "
+            f"something else ({printable((tars or foreign)[0])}, ...). Give an empty or a new "
+            f"folder.{index}"
         )
     if not job.work.begun:
         _check_room(job)

@@ -50,9 +50,10 @@ class Reader:
         self._room = max(FEWEST_OPEN, raise_open_files() - OTHER_FILES)
         if index.is_remote and cache.limit:  # evicted files take room on the disk while open
             self._room = min(self._room, EVICTABLE_OPEN)
-        self._decode = decoder(index.field, index.shape)
+        fields = {shard.field or index.field for shard in index.shards}
+        self._decoders = {field: decoder(field, index.shape) for field in fields}
         # Raw pixels behind this header are read to their place, without a copy in between.
-        at_once = index.field == "npy" and hasattr(os, "preadv")  # not on every macOS
+        at_once = "npy" in fields and hasattr(os, "preadv")  # not on every macOS
         self._header = npy_header(index.shape) if at_once else b""
         self._found = bytearray(len(self._header))
         self._raw = len(self._header) + int(np.prod(index.shape)) if self._header else -1
@@ -90,7 +91,8 @@ class Reader:
             if len(payload) < length:
                 raise self._cut(shard, offset)
             try:
-                self._decode(memoryview(payload), out[k])
+                field = self.index.shards[shard].field or self.index.field
+                self._decoders[field](memoryview(payload), out[k])
             except DecodeError as error:
                 raise self._corrupt(shard, offset, error) from None
         return rows["label"].astype(np.int64)
@@ -103,8 +105,8 @@ class Reader:
         for number, file in list(self._files.items()):
             if _written(file) != self._written[number]:
                 os.close(self._files.pop(number))
-                if not self.index.is_remote:  # ``Cache`` compares copies of remote shards itself
-                    shard = self.index.shards[number]
+                shard = self.index.shards[number]
+                if not self.cache.is_copied(shard):  # ``Cache`` compares copies itself
                     check_bytes(self.cache.path(shard), shard, self.cache.stop)
         self._looked = time.monotonic()
 
@@ -124,7 +126,7 @@ class Reader:
         return file
 
     def _name(self, number: int) -> str:
-        return f"{self.index.location}/{self.index.shards[number].url}"
+        return self.index.place_of(self.index.shards[number])
 
     def _cut(self, number: int, offset: int) -> DataError:
         return DataError(

@@ -7,24 +7,22 @@ import errno
 import hashlib
 import os
 import socket
-import stat
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from http.client import HTTPResponse
 from pathlib import Path
 from queue import Empty, Full, Queue
 from threading import Event
-from typing import IO, TypeVar
+from typing import TypeVar
 
+from pipeline.data.url_files import HTTP, first_byte, mark_of, open_url, refuse_web_page
 from pipeline.runtime.errors import DataError
 from pipeline.runtime.signals import Stopped, requested
 from pipeline.runtime.text import printable
 
 FETCH_ATTEMPTS = 4
+"""After so many in a row that brought nothing new, a file cannot be fetched."""
 FETCH_PAUSE = 0.5
 """Seconds; doubled before each further attempt."""
 IDLE_SECONDS = 30.0
@@ -35,8 +33,6 @@ POLL_SECONDS = 0.2
 SLOWEST = 1024
 """Bytes per second; after IDLE_SECONDS a transfer that is slower has failed."""
 CHUNK = 1 << 20
-PASSING = (408, 425, 429)
-"""The status codes from 400 to 499 that another attempt may not meet."""
 LOCAL_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
     *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
@@ -77,63 +73,22 @@ class Patience:
         return time.monotonic() - self._since > STOP_SECONDS
 
 
-@contextlib.contextmanager
-def open_url(url: str) -> Iterator[IO[bytes]]:
-    """Open a URL for reading: http(s) with the standard library, other schemes with fsspec.
-
-    Raises:
-        DataError: the file does not exist, or the library for the scheme is not installed.
-        OSError: the network failed; another attempt may succeed.
-    """
-    scheme = url.split("://")[0]
-    if scheme in ("http", "https"):
-        try:
-            # Quotes spaces and the like in the names of files, but no escapes of the user.
-            quoted = urllib.parse.quote(url, safe="%:/?#[]@!$&'()*+,;=~")
-            response = urllib.request.urlopen(quoted, timeout=IDLE_SECONDS)
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code == 404:
-                raise DataError(f"{url}: not found.") from None
-            if error.code < 500 and error.code not in PASSING:
-                reason = printable(" ".join(str(error.reason).split()))[:LONGEST_REASON]
-                raise DataError(
-                    f"{url}: refused by the server ({error.code} {reason}). Give a URL that "
-                    "can be read without a login or a redirection to another scheme."
-                ) from None
-            raise
-        with response:
-            yield response
-        return
-    import fsspec  # only remote data pays for it
-
-    try:
-        opened = fsspec.open(url, "rb")
-    except (ImportError, ValueError) as error:
-        raise DataError(
-            f"{url}: cannot open {scheme}:// ({error}). Use http(s), s3 or gs; s3 and gs need "
-            "pip install -e '.[s3]' or '.[gs]'."
-        ) from None
-    try:
-        if scheme == "file" and not stat.S_ISREG(Path(opened.path).stat().st_mode):
-            raise DataError(f"{url}: is no regular file.")
-        file = opened.open()
-    except FileNotFoundError:
-        raise DataError(f"{url}: not found.") from None
-    with file:
-        yield file
-
-
 class Transfer:
     """The bytes of a URL, read by a thread of its own so that every wait for them is bounded.
 
     No timeout of a library bounds all of its waits: a name server, headers that drip, a client with
     retries of its own. The thread is left behind when it brings nothing for too long or a stop is
     requested. It ends as soon as its own wait ends, and does not keep the process alive.
+
+    Args:
+        url: of the file.
+        offset: bytes that are here already; ``start`` says whether the server goes on behind them.
+        mark: of the file that they are of, as an earlier transfer had it.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, offset: int = 0, mark: str = "") -> None:
         self.url, self.missing = url, 0
+        self.start, self.mark, self._asked = 0, "", (offset, mark)
         self._pieces: Queue[bytes | BaseException] = Queue(QUEUED)
         self._left = Event()
 
@@ -166,6 +121,8 @@ class Transfer:
                     raise piece
                 if not piece:
                     return
+                if not received and self._is_http and not self.start:
+                    refuse_web_page(self.url, piece)
                 received, last = received + len(piece), now
                 yield piece
                 if now - start > IDLE_SECONDS + received / SLOWEST:
@@ -175,11 +132,13 @@ class Transfer:
 
     @property
     def _is_http(self) -> bool:
-        return self.url.startswith(("http://", "https://"))
+        return self.url.startswith(HTTP)
 
     def _read(self) -> None:
         try:
-            with open_url(self.url) as source:
+            with open_url(self.url, IDLE_SECONDS, *self._asked) as source:
+                if isinstance(source, HTTPResponse):
+                    self.start, self.mark = first_byte(source, self._asked[0]), mark_of(source)
                 # An http response gives what is there; its ``read`` waits for all of a MiB.
                 read = source.read1 if isinstance(source, HTTPResponse) else source.read
                 while self._put(piece := read(CHUNK)) and piece:
@@ -224,16 +183,27 @@ def read_url(url: str, limit: int, stop: Callable[[], bool] = raise_on_stop) -> 
 
 
 def with_retries(
-    url: str, transfer: Callable[[], T], stop: Callable[[], bool] = raise_on_stop
+    url: str,
+    transfer: Callable[[], T],
+    stop: Callable[[], bool] = raise_on_stop,
+    arrived: Callable[[], int] = int,
 ) -> T:
     """Return ``transfer()``, which is tried again when the network fails.
+
+    Args:
+        url: for messages.
+        transfer: the work.
+        stop: see ``fetch``.
+        arrived: returns the most bytes that were here at a time. As long as they grow from attempt
+            to attempt, further ones are made.
 
     Raises:
         DataError: ``transfer`` raised it, or all attempts failed.
         Stopped: ``transfer`` raised it, or ``stop`` returned True between two attempts.
         OSError: a file cannot be written.
     """
-    for attempt in range(FETCH_ATTEMPTS):
+    attempt, before = 0, -1
+    while attempt < FETCH_ATTEMPTS:
         if attempt:
             pause = time.monotonic() + FETCH_PAUSE * 2.0**attempt
             while True:
@@ -251,6 +221,8 @@ def with_retries(
             if isinstance(cause, OSError) and cause.errno in LOCAL_ERRORS:
                 raise cause from None
             reason = printable(repr(error)[:LONGEST_REASON])
+        attempt = attempt + 1 if arrived() <= before else 1
+        before = arrived()
     raise DataError(
         f"{url}: cannot be fetched: {reason}. See that its server answers, then run the same "
         "command again."
@@ -260,18 +232,21 @@ def with_retries(
 def fetch(
     url: str,
     target: Path,
-    sha256: str,
+    sha256: str | None,
     *,
     size: int | None = None,
     stop: Callable[[], bool] = raise_on_stop,
 ) -> None:
     """Download a file; ``target`` appears only when all of it is on disk with the right checksum.
 
+    A transfer that ends early goes on where it ended, if the server knows byte ranges and says that
+    the file is still the same.
+
     Args:
         url: where the file is.
         target: its name here, in a folder that exists. Downloads in progress have names like
             ``TARGET.*.tmp``.
-        sha256: the hex digest of its bytes.
+        sha256: the hex digest of its bytes; None = unknown.
         size: its number of bytes; None = unknown.
         stop: called about five times a second; the download ends when it returns True.
 
@@ -283,29 +258,38 @@ def fetch(
     partial = target.with_name(f"{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
     most = LARGEST if size is None else size
+    digest, mark, furthest = hashlib.sha256(), "", 0
 
     def transfer() -> str:
-        digest, source = hashlib.sha256(), Transfer(url)
-        out.seek(0)
-        out.truncate()
-        for piece in source.pieces(stop):
-            digest.update(piece)
-            out.write(piece)
-            if out.tell() > most:
-                raise DataError(
-                    f"{url}: longer than the {most} bytes of its index: another file, so "
-                    "nothing was kept. Upload the right file there."
-                )
+        nonlocal digest, mark, furthest
+        source, begun = Transfer(url, out.tell() if mark else 0, mark), False
+        try:
+            for piece in source.pieces(stop):
+                if not begun and source.start != out.tell():
+                    digest = hashlib.sha256()
+                    out.seek(0)
+                    out.truncate()
+                begun = True
+                digest.update(piece)
+                out.write(piece)
+                furthest = max(furthest, out.tell())
+                if out.tell() > most:
+                    raise DataError(
+                        f"{url}: longer than the {most} bytes of its index: another file, so "
+                        "nothing was kept. Upload the right file there."
+                    )
+        finally:
+            mark = source.mark if begun else mark
         if missing := max(0, source.missing if size is None else size - out.tell()):
             raise EOFError(f"ended {missing} bytes early")
         return digest.hexdigest()
 
     try:
         with partial.open("wb") as out:
-            found = with_retries(url, transfer, stop)
+            found = with_retries(url, transfer, stop, lambda: furthest)
             out.flush()
             os.fsync(out.fileno())  # a power cut would leave a file of this size without content
-        if found != sha256:
+        if sha256 not in (None, found):
             raise DataError(
                 f"{url}: its sha256 is {found}, must be {sha256}: damaged or another file, so "
                 "nothing was kept. Upload the right file there."

@@ -14,9 +14,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,88 +24,30 @@ from numpy.typing import NDArray
 
 from pipeline.data import index_fields
 from pipeline.data.codecs import MIXED
+from pipeline.data.index import ROW as ROW
+from pipeline.data.index import Index as Index
+from pipeline.data.index import Shard as Shard
+from pipeline.data.index import described
+from pipeline.data.locations import INDEX_NAME as INDEX_NAME
+from pipeline.data.locations import (
+    LEFT_OUT,
+    beside,
+    folder_and_index,
+    is_url,
+    parts_of,
+    remedy_for_index,
+    what_is_missing,
+)
 from pipeline.data.remote import raise_on_stop, read_url
 from pipeline.runtime.documents import DamagedFile, read_bytes, write_document
 from pipeline.runtime.errors import DataError
 from pipeline.runtime.files import is_folder, write_atomic
 from pipeline.runtime.host import remedy_of_file
 
-INDEX_NAME = "index.json"
-TABLE_NAME = "index.json.samples.npy"
+TABLE_NAME = f"{INDEX_NAME}.samples.npy"
 KIND = "wids-shard-index-v1"
-ROW = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<i4")])
 LARGEST_INDEX = 32 << 20
 """Bytes; 100,000 shards take half of it. Parsed JSON may take 25 times as many."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A tar of a set: its file name, number of samples, size in bytes, and sha256 in hex."""
-
-    url: str
-    nsamples: int
-    filesize: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Index:
-    """The checked index of a shard set.
-
-    Args:
-        location: folder or URL of the set.
-        field: extension of the images in the tars, e.g. ``npy``.
-        shape: (H, W, C) of every image.
-        shards: the tars, in the order of the sample ids.
-        table: a row of dtype ``ROW`` for each sample id.
-        made_by: how the images were made: source, crop, resize.
-    """
-
-    location: str
-    field: str
-    shape: tuple[int, int, int]
-    shards: tuple[Shard, ...]
-    table: NDArray[np.void]
-    made_by: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.table)
-
-    @property
-    def sizes(self) -> list[int]:
-        """Number of samples of each shard."""
-        return [shard.nsamples for shard in self.shards]
-
-    @property
-    def is_remote(self) -> bool:
-        return "://" in self.location
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex sha256 of the shards' sizes and checksums, equal for every copy of the set."""
-        listed = [[shard.nsamples, shard.sha256] for shard in self.shards]
-        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-
-    def require_shape(self, wanted: tuple[int, int, int], field: str) -> None:
-        """Raise ``DataError`` if the images do not have the shape (H, W, C) that a model takes.
-
-        Args:
-            wanted: the shape that the model takes.
-            field: the option that named this set, for the message.
-        """
-        if self.shape != wanted:
-            raise DataError(
-                f"{field} ({self.location}): images of {_described(self.shape)}, the model wants "
-                f"{_described(wanted)}. Prepare them with --size {wanted[0]} --channels "
-                f"{wanted[2]}, give another set, or train with other model.image_size and "
-                "model.channels."
-            )
-
-
-def _described(shape: tuple[int, int, int]) -> str:
-    height, width, channels = shape
-    return f"{width}x{height} with {channels} channel{'s' if channels > 1 else ''}"
 
 
 # -- writing ------------------------------------------------------------------------------------
@@ -118,18 +59,23 @@ def shard_name(number: int) -> str:
 
 
 def write_index(
-    folder: Path,
+    folder: Path | str,
     scans: Sequence[tuple[Shard, NDArray[np.void], str, *tuple[Any, ...]]],
     shape: tuple[int, int, int],
     made_by: dict[str, Any],
+    file: Path | None = None,
+    *,
+    elsewhere: bool = False,
 ) -> Index:
-    """Write the index of the complete shards in ``folder``.
+    """Write the index of complete shards.
 
     Args:
-        folder: where the tars are.
+        folder: where the tars are; a path or a URL.
         scans: (shard, rows of the table, format of its images) of each tar.
         shape: (H, W, C) of every image.
         made_by: how the images were made.
+        file: the index file; None = ``index.json`` in ``folder``.
+        elsewhere: the file is not in ``folder``, and has to name it.
 
     Raises:
         DataError: there are no images.
@@ -140,7 +86,9 @@ def write_index(
     table = np.concatenate([rows for _, rows, *_ in scans])
     raw = io.BytesIO()
     np.save(raw, table)
-    write_atomic(folder / TABLE_NAME, raw.getvalue())
+    target = Path(folder) / INDEX_NAME if file is None else file
+    write_atomic(table_of(target), raw.getvalue())
+    place = {"shards_at": str(folder)} if elsewhere else {}
     document = {
         "__kind__": KIND,
         "wids_version": 1,
@@ -148,10 +96,19 @@ def write_index(
         "shape": list(shape),
         "samples_sha256": hashlib.sha256(raw.getvalue()).hexdigest(),
         "made_by": made_by,
-        "shardlist": [asdict(shard) for shard, *_ in scans],
+        "shardlist": [_entry(shard) for shard, *_ in scans],
     }
-    write_document(folder / INDEX_NAME, document, indent=1)
-    return read_index(str(folder))
+    write_document(target, document | place, indent=1)
+    return read_index(str(target))
+
+
+def _entry(shard: Shard) -> dict[str, Any]:
+    return {key: value for key, value in asdict(shard).items() if key not in ("folder", "field")}
+
+
+def table_of(index: Path) -> Path:
+    """Return the file with the rows of an index file."""
+    return index.with_name(f"{index.name}.samples.npy")
 
 
 # -- reading ------------------------------------------------------------------------------------
@@ -159,32 +116,59 @@ def write_index(
 
 def read_index(
     location: str,
-    command: str = "",
+    options: str = "--size 64",
     field: str = "data.shards",
     stop: Callable[[], bool] = raise_on_stop,
 ) -> Index:
-    """Read and check the index of a folder or URL.
+    """Read and check the index of a set, or those of several sets that are read as one.
 
     Args:
-        location: folder or URL of the set.
-        command: the command that makes the set, for the message when the index is missing.
-        field: the option that named the set, for the same message.
+        location: folder, URL or index file of the set, or several (``locations.parts_of``).
+        options: those of ``pipeline.prepare`` that make fitting images, for messages.
+        field: the option that named the set, for the same messages.
         stop: called while a remote index is waited for.
 
     Raises:
-        DataError: there is no index, it is damaged, or it names files outside its folder.
+        DataError: there is no index, it is damaged, or it names files outside its folder; or
+            images of several sets have several shapes.
         Stopped: ``stop`` returned True.
     """
-    location = location.rstrip("/") if "://" in location else location
-    name = f"{location}/{INDEX_NAME}"
-    content = _read_beside(location, INDEX_NAME, command, field, LARGEST_INDEX, stop)
+    if f"={LEFT_OUT}" in location or f"//{LEFT_OUT}@" in location:
+        raise DataError(
+            f"{field} ({location}): its credential was not stored with the run. Give {field} on "
+            "the command line again."
+        )
+    sets = [_read_set(part, options, field, stop) for part in parts_of(location, field)]
+    first = sets[0]
+    if len(sets) == 1:
+        return first
+    for other in sets:
+        if other.shape != first.shape:
+            raise DataError(
+                f"{field}: sets must hold images of one shape; {first.location} has "
+                f"{described(first.shape)}, {other.location} has {described(other.shape)}. "
+                "Prepare one of them again with the size and channels of the other."
+            )
+    shards = tuple(
+        dataclasses.replace(shard, folder=one.location, field=one.field)
+        for one in sets
+        for shard in one.shards
+    )
+    table = np.concatenate([one.table for one in sets])
+    where = "::".join(one.location for one in sets)
+    return Index(where, first.field, first.shape, shards, table)
+
+
+def _read_set(location: str, options: str, field: str, stop: Callable[[], bool]) -> Index:
+    """Read and check the index of one set."""
+    folder, index = folder_and_index(location)
+    name, table_name = beside(folder, index), beside(folder, f"{index}.samples.npy")
+    content = _read_beside(folder, index, LARGEST_INDEX, field, location, options, stop)
     try:
         document = index_fields.parsed(content, KIND)
     except ValueError as error:
-        raise DataError(
-            f"{name}: not an index of this project ({error}). "
-            f"Make it again: python -m pipeline.prepare {location} --out {location}"
-        ) from None
+        remedy = remedy_for_index(content, location, name)
+        raise DataError(f"{name}: not an index of this project ({error}). {remedy}") from None
     shards = tuple(Shard(**entry) for entry in document["shardlist"])
     if odd := index_fields.odd_name([shard.url for shard in shards]):
         raise DataError(f"{name}: shard {odd}.")
@@ -192,7 +176,7 @@ def read_index(
     if count == 0:
         raise DataError(f"{name}: lists no samples.")
     limit = count * ROW.itemsize + index_fields.LONGEST_NPY_HEADER
-    raw = _read_beside(location, TABLE_NAME, "", field, limit, stop)
+    raw = _read_beside(folder, f"{index}.samples.npy", limit, field, location, options, stop)
     try:
         if hashlib.sha256(raw).hexdigest() != document["samples_sha256"]:
             raise ValueError("its checksum differs from the index")
@@ -201,37 +185,38 @@ def read_index(
             raise ValueError(f"has {len(table)} rows; the shards of the index have {count} samples")
         index_fields.check_rows(table, [(one.nsamples, one.filesize) for one in shards])
     except ValueError as error:
-        raise DataError(
-            f"{location}/{TABLE_NAME}: damaged or not of this index ({error}). Make both again: "
-            f"remove {name}, then run python -m pipeline.prepare {location} --out {location}"
-        ) from None
+        again = remedy_for_index(b"", location, name)
+        raise DataError(f"{table_name}: damaged or not of this index ({error}). {again}") from None
+    if (at := document["shards_at"]) and not is_url(folder):
+        folder = at
     shape, made_by = tuple(document["shape"]), document["made_by"]
-    return Index(location, document["field"], shape, shards, table, made_by)
+    return Index(folder, document["field"], shape, shards, table, made_by)
 
 
 def _read_beside(
-    location: str,
+    folder: str,
     name: str,
-    command: str,
-    field: str,
     limit: int,
+    field: str,
+    location: str,
+    options: str,
     stop: Callable[[], bool],
 ) -> bytes:
     """Return the bytes of a file beside the shards."""
-    if "://" in location:
+    if is_url(folder):
         try:
-            return read_url(f"{location}/{name}", limit, stop)
+            return read_url(beside(folder, name), limit, stop)
         except DataError as error:
             raise DataError(f"{field}: {error}") from None
-    path = Path(location).expanduser() / name
+    path = Path(folder).expanduser() / name
+    again = remedy_for_index(b"", location, str(path).removesuffix(".samples.npy"))
     try:
         return read_bytes(path, limit)
     except DamagedFile as error:
         if is_folder(path.parent):
             reason = str(error).removeprefix(f"{path}: ")
             raise DataError(
-                f"{field} ({location}): {path} cannot be read: {reason}. Restore it, or make it "
-                f"again: python -m pipeline.prepare {location} --out {location}"
+                f"{field} ({location}): {path} cannot be read: {reason}. {again}"
             ) from None
     except FileNotFoundError:
         pass
@@ -240,11 +225,6 @@ def _read_beside(
             f"{field} ({location}): {path} cannot be read: {error.strerror}. "
             f"{remedy_of_file(error)}."
         ) from None
-    tars = len(list(path.parent.glob("*.tar"))) if is_folder(path.parent) else 0
-    remedy = command or f"python -m pipeline.prepare SOURCE --out {location} --size SIZE"
-    if tars and name == INDEX_NAME:
-        found = f"{tars} tars without an index"
-        remedy = f"python -m pipeline.prepare {location} --out {location}"
-    else:
-        found = f"no {name}" if is_folder(path.parent) else "no such folder"
-    raise DataError(f"{field} ({location}): {found}. Make it with: {remedy}")
+    if name.endswith(".npy"):
+        raise DataError(f"{field} ({location}): no {name}. {again}")
+    raise DataError(f"{field} ({location}): {what_is_missing(location, options)}")

@@ -64,7 +64,9 @@ class Scorer:
 
     def _read_index(self, field: str, location: str) -> Index:
         def read() -> Index:
-            index = read_index(location, field=field)
+            model = self.config.model
+            options = f"--size {model.image_size} --channels {model.channels}"
+            index = read_index(location, options, field)
             index.require_shape(self.config.model.image_shape, field)
             return index
 

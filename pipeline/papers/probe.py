@@ -134,7 +134,8 @@ def read_index_for(field: str, location: str, model: ModelConfig) -> Index:
     """
     from pipeline.data.shards import read_index
 
-    index = read_index(location, field=field)
+    options = f"--size {model.image_size} --channels {model.channels}"
+    index = read_index(location, options, field)
     index.require_shape(model.image_shape, field)
     return index
 

@@ -276,8 +276,9 @@ def _disk_space(accelerator: Accelerator, config: Config, index: Index | None) -
     text = f"{folder}: {_gib(free)} free, checkpoints and snapshots to come need {_gib(needed)}"
     findings = [Finding("disk", "ok" if free > needed + one else "FAILED", text)]
     if index is not None and index.is_remote:
-        cache = Cache(index, config.data.cache_dir).folder
-        size = sum(shard.filesize for shard in index.shards)
+        copies = Cache(index, config.data.cache_dir)
+        cache = copies.folder
+        size = sum(shard.filesize for shard in index.shards if copies.is_copied(shard))
         needed = min(size, int(config.data.cache_gib * 2**30) or size)
         held = sum(path.stat().st_size for path in cache.glob("*.tar")) if cache.is_dir() else 0
         free = min(gather(accelerator, shutil.disk_usage(nearest_existing(cache)).free + held))

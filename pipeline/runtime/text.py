@@ -46,10 +46,19 @@ _QUERY = re.compile(
 _SECRET = re.compile(r"(?:^|_)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|JWT)(?:_|$)")
 
 
+def without_credentials(text: str) -> str:
+    """Return text with ``***`` for passwords, tokens and signatures in URLs."""
+    return _QUERY.sub(r"\1***", _USER.sub(r"\1***@", text)) if "://" in text else text
+
+
+def has_login(text: str) -> bool:
+    """Return whether a URL in a text has a user or a password before its host, not masked."""
+    return any("***" not in found[0] for found in _USER.finditer(text))
+
+
 def masked(text: str) -> str:
     """Return text with ``***`` for credentials: in URLs, and keys that the environment holds."""
-    if "://" in text:
-        text = _QUERY.sub(r"\1***", _USER.sub(r"\1***@", text))
+    text = without_credentials(text)
     for name, value in os.environ.items():
         if _SECRET.search(name) and len(value) >= 8 and value in text:
             text = text.replace(value, "***")

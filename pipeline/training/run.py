@@ -14,7 +14,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from pipeline.config.schema import Config, flatten
+from pipeline.config.schema import Config, flatten, without_credentials
 from pipeline.data.order import Order
 from pipeline.data.shards import Index
 from pipeline.models.sampling import generator_id, make_sampler, sample_grid
@@ -238,7 +238,7 @@ class Run:
             "run_id": self.id,
             "run_dir": str(self.dir.resolve()),
             "inode": self.dir.stat().st_ino,
-            "config": flatten(self.config),
+            "config": flatten(without_credentials(self.config)),
             "images_seen": images_seen,
             "stream": self._data_identity | {"position": images_seen},
             "micro_batch": self._micro_batch,

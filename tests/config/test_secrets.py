@@ -16,7 +16,8 @@ from evaluating import add_snapshot, make_config
 
 from pipeline.config.loading import dump, load
 from pipeline.config.schema import Config, DataConfig
-from pipeline.runtime.errors import ConfigError
+from pipeline.data.shards import read_index
+from pipeline.runtime.errors import ConfigError, DataError
 from pipeline.runtime.text import masked
 
 SECRET = "hunter2hunter2"
@@ -145,13 +146,13 @@ def test_no_file_and_no_line_has_a_credential(tmp_path):
 
 
 def test_a_snapshot_is_for_others(tmp_path):
-    """Its configuration has no credentials; that of the run, which needs them, has."""
+    """Its configuration has no credentials, nor has that of the run."""
     config = dataclasses.replace(make_config(tmp_path), data=DataConfig(shards=URL))
     folder = add_snapshot(tmp_path, config, 3)
     text = (folder / "config.yaml").read_text()
     assert SECRET not in text
     assert load(folder / "config.yaml").data.shards == masked(URL)
-    assert load(_written(tmp_path, config)).data.shards == URL
+    assert SECRET not in _written(tmp_path, config).read_text()
 
 
 def _written(folder: Path, config: Config) -> Path:
@@ -198,3 +199,19 @@ def test_settings_of_wandb_that_came_with_a_run_are_not_obeyed(tmp_path):
     assert not Server.asked, done.stdout
     assert "came with a run" in done.stdout
     assert "start the command from another folder" in done.stdout
+
+
+@pytest.mark.parametrize("where", ["data.shards", "eval.parzen_shards"])
+def test_a_password_in_a_url_is_refused_with_the_place_for_it(tmp_path, where):
+    """It would be stored with the run; the message does not repeat it."""
+    path = tmp_path / "c.yaml"
+    path.touch()
+    with pytest.raises(ConfigError, match=r"without user and password.*~/\.netrc") as error:
+        load(path, [f"{where}=https://me:{SECRET}@host/shards"])
+    assert SECRET not in str(error.value)
+
+
+def test_a_credential_that_was_left_out_is_asked_for():
+    """What stands for it in a stored configuration is not sent to a server."""
+    with pytest.raises(DataError, match=r"not stored with the run. Give data.shards on the comm"):
+        read_index("https://host/set?sig=***")

@@ -97,7 +97,7 @@ def test_a_field_that_is_not_what_it_must_be(said: str, own: Path) -> None:
     assert message.startswith(
         f"{own}/{INDEX_NAME}: not an index of this project ({said}"[:150]
     ) or (said in message)
-    assert f"python -m pipeline.prepare {own} --out {own}" in message
+    assert f"&& python -m pipeline.prepare {own}" in message
 
 
 NAMES = {
@@ -164,7 +164,7 @@ def test_files_that_are_no_files(kind: str, name: str, own: Path) -> None:
             file.truncate(1 << 40)
     message = refused(own)
     assert f"{path} cannot be read" in message
-    assert f"python -m pipeline.prepare {own} --out {own}" in message
+    assert f"&& python -m pipeline.prepare {own}" in message
 
 
 # -- the table ----------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def test_a_table_with_a_hostile_header(name: str, own: Path, rows: bytes) -> Non
     put_table(own, BOMBS[name](rows))
     message = refused(own)
     assert message.startswith(f"{own}/{TABLE_NAME}: damaged or not of this index (")
-    assert f"remove {own}/{INDEX_NAME}, then run" in message
+    assert f"rm -r {own}/{INDEX_NAME} && python -m pipeline.prepare {own}" in message
 
 
 @pytest.mark.parametrize("version", [1, 2, 3])

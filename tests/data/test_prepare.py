@@ -788,7 +788,7 @@ def test_a_folder_where_no_image_can_be_read_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("x", "--size", "0"), "--size: 0: must be a whole number from 1 to 4096"),
+        (("x", "--size", "0"), "--size: 0: must be a whole number from 8 to 256"),
         (("x", "--background", "whit"), "--background (whit): must be a colour"),
         (("x", "--workers", "0"), "--workers: 0: must be a whole number"),
         (("x", "--part", "3/3"), "--part: 3/3: must be I/N"),

@@ -316,7 +316,7 @@ def test_shards_of_two_formats_are_one_set(tmp_path):
 def test_tars_without_an_index_get_the_command_that_makes_one(own):
     """Somebody else's shards are one command away."""
     (own / INDEX_NAME).unlink()
-    with pytest.raises(DataError, match=f"8 tars without an index.*pipeline.prepare {own} --out"):
+    with pytest.raises(DataError, match=f"8 tars without an index.*pipeline.prepare {own}"):
         read_index(str(own))
 
 
