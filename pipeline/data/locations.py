@@ -13,7 +13,6 @@ import re
 import shlex
 from itertools import islice
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 from pipeline.runtime.errors import DataError
 from pipeline.runtime.files import is_folder
@@ -98,13 +97,6 @@ def _cut_query(location: str) -> tuple[str, str, str]:
 def without_query(url: str) -> str:
     """Return an http URL without its query, which may hold a credential."""
     return _cut_query(url)[0]
-
-
-def without_user(url: str) -> tuple[str, str, str]:
-    """Return (URL without user and password, user, password) of an http URL."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=host)), parts.username or "", parts.password or ""
 
 
 # -- remedies -----------------------------------------------------------------------------------

@@ -44,7 +44,6 @@ from pipeline.runtime.errors import DataError
 from pipeline.runtime.files import is_folder, write_atomic
 from pipeline.runtime.host import remedy_of_file
 
-TABLE_NAME = f"{INDEX_NAME}.samples.npy"
 KIND = "wids-shard-index-v1"
 LARGEST_INDEX = 32 << 20
 """Bytes; 100,000 shards take half of it. Parsed JSON may take 25 times as many."""

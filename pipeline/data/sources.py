@@ -72,7 +72,7 @@ def find(name: str, choice: Choice) -> Source:
         return cifar(batches, choice, read_bytes)
     if idx := idx_folder(path, choice.image_field):
         return _idx(*idx, choice, name)
-    tars = sorted(path.glob("*.tar"))
+    tars = sorted(path.glob("[!.]*.tar"))
     return _tars(path, tars, choice) if tars else _folder(path, choice)
 
 

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 from conftest import CountingServer
 
-from pipeline.data.shards import INDEX_NAME, ROW, TABLE_NAME, Index, read_index
+from pipeline.data.shards import INDEX_NAME, ROW, Index, read_index
 from pipeline.runtime.documents import read_document, write_document
 from pipeline.runtime.errors import DataError
+
+TABLE_NAME = f"{INDEX_NAME}.samples.npy"
 
 HUGE = 10**4000
 

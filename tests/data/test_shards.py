@@ -28,13 +28,14 @@ from pipeline.data.reader import Reader
 from pipeline.data.shards import (
     INDEX_NAME,
     ROW,
-    TABLE_NAME,
     read_index,
     write_index,
 )
 from pipeline.data.tar_scan import NO_LABELS, scan
 from pipeline.runtime.documents import read_document, write_document
 from pipeline.runtime.errors import CorruptSample, DataError
+
+TABLE_NAME = f"{INDEX_NAME}.samples.npy"
 
 SHAPE = (8, 8, 3)
 IMAGE = encode(pixels_of(0, SHAPE), "npy")
