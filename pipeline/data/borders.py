@@ -68,7 +68,7 @@ def index_file(text: str | None, source: str, out: Path | None) -> Path | None:
         UserError: it is no place for an index file, or it is needed and missing.
     """
     if text is None:
-        if is_url(source) or "{" in Path(source).name:
+        if source.endswith(".tar") and (is_url(source) or "{" in Path(source).name):
             raise UserError(
                 f"SOURCE ({source}): to index tars where they are, give --index FILE.json."
             )
