@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.labels import KEYS, NO_LABEL, numbered, parse
 from pipeline.data.pictures import DecodeError, Pixels, reason
-from pipeline.data.source import Choice, Source, Stored, package
+from pipeline.data.source import Choice, Source, Stored, package, version_of
 from pipeline.runtime.console import printable
 from pipeline.runtime.errors import DataError
 
@@ -204,8 +204,7 @@ def _source(
         numbers, classes, bad = _labels(labels)
         if bad:
             said.append(f"{bad} labels are no number, name or one-hot row: not used")
-    status = path.stat()
-    digest = hashlib.sha256(f"{shape}{status.st_size}{key}".encode() + numbers.tobytes())
+    digest = hashlib.sha256(f"{shape}{version_of(path)}{key}".encode() + numbers.tobytes())
 
     def open_rows() -> Callable[[int], Stored]:
         array = opener()

@@ -81,6 +81,8 @@ def verify(folder: Path, workers: int) -> str:
         listed = {shard.url for shard in index.shards}
         extra = sorted(path.name for path in folder.glob("[!.]*.tar") if path.name not in listed)
         faults += [f"{folder / name}: not in {INDEX_NAME}." for name in extra]
+        altered = sum((one.altered for one in reports), Counter[str]())
+        faults += _refusals(prepare_command(folder, "--out", "OTHER", "--size", "64"), altered)
     faults += [fault for one in reports for fault in one.faults]
     if faults:
         shown = faults[:LISTED_FAULTS]
@@ -263,7 +265,10 @@ def _compare(path: Path, number: int, index: Index, report: Callable[[int], None
             inside = rows["offset"] + rows["length"] <= os.fstat(file.fileno()).st_size
             for offset, length, _ in rows[inside].tolist():
                 try:
-                    decode(_payload(file, offset, length), out)
+                    payload = _payload(file, offset, length)
+                    decode(payload, out)
+                    if index.made_by.get("source_kind") == "indexed" and index.field != "npy":
+                        found.altered.update(alterations(payload))
                 except DecodeError as error:
                     bad.append((offset, str(error)))
                 report(1)

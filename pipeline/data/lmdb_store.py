@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.data.labels import NO_LABEL
 from pipeline.data.pictures import DecodeError, reason
-from pipeline.data.source import Source, Stored, package
+from pipeline.data.source import Source, Stored, package, version_of
 from pipeline.data.source_files import LARGEST_FILE
 from pipeline.runtime.errors import DataError
 
@@ -31,7 +31,7 @@ def lmdb_folder(folder: Path) -> Source:
         return lmdb.open(str(folder), readonly=True, lock=False, readahead=False, max_dbs=0)
 
     keys: list[bytes] = []
-    digest = hashlib.sha256(str((folder / FILE).stat().st_size).encode())
+    digest = hashlib.sha256(version_of(folder / FILE).encode())
     try:
         with environment() as store, store.begin() as transaction:
             for key in transaction.cursor().iternext(keys=True, values=False):

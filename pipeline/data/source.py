@@ -28,7 +28,7 @@ class Source:
         names: unique names in a fixed order; sorted for folders and zip archives.
         labels: int32 (N,), ``NO_LABEL`` where unknown.
         digest: hex sha256 that changes when an image is added, removed or renamed, or replaced by
-            one of another size.
+            one of another size. Of a large file it has the time of change.
         opener: called once in a worker process; returns a function that reads the image of a row.
         classes: names of the classes, by label; empty if unknown.
         left_out: number of files that are not used, by extension or reason.
@@ -63,6 +63,12 @@ class Choice:
     download: bool = True
     image_field: str | None = None
     label_field: str | None = None
+
+
+def version_of(path: Path) -> str:
+    """Return a text that changes when a large file is edited: its size and time of change."""
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def package(module: str, name: str, path: Path) -> Any:

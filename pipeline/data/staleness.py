@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.data.pictures import DecodeError
-from pipeline.data.source_files import read_file
 from pipeline.data.source import Source
+from pipeline.data.source_files import read_file
 
 TIMES, CONTENTS = "times", "contents"
 """Keys of a record: digests of the times of change, and of the contents, of some files."""

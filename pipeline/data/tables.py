@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.data.labels import KEYS, NO_LABEL, Label, numbered, parse
 from pipeline.data.pictures import DecodeError, reason
-from pipeline.data.source import Choice, Source, Stored, package
+from pipeline.data.source import Choice, Source, Stored, package, version_of
 from pipeline.runtime.console import printable
 from pipeline.runtime.errors import DataError
 
@@ -60,7 +60,7 @@ def parquet_files(location: Path, paths: Sequence[Path], choice: Choice) -> Sour
                             labels.append(None)
                             bad += 1
                 digest.update(
-                    f"{path.name}\0{path.stat().st_size}\0{file.metadata.num_rows}\0".encode()
+                    f"{path.name}\0{version_of(path)}\0{file.metadata.num_rows}\0".encode()
                 )
                 names += [f"{path.name}[{row}]" for row in range(file.metadata.num_rows)]
         except (arrow.ArrowException, OSError) as error:

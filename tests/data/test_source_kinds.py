@@ -340,11 +340,13 @@ def test_heic_and_jpeg_xl(tmp_path: Path) -> None:
 
     pillow_heif.register_heif_opener()
     photo = picture(32, 32)
-    Image.fromarray(photo).save(tmp_path / "a.heic", quality=100)
-    Image.fromarray(photo).save(tmp_path / "b.jxl", lossless=True)
-    said = prepare(tmp_path, "--out", tmp_path / "out", "--size", 32)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.fromarray(photo).save(photos / "a.heic", quality=100)
+    Image.fromarray(photo).save(photos / "b.jxl", lossless=True)
+    said = prepare(photos, "--out", tmp_path / "out", "--size", 32)
     assert "2 files: 2 used" in said
-    source = find(str(tmp_path), CHOICE)
+    source = find(str(photos), CHOICE)
     read = reader(source, Square(32, 3))
     assert np.abs(read(0)[0].astype(int) - photo).mean() < 8
     assert np.array_equal(read(1)[0], photo)

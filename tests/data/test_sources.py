@@ -20,10 +20,11 @@ from PIL import Image
 from test_pictures import icc, picture, stored
 
 from pipeline.data.labels import NO_LABEL
-from pipeline.data.shards import read_index
+from pipeline.data.shards import read_index, write_index
 from pipeline.data.source import Choice, Source
 from pipeline.data.sources import find, reader
 from pipeline.data.squares import Square
+from pipeline.data.tar_scan import scan
 from pipeline.runtime.errors import DataError
 
 CHOICE = Choice(download=False)
@@ -188,6 +189,15 @@ def test_tars_in_place_that_need_work_are_refused_with_the_way_out(tmp_path: Pat
     said = prepare(tmp_path / "tars", code=2)
     assert "1 must be turned upright by EXIF, 1 must be converted to sRGB" in said
     assert not (tmp_path / "tars" / "index.json").exists()
+    # An index that was made before such images were looked for.
+    write_index(
+        tmp_path / "tars",
+        [scan(tmp_path / "tars" / "a.tar")],
+        (16, 16, 3),
+        {"source_kind": "indexed"},
+    )
+    assert "1 must be converted to sRGB" in prepare("--verify", tmp_path / "tars", code=2)
+    (tmp_path / "tars" / "index.json").unlink()
     said = prepare(tmp_path / "tars", "--out", tmp_path / "out", "--size", 16)
     assert "3 files: 3 used; 1 of them turned upright by EXIF; 1 of them converted to sRGB" in said
     said = prepare(tmp_path / "tars", "--out", tmp_path / "out", "--size", 16, "--strict", code=2)
