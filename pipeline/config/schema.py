@@ -150,6 +150,9 @@ class TrainConfig:
     """Images per forward pass, which is also the BatchNorm group. batch_size = ranks x accumulation
     steps x micro_batch. None = batch_size / ranks. Set it to keep the computation the same on any
     number of ranks, or lower it to save memory."""
+    mirror: bool = False
+    """Flip each training image left to right with probability 1/2, independently each time that it
+    is read. References of evaluations are not flipped."""
     ema_decay: float = 0.999
     """Decay of the weight average, in [0, 1): G_ema <- decay * G_ema + (1 - decay) * G after each
     step; 0 = G_ema is a copy of G."""

@@ -42,8 +42,9 @@ class InputReader(Iterator[Inputs]):
     """An endless iterator over ``Inputs``, from any update of D on.
 
     Update u takes the images of global batch u of the data order, and z drawn for that whole batch
-    from ``rng(run.seed, "z", u)``. Each rank takes its rows of both, so the global batch is the
-    same on any number of ranks.
+    from ``rng(run.seed, "z", u)``. With ``train.mirror`` it mirrors the images that ``rng(run.seed,
+    "mirror", u)`` chooses. Each rank takes its rows, so the global batch is the same on any number
+    of ranks.
 
     Args:
         config: the whole configuration.
@@ -93,11 +94,20 @@ class InputReader(Iterator[Inputs]):
         generator = rng(config.run.seed, "z", self._update)
         z = draw_z(config.model, config.data.batch_size, generator)[self._rows]
         z = append_classes(config.model, z, labels)
-        images, z, labels = self._to_device(batch.images, z, labels)
+        images, z, labels, flips = self._to_device(batch.images, z, labels, self._flips())
+        if config.train.mirror:
+            images = torch.where(flips[:, None, None, None], images.flip(2), images)
         real = normalise(images, self._device, config.train.channels_last)
         self._update += 1
         y = labels.split(self._micro_batch) if config.model.num_classes else None
         return Inputs(real.split(self._micro_batch), z.split(self._micro_batch), y)
+
+    def _flips(self) -> Tensor:
+        """Return which images of the next update are mirrored, (n,) bool; n is 0 without mirror."""
+        config = self._config
+        count = config.data.batch_size if config.train.mirror else 0
+        numbers = torch.rand(count, generator=rng(config.run.seed, "mirror", self._update))
+        return numbers[self._rows] < 0.5
 
     def finish_check(self) -> None:
         """Wait until the shards that were read are compared with their checksums.

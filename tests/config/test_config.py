@@ -97,6 +97,7 @@ def test_the_stable_configuration_is_the_papers_with_two_options():
     paper, stable = (load(CHECKOUT / "configs" / f"dcgan_64{s}.yaml") for s in ("", "_stable"))
     assert {line.split(":")[0] for line in fixed_differences(flatten(paper), stable)} == {
         "train.ema_decay",
+        "train.mirror",
         "stability.augment",
     }
 
@@ -632,6 +633,7 @@ def test_what_may_not_change_is_written_down():
         "train.precision",
         "train.micro_batch",
         "train.ema_decay",
+        "train.mirror",
         *(key for key in flatten(Config()) if key.startswith(("model.", "optim.", "stability."))),
     } <= fixed
     assert not {key for key in fixed if key.startswith("tracking.")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,6 +78,27 @@ def test_ranks_share_the_inputs_of_one(training_shards: Path) -> None:
     ):
         for name in Inputs._fields:
             assert torch.equal(joined(parts, name), joined([alone], name))
+
+
+def test_mirrored_images_depend_on_seed_and_place_alone(training_shards: Path) -> None:
+    """About half of the images, others in each update; equal on two ranks and from the middle."""
+    plain = config_of(training_shards, 10)
+    config = replace(plain, train=replace(plain.train, mirror=True))
+    original, mirrored = read(plain, 40), read(config, 40)
+    flipped = []
+    for before, after in zip(original, mirrored, strict=True):
+        x, found = joined([before], "real"), joined([after], "real")
+        chosen = rng(3, "mirror", len(flipped))
+        flips = torch.rand(8, generator=chosen) < 0.5
+        assert torch.equal(found, torch.where(flips[:, None, None, None], x.flip(3), x))
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(joined([before], "z"), joined([after], "z"))
+        flipped.append(flips)
+    assert 120 < int(torch.stack(flipped).sum()) < 200  # of 320
+    assert len({tuple(flips.tolist()) for flips in flipped}) > 30
+    parts = [read(config, 3, rank=rank, ranks=2, start=7) for rank in range(2)]
+    for whole, *shares in zip(mirrored[7:10], *parts, strict=True):
+        assert torch.equal(joined(shares, "real"), joined([whole], "real"))
 
 
 def test_what_is_sent_to_the_device_arrives() -> None:

@@ -310,7 +310,7 @@ def test_each_option_changes_the_training_and_none_leaves_it_alone(option: str) 
 
 OPTIONS = {
     "dcgan": (
-        *("model.d_norm=spectral", "model.num_classes=10", "optim.d_steps=2"),
+        *("model.d_norm=spectral", "model.num_classes=10", "optim.d_steps=2", "train.mirror=true"),
         *(
             "stability.r1_gamma=1",
             "stability.r2_gamma=1",
