@@ -102,7 +102,7 @@ def occasional(config: Config, step: float, gan: GAN, folder: Path) -> list[str]
 
     shown = ["| what | seconds | every | share of that time |", "|---|---|---|---|"]
     for name, work, steps in (
-        ("moving average", gan.update_average, 1),
+        ("moving average", lambda: gan.update_average(1), 1),
         ("checkpoint, synced and hashed", save, every.checkpoint_every),
         ("snapshot with BatchNorm statistics", snapshot, every.checkpoint_every),
         ("sample grid", grid, every.sample_every),

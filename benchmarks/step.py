@@ -62,7 +62,7 @@ def update(gan: GAN, x: Tensor, z: Tensor) -> None:
     """Run both updates and the average on one batch."""
     gan.update_D([x], [z], 1)
     gan.update_G([z], 1)
-    gan.update_average()
+    gan.update_average(1)
 
 
 def operations(work: Callable[[], object]) -> float:

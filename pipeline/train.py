@@ -86,7 +86,7 @@ def train(config: Config) -> bool:
                 d_terms.append(gan.update_D(real, z, step, y, turn))
             # Update G: maximise log D(G(z)).
             loss_G = gan.update_G(z, step, y, real)
-            gan.update_average()
+            gan.update_average(step)
             run.meter.add(loss_G, d_terms)
 
             # All ranks agree on stop requests here, so that they do the same below.

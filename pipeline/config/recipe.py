@@ -42,6 +42,29 @@ class StabilityConfig:
     = off."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    shape: Literal["cosine", "linear"] = "cosine"
+    """Curve on which values move from those under optim and stability to those below."""
+    start: int = 0
+    """Step up to which the first values hold, 0 or more."""
+    end: int = 0
+    """Step from which the last values hold, above start; 0 = every value is constant. It does not
+    follow train.total_steps, so a longer run changes no step that was done."""
+    warmup: int = 0
+    """Steps in which both learning rates grow linearly from 0; 0 = no warm-up."""
+    g_lr: float | None = None
+    """Last learning rate of G, 0 to 1e30; None = it stays optim.g_lr."""
+    d_lr: float | None = None
+    """Last learning rate of D, 0 to 1e30; None = it stays optim.d_lr."""
+    beta2: float | None = None
+    """Last beta2 of Adam, in [0, 1); None = it stays optim.beta2."""
+    r1_gamma: float | None = None
+    """Last gamma of R1, 0 to 1000000; None = it stays stability.r1_gamma."""
+    r2_gamma: float | None = None
+    """Last gamma of R2, 0 to 1000000; None = it stays stability.r2_gamma."""
+
+
 def with_todays_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``{"section.key": value}`` of an earlier version under the keys of today."""
     found = dict(values)

@@ -26,6 +26,10 @@ def _are_metrics(names: list[str]) -> bool:
     return len(set(names)) == len(names) and set(names) <= set(METRICS)
 
 
+def _if_set(is_met: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or is_met(value)
+
+
 def is_wandb_name(name: str | None) -> bool:
     """Return whether W&B takes it as the name of a run or a group; None = not given."""
     return len(name or "") <= 128
@@ -46,7 +50,8 @@ model.z_dim model.ngf model.ndf data.batch_size data.prefetch data.block data.la
 train.total_steps train.keep train.log_every stability.r1_every eval.batch_size"""
 AT_LEAST_0 = """
 data.workers data.window data.cache_gib train.checkpoint_every train.checkpoint_minutes
-train.keep_every train.sample_every stability.r1_gamma stability.r2_gamma"""
+train.keep_every train.sample_every stability.r1_gamma stability.r2_gamma schedule.start
+schedule.end schedule.warmup"""
 URLS = "data.shards eval.parzen_shards"
 NETRC = "for http(s) put them into ~/.netrc (machine HOST login USER password PASSWORD)"
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -63,6 +68,15 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("at most 1e30", lambda v: v <= 1e30, "optim.g_lr optim.d_lr"),
     ("at most 1000000", lambda v: v <= 1e6, "data.cache_gib"),
     ("at most 1000000", lambda v: v <= 1e6, "stability.r1_gamma stability.r2_gamma"),
+    (
+        "null or 0 to 1000000",
+        _if_set(lambda v: 0 <= v <= 1e6),
+        "schedule.r1_gamma schedule.r2_gamma",
+    ),
+    ("null or 0 to 1e30", _if_set(lambda v: 0 <= v <= 1e30), "schedule.g_lr schedule.d_lr"),
+    ("null or in [0, 1)", _if_set(lambda v: 0 <= v < 1), "schedule.beta2"),
+    ("between 0 and 1000000", lambda v: 0 <= v <= 1e6, "train.ema_kimg"),
+    ("between 0 and 1", lambda v: 0 <= v <= 1, "train.ema_rampup"),
     ("at most 1000000", lambda v: v <= 1e6, "train.checkpoint_minutes stability.r1_every"),
     ("between 0 and 2**63 - 1", lambda v: 0 <= v < 2**63, "run.seed eval.seed"),
     ("a folder, e.g. runs/first", lambda v: v and "://" not in v, "run.dir"),
@@ -121,7 +135,11 @@ def _conflicts(config: Config) -> list[str]:
     model, train, stability = config.model, config.train, config.stability
     batch, micro = config.data.batch_size, train.micro_batch
     dcgan = model.architecture == "dcgan"
-    gamma = next((k for k in ("r1_gamma", "r2_gamma") if getattr(stability, k)), None)
+    plan = config.schedule
+    gammas = ("r1_gamma", "r2_gamma")
+    gamma = next((k for k in gammas if getattr(stability, k) or getattr(plan, k)), None)
+    lasts = ("g_lr", "d_lr", "beta2", *gammas)
+    ends = ", ".join(f"schedule.{k}" for k in lasts if getattr(plan, k) is not None)
     batchnorm = dcgan and model.d_norm == "batch"
     second = gamma and stability.penalty in ("tangent", "exact")  # differentiated twice
     rules = (
@@ -164,6 +182,23 @@ def _conflicts(config: Config) -> list[str]:
             stability.penalty_share < 1 and batchnorm,
             f"stability.penalty_share ({stability.penalty_share}): must be 1 unless model.d_norm "
             "is none or spectral: BatchNorm needs the whole micro-batch",
+        ),
+        (
+            plan.end and not plan.start < plan.end,
+            f"schedule.end ({plan.end}): must be above schedule.start ({plan.start})",
+        ),
+        (
+            ends and not plan.end,
+            f"schedule.end (0): must be the step from which {ends} holds",
+        ),
+        (
+            plan.end and not ends,
+            f"schedule.end ({plan.end}): must be 0 unless schedule has a last value, e.g. "
+            "schedule.g_lr=0",
+        ),
+        (
+            train.ema_rampup and not train.ema_kimg,
+            f"train.ema_rampup ({train.ema_rampup}): must be 0 without train.ema_kimg",
         ),
         (
             micro is not None and (micro < 1 or batch % micro),

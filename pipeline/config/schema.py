@@ -11,7 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from pipeline.config.recipe import EXACT_BEFORE, Loss, StabilityConfig, with_todays_keys
+from pipeline.config.recipe import (
+    EXACT_BEFORE,
+    Loss,
+    ScheduleConfig,
+    StabilityConfig,
+    with_todays_keys,
+)
 from pipeline.runtime import text
 
 T = TypeVar("T")
@@ -156,6 +162,12 @@ class TrainConfig:
     ema_decay: float = 0.999
     """Decay of the weight average, in [0, 1): G_ema <- decay * G_ema + (1 - decay) * G after each
     step; 0 = G_ema is a copy of G."""
+    ema_kimg: float = 0.0
+    """Half-life of the weight average in thousands of images, 0 to 1000000: it replaces ema_decay
+    and does not depend on the batch size. 0 = ema_decay."""
+    ema_rampup: float = 0.0
+    """Largest half-life of ema_kimg as a share of the images seen so far, 0 to 1: a short average
+    at first (StyleGAN2: 0.05). 0 = no ramp-up."""
     sync_batchnorm: bool = False
     """Compute BatchNorm statistics over all ranks instead of one micro-batch (GPUs only)."""
     channels_last: bool = True
@@ -261,6 +273,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 

@@ -39,6 +39,7 @@ def say_start(
     precision: str,
     ranks: int,
     micro_batch: int,
+    schedule: str,
 ) -> None:
     """Say whether the run is new, and on what and with which data it trains.
 
@@ -51,6 +52,7 @@ def say_start(
         precision: ``fp32``, ``bf16`` or ``fp16``.
         ranks: number of ranks.
         micro_batch: images per forward pass on one rank.
+        schedule: one line on the values that vary; "" if none does.
     """
     total, run = config.train.total_steps, f"run {identity.id} in {config.run.dir}"
     if step >= total:
@@ -70,6 +72,8 @@ def say_start(
         f"{config.model.channels} in {len(index.shards)} shard(s); {total} steps are "
         f"{epochs:.1f} epochs"
     )
+    if schedule:
+        say(f"  schedule: {schedule}")
     for line in cautions(config):
         say(f"  {line}")
 

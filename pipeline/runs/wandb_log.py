@@ -28,7 +28,10 @@ from pipeline.runtime.console import say
 from pipeline.runtime.text import masked, masked_tree
 
 STEP_KEY = "train/step"
-METRIC_GROUPS = ("loss", "scores", "perf", "progress", "memory", "eval", "samples")
+METRIC_GROUPS = (
+    *("loss", "scores", "lr", "adam", "gamma", "ema"),
+    *("perf", "progress", "memory", "eval", "samples"),
+)
 QUEUE_ROWS = 10_000  # one row in 10 s for a day; the queue holds paths of images, not pixels
 FLUSH_SECONDS = 1.0  # a SIGTERM to wandb-core loses this much; its default is 15 s
 SAAS_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # one service under two names

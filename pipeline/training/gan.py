@@ -36,6 +36,7 @@ from pipeline.training.losses import (
 )
 from pipeline.training.penalties import PENALTIES, UNCOMPILED
 from pipeline.training.restore import restore
+from pipeline.training.schedules import Schedules
 
 log = logging.getLogger("pipeline")
 
@@ -95,7 +96,7 @@ class GAN:
         self._loss_D = DISCRIMINATOR_LOSSES[config.model.loss]
         self._loss_G = GENERATOR_LOSSES[config.model.loss]
         self._is_paired = config.model.loss in PAIRED
-        self._policy = tuple(config.stability.augment)
+        self._policy, self.schedules = tuple(config.stability.augment), Schedules(config)
         self._fake: Tensor | None = None
 
     def update_D(
@@ -129,7 +130,8 @@ class GAN:
         number = (step - 1) * self.config.optim.d_steps + turn + 1  # of D's updates, from 1
         # Times r1_every, for the updates that leave the penalties out.
         weight = 0 if number % stability.r1_every else stability.r1_every / 2
-        r1_weight, r2_weight = weight * stability.r1_gamma, weight * stability.r2_gamma
+        r1_weight = weight * self.schedules.at("stability.r1_gamma", step)
+        r2_weight = weight * self.schedules.at("stability.r2_gamma", step)
         terms = torch.zeros(3, device=self.accelerator.device)
         objective_total = torch.zeros((), device=self.accelerator.device)
         self._fake = None
@@ -152,6 +154,7 @@ class GAN:
                 terms += torch.stack([loss, *scores]) / self.accumulation
                 objective_total += objective / self.accumulation
         self.guard.check(objective_total, "D", step)
+        self.schedules.set_rates(self.opt_D, "optim.d_lr", step)
         self.opt_D.step()
         self.opt_D.zero_grad(set_to_none=True)
         power_iterate(self.D)
@@ -195,13 +198,14 @@ class GAN:
         self._fake = None
         self.D.requires_grad_(True)
         self.guard.check(total, "G", step)
+        self.schedules.set_rates(self.opt_G, "optim.g_lr", step)
         self.opt_G.step()
         self.opt_G.zero_grad(set_to_none=True)
         return total
 
-    def update_average(self) -> None:
+    def update_average(self, step: int) -> None:
         """Update the moving average: G_ema <- decay * G_ema + (1 - decay) * G."""
-        update_ema(self.G_ema, self.G, self.config.train.ema_decay)
+        update_ema(self.G_ema, self.G, self.schedules.ema_decay(step))
 
     def raise_if_weights_are_not_finite(self, step: int) -> None:
         """Check the weights before they are saved: an update can overflow them with a finite loss.

@@ -91,6 +91,7 @@ class Run:
                 precision=self.precision,
                 ranks=self.accelerator.num_processes,
                 micro_batch=micro_batch,
+                schedule=gan.schedules.describe(),
             )
         return max(0, self._saved_step)
 
@@ -199,7 +200,7 @@ class Run:
         """Write a row of metrics. This is the loop's only wait for the device."""
         gan.guard.raise_if_tripped()
         self._require_folder()
-        self.tracker.log(step, self.meter.row(step))
+        self.tracker.log(step, self.meter.row(step) | gan.schedules.row(step))
 
     def sample(self, step: int, gan: GAN) -> None:
         """Write a grid of G_ema's images, from the same z at every step of the run."""

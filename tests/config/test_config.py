@@ -377,6 +377,13 @@ def test_a_wrong_type_or_form_is_refused(write, override, reason):
         ("model.dropout=0.5", "must be 0: it belongs to model.architecture=mlp"),
         ("model.maxout=5", "must be 0: it belongs to model.architecture=mlp"),
         ("stability.r1_gamma=-1", "0 or more"),
+        ("schedule.shape=step", "must be one of cosine, linear"),
+        ("schedule.g_lr=-1", "null or 0 to 1e30"),
+        ("schedule.beta2=1", "null or in [0, 1)"),
+        ("schedule.end=100", "must be 0 unless schedule has a last value"),
+        ("schedule.d_lr=0", "must be the step from which schedule.d_lr holds"),
+        ("train.ema_kimg=-1", "between 0 and 1000000"),
+        ("train.ema_rampup=0.05", "must be 0 without train.ema_kimg"),
         ("tracking.timeout=501", "between 0 and 500"),
         ("stability.r1_every=0", "at least 1"),
         ("stability.penalty_share=0", "above 0 and at most 1"),
@@ -405,6 +412,10 @@ def test_an_impossible_value_is_refused(write, override, reason):
         (
             ["train.sync_batchnorm=true", "stability.r2_gamma=1"],
             "must be false with stability.r2_gamma and stability.penalty=tangent, unless",
+        ),
+        (
+            ["train.precision=fp16", "schedule.r2_gamma=1", "schedule.end=9"],
+            "must be bf16 or fp32 with stability.r2_gamma, unless model.d_norm is none or spectral",
         ),
         (
             ["model.d_norm=batch", "stability.penalty_share=0.5"],
@@ -634,7 +645,11 @@ def test_what_may_not_change_is_written_down():
         "train.micro_batch",
         "train.ema_decay",
         "train.mirror",
-        *(key for key in flatten(Config()) if key.startswith(("model.", "optim.", "stability."))),
+        *(
+            key
+            for key in flatten(Config())
+            if key.startswith(("model.", "optim.", "stability.", "schedule."))
+        ),
     } <= fixed
     assert not {key for key in fixed if key.startswith("tracking.")}
 

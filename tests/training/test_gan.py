@@ -102,7 +102,7 @@ def test_the_average_follows_g_by_its_decay() -> None:
     before = [p.clone() for p in gan.G_ema.parameters()]
     gan.update_D([REAL.clone()], [Z], 1)
     gan.update_G([Z], 1)
-    gan.update_average()
+    gan.update_average(1)
     for old, now, averaged in zip(before, gan.G.parameters(), gan.G_ema.parameters(), strict=True):
         assert not torch.equal(old, now)
         torch.testing.assert_close(averaged, 0.75 * old + 0.25 * now)

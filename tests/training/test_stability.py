@@ -219,7 +219,7 @@ def trained(config: Config) -> dict[str, Tensor]:
                 y = labels.split(micro_batch)
                 gan.update_D(x.split(micro_batch), noise, step, y, turn)
             gan.update_G(noise, step, y, x.split(micro_batch))
-            gan.update_average()
+            gan.update_average(step)
     in_D, in_G = (len(list(network.parameters())) for network in (gan.D, gan.G))
     first = {f"gradient D {1 + k // in_D} {k % in_D}": g for k, g in enumerate(of_D[: 2 * in_D])}
     first |= {f"gradient G 1 {k}": g for k, g in enumerate(of_G[:in_G])}
