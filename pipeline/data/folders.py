@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
@@ -25,8 +26,8 @@ MOST_FOLDERS = 1_000_000
 LABEL_FILE = "dataset.json"
 """StyleGAN's: {"labels": [[name of an image, class], ...]}."""
 LARGEST_LABEL_FILE = 1 << 30
-SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
-"""Names of folders that are parts of a data set, not classes."""
+SPLIT = re.compile(r"(train|val|valid|test)(ing|ation)?_?(\d{2,4}|[AB])?", re.IGNORECASE)
+"""Names of folders that are parts of a data set, not classes: train, val2017, testA, ..."""
 NO_IMAGES = {"Thumbs.db", "desktop.ini"}
 """Files that Windows puts into folders of images."""
 
@@ -41,6 +42,7 @@ class Listing:
         left_out: number of files that are no images of the source, by reason.
         said: lines for the user about files that are used.
         label_file: the bytes of ``dataset.json``, None without one.
+        sets: tars and Parquet files, by their ending; they count as left out.
     """
 
     names: list[str] = field(default_factory=list)
@@ -48,6 +50,7 @@ class Listing:
     left_out: Counter[str] = field(default_factory=Counter)
     said: list[str] = field(default_factory=list)
     label_file: bytes | None = None
+    sets: dict[str, list[str]] = field(default_factory=lambda: {".tar": [], ".parquet": []})
 
     def add(self, name: str, size: int) -> None:
         """Add a file; what is no image is counted by its extension."""
@@ -57,12 +60,15 @@ class Listing:
             self.sizes.append(size)
         else:
             self.left_out[suffix or "no extension"] += 1
+            if suffix in self.sets:
+                self.sets[suffix].append(name)
 
     def sort(self) -> None:
         """Sort the images by name."""
         order = sorted(range(len(self.names)), key=self.names.__getitem__)
         self.names = [self.names[i] for i in order]
         self.sizes = [self.sizes[i] for i in order]
+        self.sets = {suffix: sorted(names) for suffix, names in self.sets.items()}
 
     @property
     def digest(self) -> str:
@@ -83,7 +89,7 @@ def list_folder(root: Path) -> Listing:
     found = Listing()
     # (folder, its name in the listing, the folders above it)
     left: list[tuple[Path, str, frozenset[tuple[int, int]]]] = [(root, "", frozenset())]
-    visited = 0
+    visited = links = 0
     while left:
         folder, prefix, above = left.pop()
         status = folder.stat()
@@ -107,6 +113,9 @@ def list_folder(root: Path) -> Listing:
                     found.label_file = _label_file(folder / entry.name)
                 else:
                     found.add(name, size)
+                    links += entry.is_symlink()
+    if links:
+        found.said.append(f"{links} files are symbolic links, which are followed")
     found.sort()
     return found
 
@@ -148,7 +157,7 @@ def list_zip(path: Path) -> tuple[Listing, list[tuple[int, str]]]:
     try:
         archive = open_zip(path)
     except DamagedFile as error:
-        raise DataError(f"SOURCE ({path}): {error}.") from None
+        raise DataError(f"SOURCE ({path}): {error}. Get it again.") from None
     with archive:
         for place, entry in enumerate(archive.infolist()):
             name = entry.filename.replace("\\", "/")  # as some tools of Windows write it
@@ -203,7 +212,7 @@ def choose_split(found: Listing, split: str | None, source: str) -> Listing:
     depth = _common(found.names)
     tops = [PurePosixPath(name).parts[depth] for name in found.names]
     parts = Counter(tops)
-    if not parts or not all(top.lower() in SPLITS for top in parts):
+    if not parts or not all(map(SPLIT.fullmatch, parts)):
         return found
     if split is None and len(parts) > 1:
         listed = ", ".join(f"{top} ({n} images)" for top, n in sorted(parts.items()))
@@ -229,7 +238,7 @@ def _common(names: Sequence[str]) -> int:
     parts = [PurePosixPath(name).parts for name in names]
     depth = 0
     while parts and all(len(p) > depth + 1 and p[depth] == parts[0][depth] for p in parts):
-        if parts[0][depth].lower() in SPLITS:
+        if SPLIT.fullmatch(parts[0][depth]):
             return depth
         depth += 1
     return depth
@@ -244,7 +253,7 @@ def labels_of(found: Listing, source: str) -> tuple[NDArray[np.int32], tuple[str
         return _by_file(found, found.label_file, source)
     depth = _common(found.names)
     parts = [PurePosixPath(name).parts[depth:] for name in found.names]
-    if parts and all(p[0].lower() in SPLITS for p in parts):
+    if parts and all(SPLIT.fullmatch(p[0]) for p in parts):
         parts = [p[1:] for p in parts]
     tops: list[Label] = [p[0] if len(p) > 1 else None for p in parts]
     beside = tops.count(None)

@@ -136,15 +136,16 @@ def pack(job: Job, number: int, report: Callable[[int], None]) -> None:
         DataError: the source cannot be read any more.
         OSError: the folder cannot be written.
     """
-    read = reader(job.source, job.square)
+    rows = job.rows(number).tolist()
+    files = staleness.Record(job.source, rows)
+    read = reader(job.source, job.square, files.add)
     skipped: list[tuple[str, str]] = []
     done: Counter[str] = Counter()
-    files = staleness.record(job.source, job.rows(number).tolist())
     target = job.out / shard_name(number)
     partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         with write_shard(partial, job.field) as writer:
-            for row in job.rows(number).tolist():
+            for row in rows:
                 try:
                     pixels, notes = read(row)
                 except DecodeError as error:
@@ -164,7 +165,7 @@ def pack(job: Job, number: int, report: Callable[[int], None]) -> None:
         "field": job.field if len(table) else "",
         "skipped": skipped,
         "done": done,
-        "source_files": files,
+        "source_files": files.describe(),
     }
     job.work.mark(_marker(number), {target.name: sums}, document)
 

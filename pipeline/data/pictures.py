@@ -78,7 +78,8 @@ def open_pillow(payload: memoryview) -> Iterator[Image.Image]:
 
     An error of the system is raised as it is: it says nothing about the image.
     """
-    _load_plugins()
+    if payload[4:8] == b"ftyp" or payload[:2] == b"\xff\x0a" or payload[4:8] == b"JXL ":
+        _load_plugins()
     Image.init()  # else a plugin that cannot be loaded (open files) would be an unknown format
     if payload[:3] == JPEG and payload[-2:] != END_OF_JPEG:
         payload = memoryview(bytes(payload) + END_OF_JPEG)  # ``require_intact`` tells what is lost
@@ -88,7 +89,8 @@ def open_pillow(payload: memoryview) -> Iterator[Image.Image]:
             require_pixels(size)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(payload), formats=PILLOW_FORMATS) as image:
+            known = [name for name in PILLOW_FORMATS if name in Image.OPEN]
+            with Image.open(io.BytesIO(payload), formats=known) as image:
                 size = image.size
                 require_pixels(size)  # from the header, before they are decoded
                 yield image
@@ -103,7 +105,10 @@ def open_pillow(payload: memoryview) -> Iterator[Image.Image]:
 
 @cache
 def _load_plugins() -> None:
-    """Make Pillow know the formats of installed packages, where it is first needed."""
+    """Make Pillow know HEIF and JPEG XL where their packages are installed.
+
+    Their libraries are large: they are loaded for the first image that begins like one of these.
+    """
     if ".heic" in SUFFIXES:
         importlib.import_module("pillow_heif").register_heif_opener()
     if ".jxl" in SUFFIXES:

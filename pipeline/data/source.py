@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.pictures import Pixels
+from pipeline.runtime.console import printable
 from pipeline.runtime.errors import DataError
+from pipeline.runtime.host import remedy_of_file
 
 Stored = bytes | Pixels
 """An image of a source: the bytes of a file, or its pixels, uint8 (H, W) or (H, W, C)."""
@@ -63,6 +65,16 @@ class Choice:
     download: bool = True
     image_field: str | None = None
     label_field: str | None = None
+
+
+def gone(source: Source, row: int, why: str | OSError) -> DataError:
+    """Return the message for a source that cannot be read, which says nothing about its images."""
+    if isinstance(why, OSError):
+        why = f"{why.strerror or why}: {remedy_of_file(why)}"
+    return DataError(
+        f"{printable(source.names[row])}: cannot be read from {source.location}: {why}. When it "
+        "can be read again, the same command continues."
+    )
 
 
 def version_of(path: Path) -> str:

@@ -31,21 +31,20 @@ from pipeline.data.pictures import (
     require_intact,
 )
 from pipeline.data.skipped import listed_types
-from pipeline.data.source import Choice, Source, Stored
+from pipeline.data.source import Choice, Source, Stored, gone
 from pipeline.data.source_files import open_zip, read_file, read_member, read_span
 from pipeline.data.squares import Square
 from pipeline.data.tables import HUB, from_hub, parquet_files
 from pipeline.data.tar_scan import lines, number_classes, scan
-from pipeline.runtime.console import printable
 from pipeline.runtime.documents import DamagedFile, open_regular, read_bytes
 from pipeline.runtime.errors import DataError
 from pipeline.runtime.files import exists
-from pipeline.runtime.host import remedy_of_file
 
 GIVE = (
     "Give a folder of images, of IDX files, of tars or of Parquet files; a zip archive, tar, .npy, "
     ".npz, .h5 or .parquet file; hf://datasets/OWNER/NAME; or the word fashion-mnist."
 )
+PACKED = (".zip", ".gz", ".tgz", ".tar", ".bz2", ".xz", ".zst")
 IN_MEMORY = ("idx", "cifar", "npz")
 """Kinds that are read when they are listed."""
 
@@ -91,11 +90,13 @@ def _file(path: Path, choice: Choice) -> Source:
             return cifar(folder, choice, read_bytes)
         return dataclasses.replace(_tars(tar.parent, [tar], choice), location=str(path))
     with open_regular(path) as file:
-        if suffix != ".tar" and zipfile.is_zipfile(file):
+        if suffix == ".zip" or (suffix != ".tar" and zipfile.is_zipfile(file)):
             return _zip(path, choice)
         is_tar = suffix == ".tar" or (file.seek(257) and file.read(5) == b"ustar")
     if is_tar:
         return _tars(path.parent, [path], choice)
+    if suffix in SUFFIXES:
+        raise DataError(f"SOURCE ({path}): is one image. Give the folder of all images.")
     raise DataError(f"SOURCE ({path}): is none of the files that hold images. {GIVE}")
 
 
@@ -104,8 +105,12 @@ def _file(path: Path, choice: Choice) -> Source:
 
 def _folder(root: Path, choice: Choice) -> Source:
     found = list_folder(root)
-    if not found.names and (files := sorted(root.rglob("*.parquet"))):
-        return parquet_files(root, files, choice)
+    if not found.names:
+        tables, tars = ([root / one for one in found.sets[end]] for end in (".parquet", ".tar"))
+        if tables:
+            return parquet_files(root, tables, choice)
+        if tars:
+            return _tars(root, tars, choice)
 
     def opener() -> Callable[[int], Stored]:
         return lambda row: read_file(root / source.names[row])
@@ -144,6 +149,11 @@ def _listed(
 ) -> Source:
     if not found.names:
         types = listed_types(found.left_out) or "no files"
+        if packed := [suffix for suffix in found.left_out if suffix in PACKED]:
+            raise DataError(
+                f"SOURCE ({path}): holds no images, but archives ({types}). Give one of its "
+                f"{packed[0]} files, or unpack them."
+            )
         raise DataError(
             f"SOURCE ({path}): holds no images (found: {types}). Known types are "
             f"{' '.join(SUFFIXES)}."
@@ -170,12 +180,13 @@ def _tars(folder: Path, paths: list[Path], choice: Choice) -> Source:
     spans: list[tuple[str, int, int]] = []
     names, left_out, digest = list[str](), Counter[str](), hashlib.sha256()
     for path, one in zip(paths, scans, strict=True):
+        inside = path.relative_to(folder).as_posix()
         digest.update(f"{one.shard.nsamples} {one.shard.sha256}\n".encode())
-        spans += [(path.name, offset, length) for offset, length, _ in one.table.tolist()]
+        spans += [(inside, offset, length) for offset, length, _ in one.table.tolist()]
         seen = Counter[str]()
         for name in one.contents.names:
             seen[name] += 1
-            names.append(f"{path.name}/{name}" + (f" ({seen[name]})" if seen[name] > 1 else ""))
+            names.append(f"{inside}/{name}" + (f" ({seen[name]})" if seen[name] > 1 else ""))
         left_out.update(one.contents.left_out)
     if not spans:
         raise DataError(f"SOURCE ({folder}): its {len(paths)} tars hold no images.")
@@ -233,10 +244,13 @@ def _idx(folder: Path, prefix: str, choice: Choice, location: str) -> Source:
 # -- one image ----------------------------------------------------------------------------------
 
 
-def reader(source: Source, square: Square) -> Callable[[int], tuple[Pixels, list[str]]]:
+def reader(
+    source: Source, square: Square, seen: Callable[[Stored], None] = lambda stored: None
+) -> Callable[[int], tuple[Pixels, list[str]]]:
     """Return a function that reads the image of a row and returns (square, what was done to it).
 
-    Each process makes its own. The function raises ``DecodeError`` if one image cannot be read, and
+    Each process makes its own. ``seen`` is called with what the source has of each image, b"" of
+    one that cannot be read. The function raises ``DecodeError`` if one image cannot be read, and
     ``DataError`` if the source cannot: if a file system goes away, its images are not damaged.
     """
     location = Path(source.location).expanduser()
@@ -244,7 +258,12 @@ def reader(source: Source, square: Square) -> Callable[[int], tuple[Pixels, list
 
     def pixels_of(row: int) -> tuple[Pixels, list[str]]:
         try:
-            stored = read(row)
+            try:
+                stored = read(row)
+            except DecodeError:
+                seen(b"")
+                raise
+            seen(stored)
             if isinstance(stored, np.ndarray):
                 return square.of(Image.fromarray(stored))
             if stored[:6] == NPY:
@@ -255,21 +274,11 @@ def reader(source: Source, square: Square) -> Callable[[int], tuple[Pixels, list
                 return pixels, said + done
         except DecodeError:
             if source.kind not in IN_MEMORY and not exists(location):  # the file system went away
-                raise _gone(source, row, "the source is gone") from None
+                raise gone(source, row, "the source is gone") from None
             raise
         except DamagedFile as error:
-            raise _gone(source, row, f"the archive was changed: {reason(error)}") from None
+            raise gone(source, row, f"the archive was changed: {reason(error)}") from None
         except OSError as error:
-            raise _gone(
-                source, row, f"{error.strerror or error}: {remedy_of_file(error)}"
-            ) from None
+            raise gone(source, row, error) from None
 
     return pixels_of
-
-
-def _gone(source: Source, row: int, why: str) -> DataError:
-    """Return the message for a source that cannot be read, which says nothing about its images."""
-    return DataError(
-        f"{printable(source.names[row])}: cannot be read from {source.location}: {why}. When it "
-        "can be read again, the same command continues."
-    )

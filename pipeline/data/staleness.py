@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.data.pictures import DecodeError
-from pipeline.data.source import Source
+from pipeline.data.source import Source, Stored, gone
 from pipeline.data.source_files import read_file
 
 TIMES, CONTENTS = "times", "contents"
@@ -20,11 +20,29 @@ TIMES, CONTENTS = "times", "contents"
 DIGITS = 16
 
 
-def record(source: Source, rows: Sequence[int]) -> dict[str, str]:
-    """Return the record of the files of some rows; {} for sources whose digest has the contents."""
-    if source.kind != "folder":
-        return {}
-    return {TIMES: _times(source, rows), CONTENTS: _contents(source, rows)}
+class Record:
+    """The record of the files of some rows, made while they are read in this order.
+
+    Args:
+        source: of any kind; only a folder's files are recorded: the digests of the others have
+            the contents.
+        rows: the rows.
+    """
+
+    def __init__(self, source: Source, rows: Sequence[int]) -> None:
+        self._times = _times(source, rows) if source.kind == "folder" else ""
+        self._digest = hashlib.sha256()
+
+    def add(self, stored: Stored) -> None:
+        """Take the content of the next file."""
+        if self._times:
+            self._digest.update(hashlib.sha256(stored).digest())
+
+    def describe(self) -> dict[str, str]:
+        """Return the record, {} for a source that needs none."""
+        return (
+            {TIMES: self._times, CONTENTS: self._digest.hexdigest()[:DIGITS]} if self._times else {}
+        )
 
 
 def is_stale(source: Source, rows: Sequence[int], found: Mapping[str, str]) -> bool:
@@ -52,6 +70,8 @@ def _contents(source: Source, rows: Sequence[int]) -> str:
             content = read_file(_path(source, row))
         except DecodeError:  # no regular file
             content = b""
+        except OSError as error:
+            raise gone(source, row, error) from None
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()[:DIGITS]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import netrc
 import os
 import stat
@@ -139,6 +140,8 @@ def _login_for(host: str) -> str:
     except FileNotFoundError:
         return ""
     except (netrc.NetrcParseError, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # it says nothing about the file
         reason = error.msg if isinstance(error, netrc.NetrcParseError) else str(error)
         raise DataError(
             f"{path}: cannot be read: {printable(reason)}. Mend or remove it."

@@ -213,8 +213,7 @@ def test_bombs_devices_and_lies_in_a_folder_are_lines_of_skipped_txt(tmp_path: P
     bad.pop("endless.png", None)
     assert list(bad) == ["\\x1b[31mred\\x0a\\udcff.png", "\\u202egnp.png"]
     assert "\\x1b[2j" in said  # the extension of a file that is no image
-    assert read_index(str(out)).num_samples == 4  # a.png twice
-    assert "1 files have the name of another in the archive" in said
+    assert read_index(str(out)).num_samples == 3
 
 
 def test_a_folder_without_an_image_says_what_it_holds_on_one_line(tmp_path: Path) -> None:
@@ -360,7 +359,7 @@ def test_a_zip_that_changes_after_it_was_listed_is_one_message(tmp_path: Path) -
     os.mkfifo(path)
     with pytest.raises(DataError, match="is no regular file"):
         read_of(source)(0)
-    with pytest.raises(DataError, match="is not a zip archive"):
+    with pytest.raises(DataError, match="is neither a file nor a folder"):
         found_in(path)
 
 

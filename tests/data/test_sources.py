@@ -299,3 +299,52 @@ def test_a_missing_plugin_is_named(tmp_path: Path) -> None:
     said = prepare(folder, "--out", tmp_path / "out", "--size", 16)
     for ending, package in MISSING.items():
         assert f"1 {ending} (pip install {package})" in said
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("train2017", "val2017"), ("trainA", "trainB"), ("Training", "test")]
+)
+def test_splits_of_known_sets_are_no_classes(tmp_path: Path, first: str, second: str) -> None:
+    images(tmp_path, f"{first}/a.jpg", f"{second}/b.jpg")
+    with pytest.raises(DataError, match=f"--split {min(first, second)}"):
+        find(str(tmp_path), Choice())
+    assert find(str(tmp_path), Choice(split=second)).names == [f"{second}/b.jpg"]
+
+
+def test_links_among_the_images_are_counted_and_followed(tmp_path: Path) -> None:
+    images(tmp_path / "here", "a.jpg")
+    images(tmp_path / "there", "b.jpg")
+    (tmp_path / "here" / "b.jpg").symlink_to(tmp_path / "there" / "b.jpg")
+    source = find(str(tmp_path / "here"), Choice())
+    assert source.names == ["a.jpg", "b.jpg"]
+    assert source.said == ["1 files are symbolic links, which are followed"]
+
+
+def test_tars_in_folders_of_a_folder_are_one_set(tmp_path: Path) -> None:
+    for part in ("x", "y"):
+        images(tmp_path / "images" / part, "a.jpg", "b.jpg")
+        (tmp_path / "tars" / part).mkdir(parents=True)
+        gnu_tar(tmp_path / "images" / part, tmp_path / "tars" / part / "0.tar")
+    (tmp_path / "tars" / "x" / "._0.tar").write_bytes(b"of macOS")
+    source = find(str(tmp_path / "tars"), Choice())
+    assert len(source.names) == len(set(source.names)) == 4
+    assert {name.split("/")[0] for name in source.names} == {"x", "y"}
+    prepare(tmp_path / "tars", "--out", tmp_path / "out", "--size", 8)
+    assert read_index(str(tmp_path / "out")).num_samples == 4
+
+
+def test_a_source_that_is_none_says_what_it_is(tmp_path: Path) -> None:
+    images(tmp_path, "a.jpg")
+    with pytest.raises(DataError, match=r"a\.jpg\): is one image. Give the folder"):
+        find(str(tmp_path / "a.jpg"), Choice())
+    whole = tmp_path / "whole.zip"
+    with zipfile.ZipFile(whole, "w") as archive:
+        archive.write(tmp_path / "a.jpg", "a.jpg")
+    cut = tmp_path / "cut.zip"
+    cut.write_bytes(whole.read_bytes()[:-30])
+    with pytest.raises(DataError, match=r"cut\.zip\): not a readable zip archive: .*Get it again"):
+        find(str(cut), Choice())
+    (tmp_path / "packed").mkdir()
+    whole.rename(tmp_path / "packed" / "whole.zip")
+    with pytest.raises(DataError, match=r"holds no images, but archives \(1 \.zip\)"):
+        find(str(tmp_path / "packed"), Choice())
