@@ -55,9 +55,10 @@ PATH_KEYS = (
     "eval.extractor_weights",
     "eval.reference",
     "eval.cache_dir",
+    "eval.held_out",
     "eval.parzen_shards",
 )
-SETS, JOINT = ("data.shards", "eval.parzen_shards"), "::"
+SETS, JOINT = ("data.shards", "eval.held_out", "eval.parzen_shards"), "::"
 """Keys that may name several sets, as a list or joined by this."""
 REMOVED_KEYS = {
     "train.cuda_graph": ("false", "set train.compile=true train.compile_mode=reduce-overhead"),

@@ -52,7 +52,7 @@ AT_LEAST_0 = """
 data.workers data.window data.cache_gib train.checkpoint_every train.checkpoint_minutes
 train.keep_every train.sample_every stability.r1_gamma stability.r2_gamma schedule.start
 schedule.end schedule.warmup"""
-URLS = "data.shards eval.parzen_shards"
+URLS = "data.shards eval.held_out eval.parzen_shards"
 NETRC = "for http(s) put them into ~/.netrc (machine HOST login USER password PASSWORD)"
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     # The value must be ..., as this function tests, for these keys.

@@ -25,7 +25,7 @@ SIZES = (8, 256)
 """The smallest and the largest ``model.image_size``, of the mlp."""
 DCGAN_SIZES = (32, 64, 128, 256)
 EXTRACTORS = ("inception", "efficientnet-lite0")
-METRICS = ("fid", "kid", "is", "prc", "density_coverage", "mind")
+METRICS = ("fid", "kid", "is", "prc", "density_coverage", "mind", "memorization")
 
 
 def _may_change(default: T) -> T:
@@ -229,8 +229,8 @@ class EvalConfig:
     layer: str = _may_change("")
     """Feature layer to compare; "" = the extractor's default (2048 or 1280 features)."""
     metrics: list[str] = field(default_factory=list, metadata={"may_change": True})
-    """Metrics to compute: any of fid, kid, is, prc, density_coverage, mind. One that has too few
-    images is refused. [] = fid, kid, is and prc, without those that are not possible."""
+    """Metrics to compute: any of fid, kid, is, prc, density_coverage, mind, memorization. One that
+    has too few images is refused. [] = fid, kid, is and prc, without those that are impossible."""
     force: bool = _may_change(False)
     """Compute a Frechet distance of fewer images than twice the number of features. Its name ends
     in undersampled: most of it is the bias of the estimate."""
@@ -256,6 +256,9 @@ class EvalConfig:
     """Precision of the extractor. auto = bf16 if extractor and hardware support it, else fp32."""
     cache_dir: str = _may_change("~/.cache/dcgan-pipeline/references")
     """Folder for computed reference files."""
+    held_out: str = _may_change("")
+    """Folder or URL of shards with images that G was not trained on, for the metric memorization;
+    "" = none."""
     parzen_shards: str = _may_change("")
     """Folder or URL of held-out shards for --metrics parzen; "" = none."""
     keep_best: bool = _may_change(False)
@@ -298,10 +301,11 @@ def without_credentials(config: Config) -> Config:
     A resume gets them from its command line.
     """
     data = dataclasses.replace(config.data, shards=text.without_credentials(config.data.shards))
-    held_out = text.without_credentials(config.eval.parzen_shards)
-    return dataclasses.replace(
-        config, data=data, eval=dataclasses.replace(config.eval, parzen_shards=held_out)
+    held_out, parzen = map(
+        text.without_credentials, (config.eval.held_out, config.eval.parzen_shards)
     )
+    changed = dataclasses.replace(config.eval, held_out=held_out, parzen_shards=parzen)
+    return dataclasses.replace(config, data=data, eval=changed)
 
 
 def fixed_differences(old: Mapping[str, Any], new: Config) -> list[str]:

@@ -31,6 +31,7 @@ METRICS = {
     "mind": Metric(("mind",), 1000),
     "prc": Metric(("precision", "recall"), 30, higher_is_better=True),
     "density_coverage": Metric(("coverage", "density"), 50, higher_is_better=True),
+    "memorization": Metric(("memorization", "memorization_zu", "copies"), 100),
     "is": Metric(("is", "is_std"), None, None, higher_is_better=True),
 }
 """By the name in ``eval.metrics``; the first one that is computed chooses the best checkpoint."""
@@ -51,7 +52,7 @@ def floor_of(name: str, extractor: Extractor) -> int:
 
 
 def choose(
-    config: EvalConfig, extractor: Extractor, real_images: int | None
+    config: EvalConfig, extractor: Extractor, real_images: int | None, held_out: int = 0
 ) -> tuple[tuple[str, ...], list[str]]:
     """Choose the metrics to compute.
 
@@ -59,6 +60,7 @@ def choose(
         config: ``metrics`` empty = those of ``DEFAULT`` that are possible.
         extractor: of the features.
         real_images: number of references; None = only their statistics are known.
+        held_out: number of images of ``eval.held_out``; 0 = it names none.
 
     Returns:
         the metrics, and a line for each one of ``DEFAULT`` that is left out.
@@ -67,7 +69,8 @@ def choose(
         EvaluationError: one that ``eval.metrics`` names is impossible, or none is possible.
     """
     obstacles = {
-        name: _obstacle(name, config, extractor, real_images) for name in config.metrics or DEFAULT
+        name: _obstacle(name, config, extractor, real_images, held_out)
+        for name in config.metrics or DEFAULT
     }
     lines = [f"{name}: {reason}" for name, reason in obstacles.items() if reason]
     chosen = tuple(name for name in METRICS if obstacles.get(name) == "")
@@ -78,7 +81,9 @@ def choose(
     return chosen, lines
 
 
-def _obstacle(name: str, config: EvalConfig, extractor: Extractor, real_images: int | None) -> str:
+def _obstacle(
+    name: str, config: EvalConfig, extractor: Extractor, real_images: int | None, held_out: int
+) -> str:
     """Return why a metric cannot be computed; "" = it can."""
     if name == "is" and extractor.logits is None:
         return f"the extractor {extractor.name} has no layer of class logits"
@@ -89,6 +94,11 @@ def _obstacle(name: str, config: EvalConfig, extractor: Extractor, real_images: 
         return ""
     if name == "is":
         return "" if generated >= floor else f"needs {floor} generated images, not {generated}"
+    if name == "memorization" and held_out < floor:
+        return (
+            f"needs {floor} images that G was not trained on, not {held_out}: set eval.held_out to "
+            "shards of them"
+        )
     few = generated < floor or (real_images is not None and real_images < floor)
     numbers = f"{generated} and {real_images}" if real_images is not None else f"{generated}"
     remedy = "; eval.force=true computes it anyway, under another name" if name == "fid" else ""

@@ -12,6 +12,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kernel_mmd
 
 from pipeline.evaluation import neighbours
+from pipeline.evaluation.memorization import Matches, memorization
 from pipeline.evaluation.moments import FeatureSet, frechet_distance
 from pipeline.evaluation.protocol import Protocol
 from pipeline.evaluation.references import Reference, require_finite
@@ -24,7 +25,11 @@ MIND_PROJECTIONS, MIND_PART = 1000, 50
 
 
 def compute_scores(
-    found: FeatureSet, reference: Reference, protocol: Protocol, device: torch.device
+    found: FeatureSet,
+    reference: Reference,
+    protocol: Protocol,
+    device: torch.device,
+    matches: Matches | None = None,
 ) -> dict[str, float]:
     """Compute the scores of generated images.
 
@@ -33,6 +38,7 @@ def compute_scores(
         reference: of the real images.
         protocol: gives the metrics, the settings and the names of the scores.
         device: for metrics of nearest neighbours.
+        matches: of the generated among the real images; only ``memorization`` needs it.
 
     Returns:
         {metric key: score}; all are finite.
@@ -61,6 +67,9 @@ def compute_scores(
             scores |= {"density": near.density, "coverage": near.coverage}
     if "mind" in metrics:
         scores["mind"] = mind(generated, reference.features, device)
+    if "memorization" in metrics:
+        assert matches is not None
+        scores |= memorization(matches.distances[:, 0], reference.held_out)
     if odd := [name for name, value in scores.items() if not math.isfinite(value)]:
         raise EvaluationError(
             f"eval.metrics: {', '.join(odd)} of these images is NaN or infinite, so nothing was "
@@ -122,9 +131,13 @@ def table(rows: list[dict[str, Any]], protocol: Protocol, best_step: int | None)
         best_step: the row to mark as best; None = none.
     """
     names = [n for n in protocol.columns if any(protocol.key(n) in row["scores"] for row in rows)]
-    lines = ["    step" + "".join(f"{protocol.title(name):>12}" for name in names)]
+    widths = {name: max(12, len(protocol.title(name)) + 2) for name in names}
+    lines = ["    step" + "".join(f"{protocol.title(name):>{widths[name]}}" for name in names)]
     for row in rows:
-        values = [row["scores"].get(protocol.key(name)) for name in names]
-        cells = "".join(f"{math.nan if value is None else value:>12.5g}" for value in values)
+        values = {name: row["scores"].get(protocol.key(name)) for name in names}
+        cells = "".join(
+            f"{math.nan if value is None else value:>{widths[name]}.5g}"
+            for name, value in values.items()
+        )
         lines.append(f"{row['step']:>8}{cells}{'  best' if row['step'] == best_step else ''}")
     return "\n".join(lines)

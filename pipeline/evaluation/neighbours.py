@@ -29,7 +29,7 @@ class Neighbours:
     coverage: float
 
 
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """Return the squared distances of rows: (n, D), (m, D) float64 -> (n, m), 0 or more."""
     products = torch.addmm(a.square().sum(1)[:, None] + b.square().sum(1), a, b.T, alpha=-2)
     return products.clamp_(min=0)
@@ -48,10 +48,12 @@ def radii(features: Tensor, device: torch.device) -> Tensor:
     mean = features.double().mean(0)
     found = []
     for start in range(0, len(features), ROWS):
-        rows = _on(device, features[start : start + ROWS], mean)
+        rows = centred(features[start : start + ROWS], mean, device)
         best = torch.empty(len(rows), 0, dtype=torch.float64, device=device)
         for first in range(0, len(features), COLUMNS):
-            block = _squared_distances(rows, _on(device, features[first : first + COLUMNS], mean))
+            block = squared_distances(
+                rows, centred(features[first : first + COLUMNS], mean, device)
+            )
             own = torch.arange(start, start + len(rows), device=device) - first
             inside = (own >= 0) & (own < block.shape[1])
             block[inside.nonzero()[:, 0], own[inside]] = torch.inf
@@ -86,12 +88,12 @@ def compare(
     covered = torch.zeros_like(recalled)
     precise = inside = 0
     for start in range(0, len(generated), ROWS):
-        rows = _on(device, generated[start : start + ROWS], mean)
+        rows = centred(generated[start : start + ROWS], mean, device)
         reach = generated_radii[start : start + ROWS, None]
         hit = torch.zeros(len(rows), dtype=torch.bool, device=device)
         for first in range(0, len(real), COLUMNS):
             part = slice(first, first + COLUMNS)
-            block = _squared_distances(rows, _on(device, real[part], mean))
+            block = squared_distances(rows, centred(real[part], mean, device))
             hit |= (block <= narrow[part]).any(1)
             recalled[part] |= (block <= reach).any(0)
             within = block < wide[part]
@@ -106,5 +108,6 @@ def compare(
     )
 
 
-def _on(device: torch.device, rows: Tensor, mean: Tensor) -> Tensor:
+def centred(rows: Tensor, mean: Tensor, device: torch.device) -> Tensor:
+    """Return rows about a mean in float64 on a device."""
     return (rows.double() - mean).to(device)

@@ -26,10 +26,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.cache import check_shards
+from pipeline.data.shards import Index
 from pipeline.evaluation import candidates
 from pipeline.evaluation.moments import FeatureSet
 from pipeline.evaluation.protocol import SAMPLING, hash_fields, label_rule, short_count
 from pipeline.evaluation.scorer import Scorer
+from pipeline.models.sampling import Images
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import EvaluationError
 from pipeline.runtime.ranks import on_rank_zero, run_on_selected_ranks
@@ -157,6 +159,7 @@ class ParzenScorer(Scorer):
     """
 
     protocol: ParzenProtocol  # type: ignore[assignment]
+    held_out: Index
 
     def _set_protocol(self) -> None:
         config, trained_on = self.config.eval, self.index
@@ -167,12 +170,7 @@ class ParzenScorer(Scorer):
                 f"e.g. with: {make} --channels {trained_on.shape[2]} --out data/held-out. Then set "
                 "eval.parzen_shards=data/held-out."
             )
-        self.held_out = self._read_index("eval.parzen_shards", config.parzen_shards)
-        if self.held_out.fingerprint == trained_on.fingerprint:
-            raise EvaluationError(
-                f"eval.parzen_shards ({config.parzen_shards}): must not be data.shards, the "
-                f"training images. Prepare held-out images, e.g. with: {make}"
-            )
+        self.held_out = self._read_held_out("eval.parzen_shards", config.parzen_shards)
         if self.held_out.num_samples < 2 * VALIDATION_SHARE:
             raise EvaluationError(
                 f"eval.parzen_shards ({config.parzen_shards}): has {self.held_out.num_samples} "
@@ -208,7 +206,7 @@ class ParzenScorer(Scorer):
     def _new_set(self) -> FeatureSet:
         return FeatureSet("pixels", self.protocol.num_images)
 
-    def _compute_scores(self, found: FeatureSet) -> dict[str, float]:
+    def _compute_scores(self, found: FeatureSet, images: Images) -> dict[str, float]:
         size = len(self._images) // VALIDATION_SHARE
         values = parzen(found.features, self._images[:size], self._images[size:])
         if values[2] in (SIGMAS[0], SIGMAS[-1]):

@@ -33,7 +33,8 @@ class ReferenceProtocol:
     """The settings that a reference file depends on.
 
     ``data`` is the fingerprint of the shards, or "npz:" and the sha256 of a file with mu and sigma,
-    whose ``reference_images`` are unknown: 0.
+    whose ``reference_images`` are unknown: 0. ``held_out`` is the fingerprint of the held-out
+    shards and the number of their images that are used.
     """
 
     data: str
@@ -49,6 +50,7 @@ class ReferenceProtocol:
     preprocessing: str
     batch_size: int
     torch_fidelity: str
+    held_out: str = ""
 
     @property
     def id(self) -> str:
@@ -72,7 +74,10 @@ class Protocol:
     is_undersampled: bool
     sampling: str = SAMPLING
 
-    columns = ("fid", "is", "kid", "mind", "precision", "recall", "density", "coverage")
+    columns = (
+        *("fid", "is", "kid", "mind", "precision", "recall", "density", "coverage"),
+        *("memorization", "copies"),
+    )
 
     @property
     def id(self) -> str:
@@ -96,7 +101,7 @@ class Protocol:
         if (real.extractor, real.layer) != ("inception", "2048"):
             other = {"fid": "fd", "kid": "kd", "kid_std": "kd_std"}
             parts = [other.get(score, score), slug(real.extractor), real.layer]
-        elif metric in ("prc", "density_coverage"):
+        elif metric in ("prc", "density_coverage", "memorization"):
             parts.append("inception")
         if real.precision != "fp32":
             parts.append(real.precision)
@@ -152,7 +157,12 @@ def label_rule(labels: str, num_classes: int) -> str:
 
 
 def make_protocol(
-    config: EvalConfig, extractor: Extractor, index: Index, num_classes: int = 0, npz: str = ""
+    config: EvalConfig,
+    extractor: Extractor,
+    index: Index,
+    num_classes: int = 0,
+    npz: str = "",
+    held_out: Index | None = None,
 ) -> tuple[Protocol, list[str]]:
     """Make the protocol of a configuration.
 
@@ -162,6 +172,7 @@ def make_protocol(
         index: of the shards with the real images.
         num_classes: ``model.num_classes``.
         npz: sha256 of the npz file that ``eval.reference`` names; "" = it names none.
+        held_out: of the shards that ``eval.held_out`` names; None = it names none.
 
     Returns:
         the protocol, and a line for each usual metric that is left out.
@@ -177,7 +188,8 @@ def make_protocol(
             f"images. Use at most {available}, or 0 for all."
         )
     count = 0 if npz else wanted or available
-    metrics, left_out = choose(config, extractor, None if npz else count)
+    others = min(held_out.num_samples, MOST_FEATURES) if held_out else 0
+    metrics, left_out = choose(config, extractor, None if npz else count, others)
     caps = [METRICS[name].cap or 0 for name in metrics]
     reference = ReferenceProtocol(
         data=f"npz:{npz}" if npz else index.fingerprint,
@@ -193,6 +205,9 @@ def make_protocol(
         preprocessing=extractor.preprocessing,
         batch_size=config.batch_size,
         torch_fidelity=version("torch-fidelity"),
+        held_out=f"{held_out.fingerprint}:{others}"
+        if held_out and "memorization" in metrics
+        else "",
     )
     few = min(config.num_images, config.num_images if npz else count)
     protocol = Protocol(
@@ -221,5 +236,16 @@ def short_count(count: int) -> str:
 
 
 def hash_fields(fields: dict[str, Any]) -> str:
-    """Return 12 hex digits of the sha256 of a protocol's fields."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+    """Return 12 hex digits of the sha256 of a protocol's fields.
+
+    Those that are "" do not count, so that a new field leaves the ids of earlier rows as they are.
+    """
+
+    def stated(fields: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: stated(value) if isinstance(value, dict) else value
+            for name, value in fields.items()
+            if value not in ("", ())
+        }
+
+    return hashlib.sha256(json.dumps(stated(fields), sort_keys=True).encode()).hexdigest()[:12]

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from pipeline.evaluation import neighbours
+from pipeline.evaluation import memorization, neighbours
 from pipeline.evaluation.moments import FeatureSet, Statistics, read_npz, write_npz
 from pipeline.evaluation.protocol import ReferenceProtocol
 from pipeline.runtime.documents import DamagedFile, parse_json, read_bytes
@@ -29,7 +29,8 @@ class Reference:
     """What the metrics need of the real images; fields that no metric needs have no rows.
 
     ``statistics`` are of all images, ``features`` (M, D) float32 of the first
-    ``protocol.kept_features``. ``radii`` are those of ``neighbours.radii``. ``protocol`` holds the
+    ``protocol.kept_features``. ``radii`` are those of ``neighbours.radii``. ``held_out`` (H,) are
+    the squared distances of held-out images to the nearest of ``features``. ``protocol`` holds the
     settings they were computed with.
     """
 
@@ -37,12 +38,22 @@ class Reference:
     features: Tensor
     statistics: Statistics | None
     radii: Tensor
+    held_out: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def make_reference(
-    protocol: ReferenceProtocol, found: FeatureSet, device: torch.device
+    protocol: ReferenceProtocol,
+    found: FeatureSet,
+    device: torch.device,
+    held_out: FeatureSet | None = None,
 ) -> Reference:
     """Make the reference of the real images.
+
+    Args:
+        protocol: of the reference.
+        found: features of the real images.
+        device: to compute distances on.
+        held_out: features of held-out images; None = no metric needs them.
 
     Raises:
         EvaluationError: a feature is NaN or infinite.
@@ -51,7 +62,11 @@ def make_reference(
     statistics = found.statistics() if protocol.has_statistics else None
     features = found.features
     radii = neighbours.radii(features, device) if protocol.has_radii else torch.empty(0)
-    return Reference(protocol, features, statistics, radii)
+    distances = torch.empty(0)
+    if held_out is not None:
+        require_finite(protocol.extractor, held_out)
+        distances = memorization.nearest(held_out.features, features, device).distances[:, 0]
+    return Reference(protocol, features, statistics, radii, distances)
 
 
 def require_finite(extractor: str, found: FeatureSet) -> None:
@@ -78,6 +93,8 @@ def write_reference(path: Path, reference: Reference) -> None:
                 )
             return write_npz(path, statistics)
         tensors = {"features": reference.features.contiguous(), "radii": reference.radii}
+        if len(reference.held_out):
+            tensors["held_out"] = reference.held_out.contiguous()
         if statistics is not None:
             tensors |= {
                 "mu": torch.from_numpy(statistics.mu),
@@ -122,6 +139,7 @@ def read_reference(path: Path, protocol: ReferenceProtocol, dim: int) -> Referen
         fields = entry["side"]
         found = ReferenceProtocol(**fields | {"image_shape": tuple(fields["image_shape"])})
         features, radii = tensors["features"], tensors["radii"]
+        held_out = tensors["held_out"] if found.held_out else torch.empty(0)
         statistics = None
         if found.has_statistics:
             statistics = Statistics(tensors["mu"].numpy(), tensors["sigma"].numpy())
@@ -141,4 +159,4 @@ def read_reference(path: Path, protocol: ReferenceProtocol, dim: int) -> Referen
             + "\n  ".join(lines)
             + f"\nUse these settings, or {remedy}"
         )
-    return Reference(protocol, features, statistics, radii)
+    return Reference(protocol, features, statistics, radii, held_out)

@@ -194,10 +194,12 @@ class RunScores:
     ) -> None:
         """Write the grid of samples and the ledger row, then log the row to W&B; on rank 0."""
         assert self.ledger is not None
-        path = self.grid_path(candidate.step)
+        path, nearest = self.grid_path(candidate.step), self.scorer.picture
         try:
             path.parent.mkdir(exist_ok=True)
             write_atomic(path, encode(grid, "png"))
+            if nearest is not None:
+                write_atomic(self.nearest_path(candidate.step), encode(nearest, "png"))
         except OSError as error:
             raise RunFolderError(
                 f"{path}: cannot be written: {error.strerror or error}. Free space or give write "
@@ -222,6 +224,10 @@ class RunScores:
     def grid_path(self, step: int) -> Path:
         """Return the path of the grid of samples of a step."""
         return self.run_dir / "evaluations" / f"step_{step:08d}.png"
+
+    def nearest_path(self, step: int) -> Path:
+        """Return the path of the picture of a step by ``memorization.picture``."""
+        return self.run_dir / "evaluations" / f"step_{step:08d}_nearest.png"
 
     # -- W&B --------------------------------------------------------------------------------
 
@@ -272,4 +278,6 @@ class RunScores:
             values[f"{headline}_best_step"] = best_row["step"]
         if (path := self.grid_path(row["step"])).is_file():
             values["samples/grid"] = Picture(path, f"step {row['step']}")
+        if (path := self.nearest_path(row["step"])).is_file():
+            values["samples/nearest"] = Picture(path, f"step {row['step']}")
         return values

@@ -10,16 +10,18 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.data.cache import check_shards
 from pipeline.data.shards import Index, read_index
-from pipeline.evaluation import candidates
+from pipeline.evaluation import candidates, memorization
 from pipeline.evaluation.catalogue import METRICS
-from pipeline.evaluation.extractors import extract, load_extractor
+from pipeline.evaluation.extractors import MOST_FEATURES, extract, load_extractor
 from pipeline.evaluation.metrics import compute_scores
 from pipeline.evaluation.moments import FeatureSet, npz_id
 from pipeline.evaluation.protocol import Protocol, make_protocol
@@ -58,6 +60,8 @@ class Scorer:
         self.config, self.accelerator = config, accelerator
         self.is_main = accelerator.is_main_process
         self._agreement = signals.Agreement(accelerator.num_processes)
+        self.picture: NDArray[np.uint8] | None = None
+        """Of the last images, by ``memorization.picture``; on rank 0, if the metric is computed."""
         self._reason = ""  # of the last ``wait_for_other_process``
         self.index = self._read_index("data.shards", config.data.shards)
         self._set_protocol()
@@ -72,16 +76,36 @@ class Scorer:
 
         return on_every_rank(self.accelerator, read)
 
+    def _read_held_out(self, field: str, location: str) -> Index:
+        """Read the index of held-out shards; refuse those that D was trained on."""
+        held_out = self._read_index(field, location)
+        if held_out.fingerprint == self.index.fingerprint:
+            size, channels = self.index.shape[0], self.index.shape[2]
+            raise EvaluationError(
+                f"{field} ({location}): must not be data.shards, the training images. Prepare "
+                "held-out images, e.g. with: python -m pipeline.prepare fashion-mnist --split test "
+                f"--size {size} --channels {channels} --out data/held-out"
+            )
+        return held_out
+
     def _set_protocol(self) -> None:
         """Set ``extractor`` and ``protocol``."""
         config, given = self.config.eval, Path(self.config.eval.reference)
+        self.held_out: Index | None = None
+        if config.held_out and "memorization" in config.metrics:
+            self.held_out = self._read_held_out("eval.held_out", config.held_out)
         self.extractor = load_extractor(config, self.accelerator)
         npz = ""
         if given.suffix == ".npz":
             npz = on_every_rank(self.accelerator, lambda: npz_id(given))
         self.protocol: Protocol
         self.protocol, self._left_out = make_protocol(
-            config, self.extractor, self.index, self.config.model.num_classes, npz
+            config,
+            self.extractor,
+            self.index,
+            self.config.model.num_classes,
+            npz,
+            self.held_out,
         )
         self.reference: Reference | None = None  # set on rank 0 by ``load_reference``
 
@@ -125,18 +149,27 @@ class Scorer:
         """Compute the reference from the real images and write it to ``path``."""
         protocol = self.protocol.reference
         count = protocol.reference_images
-        check = partial(check_shards, self.index, self.config.data.verify)
-        run_on_selected_ranks(self.accelerator, self.is_main, check)
-        images = candidates.real_images(self.index, self.config.data, count)
         found = FeatureSet(protocol.layer, protocol.kept_features, protocol.has_statistics)
-        self._extract(images, count, "reference", found)
+        self._extract_shards(self.index, count, "reference", found)
+        held_out = None
+        if self.held_out is not None:
+            held_out = FeatureSet(protocol.layer, MOST_FEATURES)
+            few = min(self.held_out.num_samples, MOST_FEATURES)
+            self._extract_shards(self.held_out, few, "held out", held_out)
 
         def make_and_write() -> None:
-            self.reference = make_reference(protocol, found, self.accelerator.device)
+            self.reference = make_reference(protocol, found, self.accelerator.device, held_out)
             write_reference(path, self.reference)
             say(f"reference: {count} real images -> {path}")
 
         on_rank_zero(self.accelerator, make_and_write, lengthy=True)
+
+    def _extract_shards(self, index: Index, count: int, name: str, found: FeatureSet) -> None:
+        """Extract the features of ``count`` images of a shard set, after a check of the shards."""
+        check = partial(check_shards, index, self.config.data.verify)
+        run_on_selected_ranks(self.accelerator, self.is_main, check)
+        images = candidates.real_images(index, self.config.data, count)
+        self._extract(images, count, name, found)
 
     def generated_images(self, G: nn.Module, model: ModelConfig) -> Images:
         """Return the images of a generator that ``score`` takes.
@@ -167,7 +200,7 @@ class Scorer:
         scores: dict[str, float] = {}
         on_rank_zero(
             self.accelerator,
-            lambda: scores.update(self._compute_scores(found)),
+            lambda: scores.update(self._compute_scores(found, images)),
             lengthy=True,
         )
         return scores
@@ -179,10 +212,16 @@ class Scorer:
         logits = self.extractor.logits if "is" in protocol.metrics else None
         return FeatureSet(self.extractor.layer, max(caps), "fid" in protocol.metrics, logits)
 
-    def _compute_scores(self, found: FeatureSet) -> dict[str, float]:
+    def _compute_scores(self, found: FeatureSet, images: Images) -> dict[str, float]:
         """Compute the scores of generated images from their features, on rank 0."""
         assert self.reference is not None
-        return compute_scores(found, self.reference, self.protocol, self.accelerator.device)
+        device, matches = self.accelerator.device, None
+        if "memorization" in self.protocol.metrics and found.is_finite:
+            matches = memorization.nearest(found.features, self.reference.features, device)
+            count = self.protocol.reference.reference_images
+            real = candidates.real_images(self.index, self.config.data, count)
+            self.picture = memorization.picture(images, real, matches)
+        return compute_scores(found, self.reference, self.protocol, device, matches)
 
     def close(self) -> None:
         """Finish the pending exchange of stop requests."""

@@ -201,7 +201,7 @@ def test_settings_of_wandb_that_came_with_a_run_are_not_obeyed(tmp_path):
     assert "start the command from another folder" in done.stdout
 
 
-@pytest.mark.parametrize("where", ["data.shards", "eval.parzen_shards"])
+@pytest.mark.parametrize("where", ["data.shards", "eval.held_out", "eval.parzen_shards"])
 def test_a_password_in_a_url_is_refused_with_the_place_for_it(tmp_path, where):
     """It would be stored with the run; the message does not repeat it."""
     path = tmp_path / "c.yaml"
