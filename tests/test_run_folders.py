@@ -9,7 +9,15 @@ import signal
 from pathlib import Path
 
 import pytest
-from launching import kill_at_step, rank_process, run, started, state_of, train
+from launching import (
+    assert_bitwise_equal,
+    kill_at_step,
+    rank_process,
+    run,
+    started,
+    state_of,
+    train,
+)
 
 from pipeline.runs.step_folders import committed, step_of
 from pipeline.runtime.documents import read_document, write_document
@@ -129,6 +137,26 @@ def test_a_fork_trains_on_with_other_settings(
     assert steps(fork) == [10, 12]
     assert sorted(own.rglob("*")) == before
     assert "optim.g_lr: 0.0001 -> 0.001" in refused(*words, "train.total_steps=12")
+
+
+def test_a_resume_with_accepted_changes_trains_as_a_fork_with_them_does(
+    tiny_config: Path, training_settings: list[str], own: Path
+) -> None:
+    """Killed in between, too: bitwise. Its checkpoints list what changed, at which step."""
+    fork, new = own.with_name("fork"), ("optim.g_lr=1e-4", "stability.r1_gamma=1")
+    words = (1, tiny_config, *training_settings, *TEN, "train.total_steps=14", *new)
+    train(*words, f"run.dir={fork}", f"run.fork={own}")
+    accepting = (*words, f"run.dir={own}", "run.accept_changes=true")
+    with started(*accepting) as process:
+        kill_at_step(process, own, 11)
+    with started(*accepting) as process:
+        kill_at_step(process, own, 13)  # after the checkpoint of step 12
+    assert "optim.g_lr: 0.0001 -> 0.001" in refused(*words[1:-2], f"run.dir={own}")
+    train(*words, f"run.dir={own}")
+    assert_bitwise_equal(state_of(own, 14), state_of(fork, 14))
+    events = [read_document(path / "state.json")["events"] for path in committed(own)]
+    changed = ["optim.g_lr: 0.001 -> 0.0001", "stability.r1_gamma: 0.0 -> 1.0"]
+    assert events == [[], *[[{"step": 10, "changed": changed}]] * 2]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

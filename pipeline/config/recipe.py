@@ -11,6 +11,11 @@ from typing import Any, Literal
 
 Loss = Literal["non_saturating", "minimax", "hinge", "least_squares", "relativistic"]
 POLICIES = ("color", "translation", "cutout")  # augmentations of DiffAugment
+ACCEPTABLE = (
+    *("optim.g_lr", "optim.d_lr", "optim.beta", "stability.", "schedule."),
+    *("train.ema_", "train.mirror"),
+)
+"""Keys, or their beginnings, that a resume may change with ``run.accept_changes``."""
 EXACT_BEFORE = " (earlier versions computed exact: stability.penalty=exact resumes the run)"
 
 

@@ -43,6 +43,9 @@ class RunConfig:
     fork: str = _may_change("")
     """Folder of another run whose newest checkpoint a new run starts from. It keeps the step and
     the networks of that run; every key outside ``model`` may differ. "" = new weights."""
+    accept_changes: bool = _may_change(False)
+    """Let this resume change learning rates, betas, train.ema_*, train.mirror and the sections
+    stability and schedule. Checkpoints from then on list the change. False = refuse it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,12 @@ import os
 import shutil
 import socket
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.loading import dump, load
+from pipeline.config.recipe import ACCEPTABLE
 from pipeline.config.schema import Config, fixed_differences, flatten
 from pipeline.runs import checkpoint, wandb_names
 from pipeline.runs.identity import (
@@ -82,7 +84,8 @@ class RunFolder:
             if state is not None:
                 self._check_configuration(config, state)
             self.identity.write()
-            write_atomic(self.path / "config.yaml", sign(dump(config)).encode())
+            once = replace(config, run=replace(config.run, accept_changes=False))
+            write_atomic(self.path / "config.yaml", sign(dump(once)).encode())
             self.unmark("PREEMPTED")
         except OSError as error:
             inside = Path(str(error.filename or self.path))
@@ -205,20 +208,25 @@ class RunFolder:
         """Raise if the newest checkpoint has another configuration.
 
         The first checkpoint of a copy is its original's. There every key outside ``model`` may
-        change, with a line.
+        change, with a line; and the keys of ``ACCEPTABLE`` with ``run.accept_changes``.
         """
         before = state.get("config") or self._configuration_of_an_old_run()
         changed = fixed_differences(before, config)
         if not changed:
             return
-        listed = "\n  ".join(changed)
-        if state["run_id"] != self.identity.id:
+        own, accepts = state["run_id"] == self.identity.id, config.run.accept_changes
+        if not own:
             _check_networks(config, state, f"run.dir ({self.path})")
-            say(f"{self.path}: changed from step {state['step']} on:\n  {listed}")
-            return
+        refused = [k for k in changed if own and not (accepts and k.startswith(ACCEPTABLE))]
+        if not refused:
+            listed = "\n  ".join(changed)
+            return say(f"{self.path}: changed from step {state['step']} on:\n  {listed}")
+        listed, hint = "\n  ".join(refused), ""
+        if all(line.startswith(ACCEPTABLE) for line in refused):
+            hint = "run.accept_changes=true to go on with the new ones, or "
         raise ConfigError(
             f"run.dir ({self.path}) belongs to a run with another configuration:\n  {listed}\n"
-            "Set the values back to resume it, or start a new run with run.dir=... "
+            f"Set the values back to resume it, or {hint}start a new run with run.dir=... "
             f"(with run.fork={self.path} from this one's newest checkpoint)."
         )
 

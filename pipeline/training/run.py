@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import time
 import traceback
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
-from pipeline.config.schema import Config, flatten, without_credentials
+from pipeline.config.schema import Config, fixed_differences, flatten, without_credentials
 from pipeline.data.order import Order
 from pipeline.data.shards import Index
 from pipeline.models.sampling import generator_id, make_sampler, sample_grid
@@ -58,6 +60,7 @@ class Run:
         self._stop, self._save_by_clock = False, False
         self._saved_step, self._saved_at = -1, time.monotonic()
         self._started_at = 0
+        self._events: list[dict[str, Any]] = []
 
     def _open_folder(self) -> str:
         self.folder = RunFolder(self.config)
@@ -111,7 +114,15 @@ class Run:
         ) as error:  # on all ranks; checksums are right, so another program wrote it
             raise CheckpointError(f"{path}: is of another run or program: {error}.") from None
         self._saved_step = int(found.state["step"])
+        self._note_changes(found.state)
         on_rank_zero(self.accelerator, lambda: self._export_missing_snapshot(gan))
+
+    def _note_changes(self, state: Mapping[str, Any]) -> None:
+        """Take over the events of a checkpoint, and add one if the configuration changed since."""
+        self._events = list(state.get("events") or [])
+        changed = fixed_differences(state.get("config") or flatten(self.config), self.config)
+        if changed:
+            self._events.append({"step": state["step"], "changed": changed})
 
     def _read(self, path: Path) -> checkpoint.Checkpoint:
         found = checkpoint.read(path)
@@ -240,6 +251,7 @@ class Run:
             "run_dir": str(self.dir.resolve()),
             "inode": self.dir.stat().st_ino,
             "config": flatten(without_credentials(self.config)),
+            "events": self._events,
             "images_seen": images_seen,
             "stream": self._data_identity | {"position": images_seen},
             "micro_batch": self._micro_batch,

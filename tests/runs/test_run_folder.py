@@ -216,6 +216,27 @@ def test_checkpoints_tie_a_folder_to_its_configuration(tmp_path: Path) -> None:
     assert (tmp_path / "config.yaml").read_text() == sign(dump(longer))
 
 
+def test_accepted_changes_are_said_and_others_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A refusal names the option where it helps; config.yaml accepts nothing for later resumes."""
+    old = config_in(tmp_path)
+    save(RunFolder(old), 10, old)
+    changes = ("optim.d_lr=0.1", "stability.r1_gamma=1", "schedule.warmup=9", "train.mirror=true")
+    with pytest.raises(ConfigError, match=r"or run.accept_changes=true to go on with the new ones"):
+        RunFolder(config_in(tmp_path, *changes))
+    with pytest.raises(ConfigError) as caught:
+        RunFolder(config_in(tmp_path, *changes, "run.accept_changes=true", "run.seed=3"))
+    assert "configuration:\n  run.seed: 0 -> 3\nSet the values back" in str(caught.value)
+    assert "accept_changes" not in str(caught.value)
+    capfd.readouterr()
+    RunFolder(config_in(tmp_path, *changes, "run.accept_changes=true"))
+    said = capfd.readouterr().err
+    assert f"{tmp_path}: changed from step 10 on:\n" in said
+    assert "optim.d_lr: 0.0002 -> 0.1" in said
+    assert load(tmp_path / "config.yaml") == config_in(tmp_path, *changes)
+
+
 def test_a_folder_without_checkpoints_takes_another_configuration(tmp_path: Path) -> None:
     """Nothing was trained with the first one."""
     other = config_in(tmp_path, "run.seed=3")
