@@ -4,6 +4,7 @@
     accelerate launch pipeline/evaluate.py --run runs/x --pending       # every one without a score
     torchrun --nproc_per_node 8 -- pipeline/evaluate.py --run runs/x --watch   # as they appear
     python -m pipeline.evaluate --checkpoint runs/x/snapshots/step_00010000
+    python -m pipeline.evaluate --images A --against B         # any two sets of images; no run
     python -m pipeline.evaluate --run runs/x --images DIR      # any images, by the run's protocol
     python -m pipeline.evaluate reference --config configs/dcgan_64.yaml --out FILE
     python -m pipeline.evaluate fetch-weights --to DIR         # Inception's, for offline nodes
@@ -16,6 +17,10 @@ configuration; section.key=value on the command line overrides them. Each score 
 evaluations.jsonl in the run folder, then logged to W&B. A step that already has a score under the
 same settings is skipped, so after an interruption run the same command again. Several evaluations
 may work on one run at the same time.
+
+A set of images is a folder, a zip archive, an npz, npy or HDF5 file, tars or shards; B may also be
+an npz file with mu and sigma. Images are taken as they are stored. What was done to how many, and
+which cannot be read, is said in one line.
 """
 
 from __future__ import annotations
@@ -33,26 +38,25 @@ if __name__ == "__main__":
 import argparse
 import dataclasses
 import sys
-from contextlib import closing
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from os.path import realpath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.loading import load
-from pipeline.config.schema import Config, ModelConfig
+from pipeline.config.schema import Config
 from pipeline.papers import probe
 from pipeline.runs.step_folders import SNAPSHOTS, committed
-from pipeline.runtime.arguments import HelpFormatter, Once, number
+from pipeline.runtime.arguments import HelpFormatter, Once, colour, integer, number
 from pipeline.runtime.errors import EvaluationError, exit_on_user_error
 from pipeline.runtime.files import exists
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from pipeline.evaluation.candidates import Candidate
-    from pipeline.evaluation.run_scores import RunScores
+    from pipeline.evaluation.pictures import Pictures
     from pipeline.evaluation.scorer import Scorer
+    from pipeline.evaluation.survey import Asked
+    from pipeline.runs.score_tables import Line
 
 
 def evaluate(options: argparse.Namespace, config: Config) -> bool:
@@ -66,29 +70,60 @@ def evaluate(options: argparse.Namespace, config: Config) -> bool:
     accelerator = launch.make_accelerator("fp32")
     hardware.use_all_cores()  # on a GPU machine too: precision and recall are computed on the CPU
     launch.warn_about_missing_processes(accelerator)
-    scorer = _scorer_class("fidelity" if making_reference else options.metrics)(config, accelerator)
-    if accelerator.is_main_process:
-        print(scorer.describe(), flush=True)
-    finished = True
+    finished, scorer = True, None
     try:
         if making_reference:
+            scorer = _scorer_class("fidelity")(config, accelerator)
+            _say_on_rank_0(scorer)
             scorer.write_reference(options.out)
-        elif options.images:
-            _score_images(options.images, scorer)
-        elif options.run:
-            _score_run(options, scorer)
         else:
-            _score_without_run(options.checkpoint, scorer)
+            from pipeline.evaluation import jobs
+
+            config, scored, real = jobs.open_sets(
+                options.images, options.against, _asked(options, config), config,
+                all_images=bool(options.against) and not _names(options, "eval.num_images"),
+                accelerator=accelerator,
+            )  # fmt: skip
+            scorer = _scorer_class(options.metrics)(config, accelerator, real)
+            _say_on_rank_0(scorer)
+            show = partial(_show, options, scorer, scored)
+            if scored is not None:
+                jobs.score_images(scorer, scored, show)
+            elif options.run:
+                all_steps, watch = options.pending or options.watch, options.every
+                jobs.score_run(
+                    scorer, options.run, options.checkpoint, all_steps=all_steps,
+                    watch=watch if options.watch else None, show=show,
+                )  # fmt: skip
+            else:
+                jobs.score_generator(scorer, options.checkpoint, show)
     except signals.Stopped:
         finished = False
         if accelerator.is_main_process:
             reason = signals.received() or "another rank's signal"
             print(f"stopped by {reason}; run the same command again to go on", file=sys.stderr)
-    scorer.close()
+    if scorer is not None:
+        scorer.close()
     # A launcher kills the other ranks as soon as one exits with a code other than 0.
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return finished
+
+
+def _say_on_rank_0(scorer: Scorer) -> None:
+    if scorer.is_main:
+        print(scorer.describe(), flush=True)
+
+
+def _asked(options: argparse.Namespace, config: Config) -> Asked:
+    from pipeline.evaluation.survey import Asked
+
+    channels = config.model.channels if options.metrics == "parzen" else 3
+    return Asked(options.size, options.background, options.subfolders, channels)
+
+
+def _names(options: argparse.Namespace, key: str) -> bool:
+    return any(word.startswith(f"{key}=") for word in options.overrides)
 
 
 def _scorer_class(metrics: str) -> type[Scorer]:
@@ -101,72 +136,22 @@ def _scorer_class(metrics: str) -> type[Scorer]:
     return Scorer
 
 
-def _score_run(options: argparse.Namespace, scorer: Scorer) -> None:
-    from pipeline.evaluation import candidates
-    from pipeline.evaluation.run_scores import RunScores
+def _show(
+    options: argparse.Namespace,
+    scorer: Scorer,
+    scored: Pictures | None,
+    lines: list[Line],
+    text: str,
+) -> None:
+    """Print scores, and write them to ``--csv``; rank 0 only."""
+    from pipeline.evaluation.pictures import about
+    from pipeline.runs import score_tables
 
-    weights = scorer.config.eval.weights
-
-    def find() -> list[Candidate]:
-        if options.checkpoint:
-            return [candidates.open_folder(options.checkpoint, weights)]
-        found = candidates.find_in_run(options.run, weights)
-        return found if options.pending or options.watch else found[-1:]
-
-    with closing(RunScores(scorer, options.run)) as run_scores:
-        scorer.load_reference()
-        while True:
-            # Read before ``find``, so that the last checkpoint of the training is still found.
-            training_ended = run_scores.training_has_ended()
-            run_scores.score_all(find)
-            run_scores.log_to_wandb()
-            if not options.watch or training_ended:
-                break
-            scorer.wait(options.every)
-        _print_table(run_scores)
-        run_scores.raise_if_any_failed()
-
-
-def _print_table(run_scores: RunScores) -> None:
-    if run_scores.scorer.is_main:
-        from pipeline.evaluation.metrics import table
-        from pipeline.runs.results import best
-
-        rows = run_scores.rows()
-        best_row = best(rows)
-        print(table(rows, run_scores.protocol, best_row["step"] if best_row else None), flush=True)
-
-
-def _score_images(location: str, scorer: Scorer) -> None:
-    from pipeline.evaluation import candidates
-    from pipeline.runtime.ranks import on_every_rank
-
-    shape, count = scorer.index.shape, scorer.protocol.num_images
-    open_images = partial(candidates.images_in_folder, location, shape, count)
-    images = on_every_rank(scorer.accelerator, open_images)
-    scorer.load_reference()
-    _print_scores(scorer.score(images, "images"))
-
-
-def _score_without_run(path: Path, scorer: Scorer) -> None:
-    """Print the scores of a snapshot or checkpoint that lies outside a run folder."""
-    from pipeline.evaluation import candidates
-    from pipeline.runtime.ranks import on_every_rank
-
-    config, accelerator = scorer.config.eval, scorer.accelerator
-
-    def open_generator() -> tuple[nn.Module, ModelConfig]:
-        candidate = candidates.open_folder(path, config.weights)
-        return candidates.open_generator(candidate, path, config.weights, accelerator.device)
-
-    G, model = on_every_rank(accelerator, open_generator)
-    scorer.load_reference()
-    _print_scores(scorer.score(scorer.generated_images(G, model), path.name))
-
-
-def _print_scores(scores: dict[str, float]) -> None:
-    for name, value in scores.items():
-        print(f"{name:<50} {value:.5g}", flush=True)
+    facts = {"protocol": scorer.protocol.id, "settings": dataclasses.asdict(scorer.protocol)}
+    if scored is not None:
+        facts["images"] = about(scored)
+    facts["against"] = about(scorer.index)
+    score_tables.show(lines, text, facts, as_json=options.json, csv_file=options.csv)
 
 
 def _check_for_checkpoints(options: argparse.Namespace, config: Config) -> None:
@@ -220,12 +205,21 @@ def parse(words: list[str]) -> argparse.Namespace:
     add(
         "--images",
         action=Once,
-        metavar="DIR",
-        help="score a folder, zip archive or tar files of images",
+        metavar="A",
+        help="score a set of images: folder, zip, npz, npy, HDF5, tars or shards",
     )
     add("--pending", action="store_true", help="score every step that has no score yet")
     add("--watch", action="store_true", help="as --pending, repeatedly until the training ends")
     add = score.add_argument
+    against = "real images to compare with, or an npz file with mu and sigma; needs no run"
+    add("--against", action=Once, metavar="B", help=against)
+    squares = "make central squares of N pixels of all images of A and B"
+    add("--size", type=integer(1, 65536), default=0, metavar="N", help=squares)
+    add("--background", type=colour, metavar="COLOUR", help="colour behind transparent pixels")
+    subfolders = "take images in several folders as one set, e.g. class folders"
+    add("--subfolders", action="store_true", help=subfolders)
+    add("--json", action="store_true", help="print the scores as JSON, and nothing else")
+    add("--csv", action=Once, type=Path, metavar="FILE", help="also write the scores as CSV")
     seconds = "seconds between two looks of --watch at the run folder"
     add("--every", type=number(0, 86_400), default=30.0, metavar="S", help=seconds)
     metrics = "fidelity: those of eval.metrics; parzen: log-likelihood (2014)"
@@ -248,8 +242,15 @@ def parse(words: list[str]) -> argparse.Namespace:
             parents = Path(realpath(options.checkpoint)).parents
             if len(parents) > 1 and (parents[1] / "config.yaml").is_file():
                 options.run = parents[1]
-        if not (options.run or options.checkpoint or (options.config and options.images)):
-            score.error("give --run DIR or --checkpoint DIR, or --config FILE with --images DIR")
+        needs_b = options.images and not (options.run or options.config or options.against)
+        if needs_b and not _names(options, "eval.reference"):
+            score.error("--images A: give also --against B, --run DIR or --config FILE")
+        if not (options.run or options.checkpoint or options.images):
+            score.error("give --run DIR, --checkpoint DIR, or --images A with --against B")
+        if options.against and options.metrics == "parzen":
+            score.error("--against: --metrics parzen compares with eval.parzen_shards instead")
+        if options.against and options.run and not options.images:
+            score.error("--against: the scores of a run are against its data.shards; give --images")
     return options
 
 
@@ -260,7 +261,7 @@ def configuration(options: argparse.Namespace) -> Config:
         EvaluationError: the run folder has no configuration.
         ConfigError: a value is invalid.
     """
-    if options.config:
+    if options.config or not (options.run or options.checkpoint):
         return load(options.config, options.overrides)
     folder: Path = options.run or options.checkpoint
     if not exists(folder / "config.yaml"):
@@ -290,7 +291,9 @@ def main() -> None:
         config = configuration(options)
     size = config.eval.batch_size
     advice = f"eval.batch_size ({size}) images pass through the extractor at once; set it lower."
-    with exit_on_user_error(advice):
+    as_json = options.command == "score" and options.json
+    stdout = redirect_stdout(sys.stderr) if as_json else nullcontext()
+    with exit_on_user_error(advice), stdout:
         finished = evaluate(options, config)
     sys.exit(signals.exit_code(finished))
 

@@ -25,11 +25,11 @@ case ${1:-} in
   reference|fetch-weights|probe) ;;  # commands with arguments of their own
   *)
     case " $* " in
-      *" --run"*|*" --config"*|*" --checkpoint"*) ;;
+      *" --run"*|*" --config"*|*" --checkpoint"*|*" --snapshot"*|*" --against"*) ;;
       *) set -- --run "${RUN_DIR:-runs/dcgan_64}" "$@" ;;
     esac
     case " $* " in
-      *" --pending"*|*" --watch"*|*" --checkpoint"*|*" --images"*) ;;
+      *" --pending"*|*" --watch"*|*" --checkpoint"*|*" --snapshot"*|*" --images"*) ;;
       *) set -- --pending "$@" ;;
     esac ;;
 esac

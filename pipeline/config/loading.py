@@ -75,11 +75,11 @@ COMMAND_LINE = "command line"
 MOST_FAULTS = 40
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), *, saved: bool = False) -> Config:
+def load(path: str | Path | None, overrides: Sequence[str] = (), *, saved: bool = False) -> Config:
     """Load and check the configuration of a YAML file and ``section.key=value`` overrides.
 
     Args:
-        path: the file.
+        path: the file; None = the defaults.
         overrides: values of the command line.
         saved: the file came with a run, a snapshot or a folder of the Hub: the user may not have
             read it. A config.yaml that lies beside the other files of one is always treated so.
@@ -87,8 +87,11 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, saved: bool = False
     Raises:
         ConfigError: a list of all faults, each with field, value, requirement and remedy.
     """
-    path, base_of_file = _find_file(Path(path))
-    tree = yaml_file.read(path)
+    tree, base_of_file = dict[str, Value](), Path.cwd()
+    if path is not None:
+        path, base_of_file = _find_file(Path(path))
+        tree = yaml_file.read(path)
+    path = path or Path(COMMAND_LINE)
     saved = saved or _is_saved(path)
     if saved and not tree:
         raise ConfigError(

@@ -32,6 +32,14 @@ NO_IMAGES = {"Thumbs.db", "desktop.ini"}
 """Files that Windows puts into folders of images."""
 
 
+class SeveralParts(DataError):
+    """The folders of a source are parts of a data set; ``parts`` are their numbers of images."""
+
+    def __init__(self, message: str, parts: Counter[str]) -> None:
+        super().__init__(message)
+        self.parts = parts
+
+
 @dataclass
 class Listing:
     """The files of a source, each of them accounted for.
@@ -209,16 +217,17 @@ def choose_split(found: Listing, split: str | None, source: str) -> Listing:
     Raises:
         DataError: the source has several parts, and none or another was named.
     """
-    depth = _common(found.names)
+    depth = common_depth(found.names)
     tops = [PurePosixPath(name).parts[depth] for name in found.names]
     parts = Counter(tops)
     if not parts or not all(map(SPLIT.fullmatch, parts)):
         return found
     if split is None and len(parts) > 1:
         listed = ", ".join(f"{top} ({n} images)" for top, n in sorted(parts.items()))
-        raise DataError(
+        raise SeveralParts(
             f"SOURCE ({source}): its folders are parts of a data set, not classes: {listed}. Give "
-            f"--split {min(parts)}, another of them, or --split all."
+            f"--split {min(parts)}, another of them, or --split all.",
+            parts,
         )
     if split in (None, "all"):
         return found
@@ -233,7 +242,7 @@ def choose_split(found: Listing, split: str | None, source: str) -> Listing:
     return found
 
 
-def _common(names: Sequence[str]) -> int:
+def common_depth(names: Sequence[str]) -> int:
     """Return the number of folders in which all images are, which are no classes."""
     parts = [PurePosixPath(name).parts for name in names]
     depth = 0
@@ -251,7 +260,7 @@ def labels_of(found: Listing, source: str) -> tuple[NDArray[np.int32], tuple[str
     """
     if found.label_file is not None:
         return _by_file(found, found.label_file, source)
-    depth = _common(found.names)
+    depth = common_depth(found.names)
     parts = [PurePosixPath(name).parts[depth:] for name in found.names]
     if parts and all(SPLIT.fullmatch(p[0]) for p in parts):
         parts = [p[1:] for p in parts]
@@ -285,7 +294,7 @@ def _by_file(
             f'{field} must be {{"labels": [[name, class], ...]}}: {printable(str(error)[:100])}. '
             "Repair it, or remove it: the images are unlabelled then."
         ) from None
-    top = "/".join(PurePosixPath(found.names[0]).parts[: _common(found.names)])
+    top = "/".join(PurePosixPath(found.names[0]).parts[: common_depth(found.names)])
     prefixes = ("", f"{top}/") if top else ("",)
     labels: list[Label] = []
     for name in found.names:

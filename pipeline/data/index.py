@@ -57,6 +57,12 @@ class Index:
         return len(self.table)
 
     @property
+    def labels(self) -> NDArray[np.int32]:
+        """int32 (N,), -1 = no label."""
+        found: NDArray[np.int32] = self.table["label"]
+        return found
+
+    @property
     def sizes(self) -> list[int]:
         """Number of samples of each shard."""
         return [shard.nsamples for shard in self.shards]

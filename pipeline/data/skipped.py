@@ -48,12 +48,8 @@ def listed_types(left_out: Mapping[str, int]) -> str:
     return ", ".join([*types, *(["..."] if len(found) > MOST_TYPES else [])])
 
 
-def account(counts: dict[str, Any], images: int, out: Path, strict: bool) -> None:
-    """Say in one line what became of every file of the source.
-
-    Raises:
-        DataError: ``strict``, and a file is not an image that is used as it is stored.
-    """
+def account_of(counts: Mapping[str, Any], images: int) -> str:
+    """Return in one line what became of every file of a source with ``images`` images."""
     skipped, left_out = counts.get("skipped", 0), counts.get("left_out", {})
     done = {what: n for what, n in counts.get("done", {}).items() if n}
     what_became = [f"{images - skipped} used"]
@@ -61,7 +57,21 @@ def account(counts: dict[str, Any], images: int, out: Path, strict: bool) -> Non
     what_became += [f"{skipped} cannot be read"] * bool(skipped)
     if left_out:
         what_became.append(f"{sum(left_out.values())} not used: {listed_types(left_out)}")
-    line = f"{images + sum(left_out.values())} files: {'; '.join(what_became)}"
+    return f"{images + sum(left_out.values())} files: {'; '.join(what_became)}"
+
+
+def account(counts: dict[str, Any], images: int, out: Path, strict: bool) -> None:
+    """Say in one line what became of every file of the source.
+
+    Raises:
+        DataError: ``strict``, and a file is not an image that is used as it is stored.
+    """
+    line, skipped, left_out = (
+        account_of(counts, images),
+        counts.get("skipped", 0),
+        counts.get("left_out"),
+    )
+    done = {what: n for what, n in counts.get("done", {}).items() if n}
     if strict and skipped:
         _report(skipped, out, strict, counts.get(SKIPPED_SUM))
     if strict and (left_out or counts.get("said") or done.keys() - {ENLARGED, UNENDED}):

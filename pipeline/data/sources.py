@@ -188,8 +188,9 @@ def _tars(folder: Path, paths: list[Path], choice: Choice) -> Source:
             seen[name] += 1
             names.append(f"{inside}/{name}" + (f" ({seen[name]})" if seen[name] > 1 else ""))
         left_out.update(one.contents.left_out)
+    location = str(folder if len(paths) != 1 else paths[0])
     if not spans:
-        raise DataError(f"SOURCE ({folder}): its {len(paths)} tars hold no images.")
+        raise DataError(f"SOURCE ({location}): its {len(paths)} tars hold no images.")
     labels = np.concatenate([one.table["label"] for one in scans]).astype(np.int32)
 
     def opener() -> Callable[[int], Stored]:
@@ -201,7 +202,7 @@ def _tars(folder: Path, paths: list[Path], choice: Choice) -> Source:
 
     return Source(
         kind="tars",
-        location=str(folder if len(paths) != 1 else paths[0]),
+        location=location,
         names=names,
         labels=labels,
         digest=digest.hexdigest(),

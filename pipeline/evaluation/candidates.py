@@ -23,9 +23,9 @@ from pipeline.config.loading import load
 from pipeline.config.schema import DataConfig, ModelConfig
 from pipeline.data.cache import Cache
 from pipeline.data.order import permutation
-from pipeline.data.pictures import DecodeError
 from pipeline.data.reader import Reader
 from pipeline.data.shards import Index
+from pipeline.evaluation.pictures import Pictures
 from pipeline.evaluation.protocol import PURPOSE
 from pipeline.models.noise import z_rows
 from pipeline.models.sampling import Images, draw_images, generator_id, make_sampler
@@ -34,7 +34,6 @@ from pipeline.runs.step_folders import SNAPSHOTS, committed, step_of
 from pipeline.runtime.errors import (
     CheckpointError,
     ConfigError,
-    DataError,
     EvaluationError,
     RunFolderError,
     is_out_of_memory,
@@ -42,7 +41,6 @@ from pipeline.runtime.errors import (
 
 NETWORK = {"ema": "G_ema", "raw": "G"}
 """``eval.weights`` -> name of the network in a checkpoint."""
-WHITE = (255, 255, 255)
 
 
 @dataclass(frozen=True)
@@ -174,14 +172,14 @@ def generated_images(
     )
 
 
-def classes_like(index: Index, num_classes: int, count: int) -> Tensor:
+def classes_like(index: Index | Pictures, num_classes: int, count: int) -> Tensor:
     """Return classes for generated images, in the shares that they have in a shard set.
 
     The numbers of images are rounded by the largest remainder; of equal remainders the class with
     the lower number gets the image. The order is a fixed random one.
 
     Args:
-        index: of the shards.
+        index: of the shards, or other real images.
         num_classes: of G.
         count: number of generated images.
 
@@ -191,7 +189,7 @@ def classes_like(index: Index, num_classes: int, count: int) -> Tensor:
     Raises:
         EvaluationError: some images of the shards have no label, or one that G does not know.
     """
-    labels = index.table["label"]
+    labels = index.labels
     if labels.min() < 0 or labels.max() >= num_classes:
         raise EvaluationError(
             f"eval.labels (data): data.shards ({index.location}) has labels {labels.min()} (-1: "
@@ -206,13 +204,15 @@ def classes_like(index: Index, num_classes: int, count: int) -> Tensor:
     return torch.from_numpy(classes[permutation(count, f"{PURPOSE}|labels")])
 
 
-def real_images(index: Index, data: DataConfig, count: int) -> Images:
-    """Return the images of ``chosen_ids``, read from shards.
+def real_images(index: Index | Pictures, data: DataConfig, count: int) -> Images:
+    """Return the images of ``chosen_ids``, read from shards or another set.
 
-    The returned function raises DataError if a shard cannot be read.
+    The returned function raises DataError if they cannot be read.
     """
-    reader = Reader(index, Cache(index, data.cache_dir, data.cache_gib))
     ids = chosen_ids(index.num_samples, count)
+    if isinstance(index, Pictures):
+        return index.images(ids)
+    reader = Reader(index, Cache(index, data.cache_dir, data.cache_gib))
 
     def images(start: int, stop: int) -> NDArray[np.uint8]:
         rows = ids[start:stop]
@@ -221,48 +221,6 @@ def real_images(index: Index, data: DataConfig, count: int) -> Images:
         return out
 
     return images
-
-
-def images_in_folder(location: str, shape: tuple[int, int, int], count: int) -> Images:
-    """Return ``count`` images of a folder, zip archive or tar files, ordered by name.
-
-    If there are more, a fixed random choice of them is used, because neighbours by name may be of
-    one class. The images are converted as ``pipeline.prepare`` does: those of another size are
-    cropped to the central square and resized. The returned function raises DataError if an image
-    cannot be decoded.
-
-    Args:
-        location: given with ``--images``.
-        shape: (H, W, C) to convert to.
-        count: number of images.
-
-    Raises:
-        DataError: there are no images at ``location``.
-        EvaluationError: there are fewer than ``count``.
-    """
-    from pipeline.data import sources  # imports the decoders of all formats
-    from pipeline.data.source import Choice
-    from pipeline.data.squares import Square
-
-    source = sources.find(location, Choice(download=False))
-    if (available := len(source.names)) < count:
-        raise EvaluationError(
-            f"eval.num_images is {count}, but --images {location} has {available} images. Add "
-            f"images, or set eval.num_images={available} (scores of different N are not "
-            "comparable)."
-        )
-    read = sources.reader(source, Square(shape[0], shape[2]))
-    rows = np.sort(chosen_ids(available, count)).tolist()
-
-    def read_image(row: int) -> NDArray[np.uint8]:
-        try:
-            return read(row)[0]
-        except DecodeError as error:
-            raise DataError(  # on this rank alone, which prints it
-                f"--images {location}: {source.names[row]}: {error}. Repair or remove this file."
-            ) from None
-
-    return lambda start, stop: np.stack([read_image(row) for row in rows[start:stop]])
 
 
 def chosen_ids(num_samples: int, count: int) -> NDArray[np.int64]:

@@ -18,6 +18,7 @@ from pipeline.config.schema import EvalConfig
 from pipeline.data.shards import Index
 from pipeline.evaluation.catalogue import METRIC_OF, METRICS, choose, floor_of
 from pipeline.evaluation.extractors import MOST_FEATURES, Extractor, slug
+from pipeline.evaluation.pictures import Pictures
 from pipeline.runtime.errors import EvaluationError
 
 PURPOSE = "evaluation"
@@ -159,7 +160,7 @@ def label_rule(labels: str, num_classes: int) -> str:
 def make_protocol(
     config: EvalConfig,
     extractor: Extractor,
-    index: Index,
+    index: Index | Pictures,
     num_classes: int = 0,
     npz: str = "",
     held_out: Index | None = None,

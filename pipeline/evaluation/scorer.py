@@ -24,6 +24,7 @@ from pipeline.evaluation.catalogue import METRICS
 from pipeline.evaluation.extractors import MOST_FEATURES, extract, load_extractor
 from pipeline.evaluation.metrics import compute_scores
 from pipeline.evaluation.moments import FeatureSet, npz_id
+from pipeline.evaluation.pictures import Pictures
 from pipeline.evaluation.protocol import Protocol, make_protocol
 from pipeline.evaluation.references import (
     Reference,
@@ -51,19 +52,22 @@ class Scorer:
     Args:
         config: sections ``eval`` and ``data`` are used, and ``model`` for the shape of the images.
         accelerator: its ranks divide the images.
+        real: images to compare with; None = those of ``data.shards``.
 
     Raises:
         UserError: shards, weights or settings that cannot be used.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator) -> None:
+    def __init__(
+        self, config: Config, accelerator: Accelerator, real: Index | Pictures | None = None
+    ) -> None:
         self.config, self.accelerator = config, accelerator
         self.is_main = accelerator.is_main_process
         self._agreement = signals.Agreement(accelerator.num_processes)
         self.picture: NDArray[np.uint8] | None = None
         """Of the last images, by ``memorization.picture``; on rank 0, if the metric is computed."""
         self._reason = ""  # of the last ``wait_for_other_process``
-        self.index = self._read_index("data.shards", config.data.shards)
+        self.index = real or self._read_index("data.shards", config.data.shards)
         self._set_protocol()
 
     def _read_index(self, field: str, location: str) -> Index:
@@ -150,12 +154,12 @@ class Scorer:
         protocol = self.protocol.reference
         count = protocol.reference_images
         found = FeatureSet(protocol.layer, protocol.kept_features, protocol.has_statistics)
-        self._extract_shards(self.index, count, "reference", found)
+        self._extract_real(self.index, count, "reference", found)
         held_out = None
         if self.held_out is not None:
             held_out = FeatureSet(protocol.layer, MOST_FEATURES)
             few = min(self.held_out.num_samples, MOST_FEATURES)
-            self._extract_shards(self.held_out, few, "held out", held_out)
+            self._extract_real(self.held_out, few, "held out", held_out)
 
         def make_and_write() -> None:
             self.reference = make_reference(protocol, found, self.accelerator.device, held_out)
@@ -164,10 +168,13 @@ class Scorer:
 
         on_rank_zero(self.accelerator, make_and_write, lengthy=True)
 
-    def _extract_shards(self, index: Index, count: int, name: str, found: FeatureSet) -> None:
-        """Extract the features of ``count`` images of a shard set, after a check of the shards."""
-        check = partial(check_shards, index, self.config.data.verify)
-        run_on_selected_ranks(self.accelerator, self.is_main, check)
+    def _extract_real(
+        self, index: Index | Pictures, count: int, name: str, found: FeatureSet
+    ) -> None:
+        """Extract the features of ``count`` real images, of shards after a check of these."""
+        if isinstance(index, Index):
+            check = partial(check_shards, index, self.config.data.verify)
+            run_on_selected_ranks(self.accelerator, self.is_main, check)
         images = candidates.real_images(index, self.config.data, count)
         self._extract(images, count, name, found)
 

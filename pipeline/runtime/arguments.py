@@ -70,6 +70,19 @@ def number(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+def colour(text: str) -> tuple[int, int, int]:
+    """Return (R, G, B) of a colour, the argparse type of --background."""
+    from PIL import ImageColor
+
+    try:
+        red, green, blue = ImageColor.getrgb(text)[:3]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{printable(text[:80])}: must be a colour: white, #ff8800, ..."
+        ) from None
+    return red, green, blue
+
+
 def file_ending_in(suffix: str) -> Callable[[str], Path]:
     """Return an argparse type for a path whose name ends in ``suffix``, e.g. ``.png``."""
 
