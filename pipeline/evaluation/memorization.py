@@ -114,4 +114,6 @@ def picture(generated: Images, training: Images, matches: Matches) -> NDArray[np
     for row in shown.tolist():
         cells.append(generated(row, row + 1))
         cells += [training(other, other + 1) for other in matches.ids[row].tolist()]
+    channels = max(cell.shape[3] for cell in cells)  # gray images beside RGB ones
+    cells = [np.broadcast_to(cell, (*cell.shape[:3], channels)) for cell in cells]
     return image_grid(np.concatenate(cells), 1 + matches.ids.shape[1])

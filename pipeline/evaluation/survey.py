@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline.data import sources
 from pipeline.data.colour import to_srgb
-from pipeline.data.folders import SPLITS, SeveralParts, common_depth
+from pipeline.data.folders import SPLIT, SeveralParts, common_depth
 from pipeline.data.pictures import (
     COMPOSITED,
     DecodeError,
@@ -40,7 +40,6 @@ GRAYED = "converted to gray"
 MOST_LISTED = 5
 """Sizes, folders and unreadable files that a message names."""
 SETS = {
-    *SPLITS,
     *("real", "reals", "fake", "fakes", "gen", "generated", "sample", "samples", "synthetic"),
     *("ref", "refs", "reference", "references", "orig", "original", "originals", "gt", "target"),
     *("targets", "recon", "reconstructions", "a", "b"),
@@ -116,7 +115,8 @@ def find(location: str, name: str, asked: Asked) -> Source:
         depth = common_depth(source.names)
         paths = [PurePosixPath(name).parts[depth:] for name in source.names]
         folders = Counter(path[0] if len(path) > 1 else "" for path in paths)
-        looks_like_sets = len(folders) == 2 or "" in folders or SETS & {f.lower() for f in folders}
+        has_sets = any(f.lower() in SETS or SPLIT.fullmatch(f) for f in folders)
+        looks_like_sets = len(folders) == 2 or "" in folders or has_sets
         if len(folders) > 1 and looks_like_sets:
             raise EvaluationError(_several(name, location, folders))
     return source
