@@ -161,7 +161,7 @@ def look(
                 height, width, channels = shape
                 survey.rows.append(row)
                 survey.shapes[height, width, channels] += 1
-                survey.done.update(set(notes))
+                survey.done.update(dict.fromkeys(notes, 1))
                 digest.update(sha256)
             advance(len(rows))
     survey.digest = hashlib.sha256(
