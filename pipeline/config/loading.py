@@ -50,6 +50,7 @@ CONFIGS = (PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent) / "con
 PATH_KEYS = (
     "run.dir",
     "run.fork",
+    "train.init",
     "data.shards",
     "data.cache_dir",
     "eval.extractor_weights",

@@ -99,7 +99,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("at most 128 characters without / \\ # ? % :", is_wandb_project, "tracking.project"),
     ("of tags with 1 to 64 characters", are_wandb_tags, "tracking.tags"),
     ("inception, efficientnet-lite0 or module:Class", _is_extractor, "eval.extractor"),
-    ("a local file", lambda v: "://" not in v, "eval.extractor_weights eval.reference"),
+    ("a local file", lambda v: "://" not in v, "eval.extractor_weights eval.reference train.init"),
     ("between 1 and 86400", lambda v: 1 <= v <= 86400, "train.rank_timeout"),
     ("at least 2", lambda v: v >= 2, "eval.num_images"),
     ("0 (all) or at least 2", lambda v: v == 0 or v >= 2, "eval.reference_images"),
@@ -182,6 +182,10 @@ def _conflicts(config: Config) -> list[str]:
             stability.penalty_share < 1 and batchnorm,
             f"stability.penalty_share ({stability.penalty_share}): must be 1 unless model.d_norm "
             "is none or spectral: BatchNorm needs the whole micro-batch",
+        ),
+        (
+            train.init and config.run.fork,
+            f"train.init ({show(train.init)}): must be empty with run.fork, which keeps the step",
         ),
         (
             plan.end and not plan.start < plan.end,

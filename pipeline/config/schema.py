@@ -150,6 +150,13 @@ class OptimConfig:
 class TrainConfig:
     total_steps: int = _may_change(100_000)
     """Number of optimizer steps of G in the whole run, at least 1."""
+    init: str = ""
+    """Run folder, checkpoint or snapshot whose weights a new run starts from, at step 0. All keys
+    that change no shape may differ. "" = new weights."""
+    init_networks: Literal["both", "G", "D"] = "both"
+    """Networks to take from train.init; a snapshot has G alone. G brings G_ema along."""
+    init_optimizers: bool = False
+    """Also take Adam's moments from train.init."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the forward and backward passes; weights and optimizer states are fp32. auto =
     bf16 if the hardware multiplies it natively, else fp32; a resumed run keeps its first choice.

@@ -31,6 +31,7 @@ from pipeline.runtime.errors import CheckpointError
 from pipeline.runtime.ranks import on_every_rank, on_rank_zero, same_on_all_ranks
 from pipeline.training.gan import GAN
 from pipeline.training.meter import Meter
+from pipeline.training.origin import start_from_origin
 
 log = logging.getLogger("pipeline")
 
@@ -87,6 +88,9 @@ class Run:
         path = on_rank_zero(self.accelerator, self._newest)
         if path is not None:
             self._load(gan, path)
+        elif self.config.train.init:
+            self._events = [start_from_origin(self.config, self.accelerator, gan)]
+            self.save(0, gan)
         if self.folder is not None:
             announce.say_start(
                 *(self.config, self.folder.identity, index, max(0, self._saved_step)),

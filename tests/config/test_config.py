@@ -421,6 +421,7 @@ def test_an_impossible_value_is_refused(write, override, reason):
             ["model.d_norm=batch", "stability.penalty_share=0.5"],
             "must be 1 unless model.d_norm is none or spectral",
         ),
+        (["train.init=/a", "run.fork=/b"], "must be empty with run.fork, which keeps the step"),
         (["model.architecture=mlp", "model.image_size=7"], "must be between 8 and 256"),
     ],
 )
