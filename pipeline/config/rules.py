@@ -22,6 +22,10 @@ def _are_policies(names: list[str]) -> bool:
     return len(set(names)) == len(names) and set(names) <= set(POLICIES)
 
 
+def _are_seeds(seeds: list[int]) -> bool:
+    return len(set(seeds)) == len(seeds) and all(0 <= seed < 2**63 for seed in seeds)
+
+
 def _are_metrics(names: list[str]) -> bool:
     return len(set(names)) == len(names) and set(names) <= set(METRICS)
 
@@ -101,6 +105,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("inception, efficientnet-lite0 or module:Class", _is_extractor, "eval.extractor"),
     ("a local file", lambda v: "://" not in v, "eval.extractor_weights eval.reference train.init"),
     ("between 1 and 86400", lambda v: 1 <= v <= 86400, "train.rank_timeout"),
+    ("of different numbers between 0 and 2**63 - 1", _are_seeds, "eval.seeds"),
     ("at least 2", lambda v: v >= 2, "eval.num_images"),
     ("0 (all) or at least 2", lambda v: v == 0 or v >= 2, "eval.reference_images"),
 )

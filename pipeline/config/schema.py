@@ -25,7 +25,7 @@ SIZES = (8, 256)
 """The smallest and the largest ``model.image_size``, of the mlp."""
 DCGAN_SIZES = (32, 64, 128, 256)
 EXTRACTORS = ("inception", "efficientnet-lite0")
-METRICS = ("fid", "kid", "is", "prc", "density_coverage", "mind", "memorization")
+METRICS = ("fid", "kid", "is", "prc", "density_coverage", "mind", "memorization", "class_fid")
 
 
 def _may_change(default: T) -> T:
@@ -239,8 +239,9 @@ class EvalConfig:
     layer: str = _may_change("")
     """Feature layer to compare; "" = the extractor's default (2048 or 1280 features)."""
     metrics: list[str] = field(default_factory=list, metadata={"may_change": True})
-    """Metrics to compute: any of fid, kid, is, prc, density_coverage, mind, memorization. One that
-    has too few images is refused. [] = fid, kid, is and prc, without those that are impossible."""
+    """Metrics to compute: any of fid, kid, is, prc, density_coverage, mind, memorization,
+    class_fid. One that has too few images is refused. [] = fid, kid, is and prc, without those
+    that are impossible."""
     force: bool = _may_change(False)
     """Compute a Frechet distance of fewer images than twice the number of features. Its name ends
     in undersampled: most of it is the bias of the estimate."""
@@ -257,6 +258,9 @@ class EvalConfig:
     scores."""
     seed: int = _may_change(0)
     """Seed of the z that images are generated from; 0 to 2**63 - 1."""
+    seeds: list[int] = field(default_factory=list, metadata={"may_change": True})
+    """Seeds to use in place of seed, each once: scores are then the mean over them, and _sd their
+    standard deviation. [] = seed."""
     weights: Literal["ema", "raw"] = _may_change("ema")
     """Network to evaluate: ema = G_ema, raw = G."""
     labels: Literal["data", "uniform"] = _may_change("data")

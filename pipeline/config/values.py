@@ -105,7 +105,8 @@ def _example(key: str) -> str:
     written = {None: "null", True: "true", False: "false", "": '""'}.get(
         None if isinstance(default, list) else default, default
     )
-    return f", e.g. {key}={'[a,b]' if isinstance(default, list) else written}"
+    items = "[0,1]" if types_of_keys()[key] == list[int] else "[a,b]"
+    return f", e.g. {key}={items if isinstance(default, list) else written}"
 
 
 def _convert(wanted: Any, value: Value, example: str) -> Any:
@@ -117,7 +118,8 @@ def _convert(wanted: Any, value: Value, example: str) -> Any:
     if typing.get_origin(wanted) is list:
         if not isinstance(value, list):
             raise Misfit(f"must be a list{example}")
-        return [_convert(str, item, " in every place") for item in value]
+        (of_items,) = typing.get_args(wanted)
+        return [_convert(of_items, item, " in every place") for item in value]
     if typing.get_origin(wanted) is Literal:
         choices = {str(choice): choice for choice in typing.get_args(wanted)}
         if not isinstance(value, str) or value not in choices:

@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.config.loading import load
-from pipeline.config.schema import DataConfig, ModelConfig
+from pipeline.config.schema import DataConfig, EvalConfig, ModelConfig
 from pipeline.data.cache import Cache
 from pipeline.data.order import permutation
 from pipeline.data.reader import Reader
 from pipeline.data.shards import Index
+from pipeline.evaluation.extractors import MOST_FEATURES
 from pipeline.evaluation.pictures import Pictures
 from pipeline.evaluation.protocol import PURPOSE
 from pipeline.models.noise import z_rows
@@ -204,6 +205,37 @@ def classes_like(index: Index | Pictures, num_classes: int, count: int) -> Tenso
     return torch.from_numpy(classes[permutation(count, f"{PURPOSE}|labels")])
 
 
+def class_labels(
+    index: Index | Pictures, config: EvalConfig, num_classes: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    """Return the classes of the generated and of the real images whose features are kept.
+
+    Args:
+        index: of the shards with the real images.
+        config: ``labels``, ``num_images`` and ``reference_images`` are used.
+        num_classes: of G.
+
+    Returns:
+        two arrays (at most ``MOST_FEATURES``,), 0 to num_classes - 1; None if an image of the
+        shards has no such label.
+
+    Raises:
+        EvaluationError: as of ``classes_like``.
+    """
+    classes = classes_of(index, config, num_classes).numpy()
+    real = index.labels[chosen_ids(index.num_samples, config.reference_images or None)]
+    if real.min() < 0 or real.max() >= num_classes:
+        return None
+    return classes[:MOST_FEATURES], real[:MOST_FEATURES].astype(np.int64)
+
+
+def classes_of(index: Index | Pictures, config: EvalConfig, num_classes: int) -> Tensor:
+    """Return the classes of the generated images: (``eval.num_images``,) int64."""
+    if config.labels == "data":
+        return classes_like(index, num_classes, config.num_images)
+    return torch.arange(config.num_images) % num_classes
+
+
 def real_images(index: Index | Pictures, data: DataConfig, count: int) -> Images:
     """Return the images of ``chosen_ids``, read from shards or another set.
 
@@ -223,9 +255,9 @@ def real_images(index: Index | Pictures, data: DataConfig, count: int) -> Images
     return images
 
 
-def chosen_ids(num_samples: int, count: int) -> NDArray[np.int64]:
+def chosen_ids(num_samples: int, count: int | None) -> NDArray[np.int64]:
     """Return the ids of the real images to compare with, in order: (count,) int64.
 
-    They are the first ``count`` of a fixed random permutation of all ids.
+    They are the first ``count`` of a fixed random permutation of all ids; None = all.
     """
     return permutation(num_samples, f"{PURPOSE}|reference")[:count]

@@ -32,6 +32,7 @@ METRICS = {
     "prc": Metric(("precision", "recall"), 30, higher_is_better=True),
     "density_coverage": Metric(("coverage", "density"), 50, higher_is_better=True),
     "memorization": Metric(("memorization", "memorization_zu", "copies"), 100),
+    "class_fid": Metric(("class_fid",), None),
     "is": Metric(("is", "is_std"), None, None, higher_is_better=True),
 }
 """By the name in ``eval.metrics``; the first one that is computed chooses the best checkpoint."""
@@ -42,9 +43,10 @@ def floor_of(name: str, extractor: Extractor) -> int:
     """Return the least number of images of a metric.
 
     A Frechet distance of fewer images than twice the number of features consists mostly of the bias
-    of its estimate. IS divides the images into 10 parts, in which each class should occur.
+    of its estimate. That of single classes needs so many images of each class. IS divides the
+    images into 10 parts, in which each class should occur.
     """
-    if name == "fid":
+    if name in ("fid", "class_fid"):
         return 2 * extractor.dim
     if name == "is":
         return 10 * min(extractor.classes, 500)
@@ -52,7 +54,11 @@ def floor_of(name: str, extractor: Extractor) -> int:
 
 
 def choose(
-    config: EvalConfig, extractor: Extractor, real_images: int | None, held_out: int = 0
+    config: EvalConfig,
+    extractor: Extractor,
+    real_images: int | None,
+    held_out: int = 0,
+    class_images: int | None = None,
 ) -> tuple[tuple[str, ...], list[str]]:
     """Choose the metrics to compute.
 
@@ -61,6 +67,7 @@ def choose(
         extractor: of the features.
         real_images: number of references; None = only their statistics are known.
         held_out: number of images of ``eval.held_out``; 0 = it names none.
+        class_images: least number of generated or real images of a class; None = no classes.
 
     Returns:
         the metrics, and a line for each one of ``DEFAULT`` that is left out.
@@ -69,7 +76,9 @@ def choose(
         EvaluationError: one that ``eval.metrics`` names is impossible, or none is possible.
     """
     obstacles = {
-        name: _obstacle(name, config, extractor, real_images, held_out)
+        name: _obstacle_of_classes(config, extractor, class_images)
+        if name == "class_fid" and real_images is not None
+        else _obstacle(name, config, extractor, real_images, held_out)
         for name in config.metrics or DEFAULT
     }
     lines = [f"{name}: {reason}" for name, reason in obstacles.items() if reason]
@@ -103,3 +112,14 @@ def _obstacle(
     numbers = f"{generated} and {real_images}" if real_images is not None else f"{generated}"
     remedy = "; eval.force=true computes it anyway, under another name" if name == "fid" else ""
     return f"needs {floor} generated and as many real images, not {numbers}{remedy}" if few else ""
+
+
+def _obstacle_of_classes(config: EvalConfig, extractor: Extractor, class_images: int | None) -> str:
+    """Return why there is no Frechet distance of single classes; "" = there is."""
+    if class_images is None:
+        return "needs a class-conditional G (model.num_classes) and data.shards with its labels"
+    floor = 2 if config.force else floor_of("class_fid", extractor)
+    if class_images >= floor:
+        return ""
+    remedy = "" if config.force else "; eval.force=true computes it anyway, under another name"
+    return f"needs {floor} generated and real images of each class, not {class_images}{remedy}"

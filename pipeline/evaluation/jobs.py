@@ -126,7 +126,7 @@ def score_generator(scorer: Scorer, path: Path, show: Show) -> None:
 
     G, model = on_every_rank(accelerator, open_generator)
     scorer.load_reference()
-    scores = scorer.score(scorer.generated_images(G, model), path.name)
+    scores = scorer.score_generator(G, model, path.name)
     _show_one(scorer, scores, path.name, show)
 
 

@@ -106,6 +106,13 @@ class FeatureSet:
         return Statistics(self._shift + mean, (sigma + sigma.T) / 2)
 
 
+def statistics_of(features: Tensor) -> Statistics:
+    """Return mean and covariance of rows: (N, D), N >= 2."""
+    found = FeatureSet("all", 0, with_statistics=True)
+    found.add({"all": features})
+    return found.statistics()
+
+
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Return the squared Frechet distance of two normal distributions (Heusel et al. 2017, eq. 6).
 

@@ -29,7 +29,14 @@ from pipeline.data.cache import check_shards
 from pipeline.data.shards import Index
 from pipeline.evaluation import candidates
 from pipeline.evaluation.moments import FeatureSet
-from pipeline.evaluation.protocol import SAMPLING, hash_fields, label_rule, short_count
+from pipeline.evaluation.protocol import (
+    SAMPLING,
+    hash_fields,
+    label_rule,
+    seeds_of,
+    short_count,
+    show_seeds,
+)
 from pipeline.evaluation.scorer import Scorer
 from pipeline.models.sampling import Images
 from pipeline.runtime.console import say
@@ -59,6 +66,7 @@ class ParzenProtocol:
     labels: str
     sigmas: tuple[float, ...] = SIGMAS
     sampling: str = SAMPLING
+    seeds: tuple[int, ...] = ()
 
     columns = ("parzen", "parzen_se", "parzen_sigma")  # in nats, nats, and pixels in [0, 1]
     higher_is_better = True
@@ -87,7 +95,7 @@ class ParzenProtocol:
         return (
             f"protocol {self.id}: Parzen window on {self.num_images} images, log-likelihood of "
             f"{self.held_out - validation} held-out images in nats, sigma from {validation} others"
-            f", {'G_ema' if self.weights == 'ema' else 'G'}, seed {self.seed}"
+            f", {'G_ema' if self.weights == 'ema' else 'G'}, {show_seeds(self)}"
         )
 
 
@@ -177,12 +185,15 @@ class ParzenScorer(Scorer):
                 f"images, but at least {2 * VALIDATION_SHARE} are needed. Prepare more."
             )
         self.extractor = pixels  # type: ignore[assignment]
+        self.classes = None
+        seed, seeds = seeds_of(config)
         self.protocol = ParzenProtocol(
             data=self.held_out.fingerprint,
             image_shape=self.held_out.shape,
             held_out=self.held_out.num_samples,
             num_images=config.num_images,
-            seed=config.seed,
+            seed=seed,
+            seeds=seeds,
             weights=config.weights,
             labels=label_rule(config.labels, self.config.model.num_classes),
         )
@@ -206,7 +217,9 @@ class ParzenScorer(Scorer):
     def _new_set(self) -> FeatureSet:
         return FeatureSet("pixels", self.protocol.num_images)
 
-    def _compute_scores(self, found: FeatureSet, images: Images) -> dict[str, float]:
+    def _compute_scores(
+        self, found: FeatureSet, images: Images, classes: object
+    ) -> dict[str, float]:
         size = len(self._images) // VALIDATION_SHARE
         values = parzen(found.features, self._images[:size], self._images[size:])
         if values[2] in (SIGMAS[0], SIGMAS[-1]):

@@ -61,7 +61,11 @@ class ReferenceProtocol:
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """All settings that a score depends on, except for the generator."""
+    """All settings that a score depends on, except for the generator.
+
+    With ``seeds`` scores are means over them, and ``seed`` is the first one. ``class_images`` is
+    the least number of images of a class, generated or real, if classes are compared.
+    """
 
     reference: ReferenceProtocol
     metrics: tuple[str, ...]
@@ -74,10 +78,12 @@ class Protocol:
     is_full: bool
     is_undersampled: bool
     sampling: str = SAMPLING
+    seeds: tuple[int, ...] = ()
+    class_images: int | None = None
 
     columns = (
         *("fid", "is", "kid", "mind", "precision", "recall", "density", "coverage"),
-        *("memorization", "copies"),
+        *("memorization", "copies", "class_fid"),
     )
 
     @property
@@ -95,13 +101,17 @@ class Protocol:
         VGG16.
 
         Args:
-            score: of ``catalogue.METRICS``.
+            score: of ``catalogue.METRICS``, or ``class_fid_c3`` of class 3.
         """
-        real, metric = self.reference, METRIC_OF[score]
+        real, metric = self.reference, METRIC_OF[score.partition("_c")[0]]
         parts = [score]
         if (real.extractor, real.layer) != ("inception", "2048"):
             other = {"fid": "fd", "kid": "kd", "kid_std": "kd_std"}
-            parts = [other.get(score, score), slug(real.extractor), real.layer]
+            parts = [
+                other.get(score, score.replace("class_fid", "class_fd")),
+                slug(real.extractor),
+                real.layer,
+            ]
         elif metric in ("prc", "density_coverage", "memorization"):
             parts.append("inception")
         if real.precision != "fp32":
@@ -122,12 +132,15 @@ class Protocol:
             parts.append("raw")
         if self.labels == "uniform":
             parts.append("uniform")
-        if metric == "fid" and self.is_undersampled:
+        few = metric == "class_fid" and (self.class_images or 0) < 2 * self.dim
+        if few or (metric == "fid" and self.is_undersampled):
             parts.append("undersampled")
         return "eval/" + "_".join(parts)
 
     def title(self, score: str) -> str:
         """Return the title of a score in tables."""
+        if score == "class_fid":
+            return "CLASS-FD"
         return self.key(score).removeprefix("eval/").split("_")[0].upper()
 
     @property
@@ -147,9 +160,22 @@ class Protocol:
             f"protocol {self.id}: {real.extractor} layer {real.layer} ({self.dim} numbers, "
             f"{real.precision}), {', '.join(self.metrics)}, {self.num_images} images against "
             f"{real.reference_images or 'statistics of'} real ones, "
-            f"{'G_ema' if self.weights == 'ema' else 'G'}, seed {self.seed}"
+            f"{'G_ema' if self.weights == 'ema' else 'G'}, {show_seeds(self)}"
             f"{'' if self.labels == 'none' else f', labels: {self.labels}'}"
         )
+
+
+def show_seeds(protocol: Any) -> str:
+    """Return the seeds of a protocol as its description has them."""
+    if protocol.seeds:
+        return f"mean over seeds {', '.join(map(str, protocol.seeds))}"
+    return f"seed {protocol.seed}"
+
+
+def seeds_of(config: EvalConfig) -> tuple[int, tuple[int, ...]]:
+    """Return the fields ``seed`` and ``seeds`` of a protocol."""
+    seeds = config.seeds or [config.seed]
+    return seeds[0], tuple(seeds) if len(seeds) > 1 else ()
 
 
 def label_rule(labels: str, num_classes: int) -> str:
@@ -164,6 +190,7 @@ def make_protocol(
     num_classes: int = 0,
     npz: str = "",
     held_out: Index | None = None,
+    class_images: int | None = None,
 ) -> tuple[Protocol, list[str]]:
     """Make the protocol of a configuration.
 
@@ -174,6 +201,7 @@ def make_protocol(
         num_classes: ``model.num_classes``.
         npz: sha256 of the npz file that ``eval.reference`` names; "" = it names none.
         held_out: of the shards that ``eval.held_out`` names; None = it names none.
+        class_images: least number of generated or real images of a class; None = no classes.
 
     Returns:
         the protocol, and a line for each usual metric that is left out.
@@ -190,7 +218,7 @@ def make_protocol(
         )
     count = 0 if npz else wanted or available
     others = min(held_out.num_samples, MOST_FEATURES) if held_out else 0
-    metrics, left_out = choose(config, extractor, None if npz else count, others)
+    metrics, left_out = choose(config, extractor, None if npz else count, others, class_images)
     caps = [METRICS[name].cap or 0 for name in metrics]
     reference = ReferenceProtocol(
         data=f"npz:{npz}" if npz else index.fingerprint,
@@ -210,16 +238,19 @@ def make_protocol(
         if held_out and "memorization" in metrics
         else "",
     )
+    seed, seeds = seeds_of(config)
     few = min(config.num_images, config.num_images if npz else count)
     protocol = Protocol(
         reference=reference,
         metrics=metrics,
         num_images=config.num_images,
-        seed=config.seed,
+        seed=seed,
+        seeds=seeds,
         weights=config.weights,
         labels=label_rule(config.labels, num_classes),
         kid_subset_size=_kid_subset(min(few, MOST_FEATURES)),
         dim=extractor.dim,
+        class_images=class_images if "class_fid" in metrics else None,
         is_full=count == available,
         is_undersampled="fid" in metrics and few < floor_of("fid", extractor),
     )
@@ -239,14 +270,15 @@ def short_count(count: int) -> str:
 def hash_fields(fields: dict[str, Any]) -> str:
     """Return 12 hex digits of the sha256 of a protocol's fields.
 
-    Those that are "" do not count, so that a new field leaves the ids of earlier rows as they are.
+    Those that are "", () or None do not count, so that a new field leaves the ids of earlier rows
+    as they are.
     """
 
     def stated(fields: dict[str, Any]) -> dict[str, Any]:
         return {
             name: stated(value) if isinstance(value, dict) else value
             for name, value in fields.items()
-            if value not in ("", ())
+            if value not in ("", (), None)
         }
 
     return hashlib.sha256(json.dumps(stated(fields), sort_keys=True).encode()).hexdigest()[:12]

@@ -21,6 +21,7 @@ from pipeline.evaluation.protocol import ReferenceProtocol
 from pipeline.runtime.documents import DamagedFile, parse_json, read_bytes
 from pipeline.runtime.errors import EvaluationError
 from pipeline.runtime.files import write_atomic
+from pipeline.runtime.locks import FileLock
 from pipeline.runtime.tensor_files import LARGEST, parse_safetensors, tensors_sha256
 
 
@@ -160,3 +161,39 @@ def read_reference(path: Path, protocol: ReferenceProtocol, dim: int) -> Referen
             + f"\nUse these settings, or {remedy}"
         )
     return Reference(protocol, features, statistics, radii, held_out)
+
+
+class ReferenceLock:
+    """A ``FileLock`` for the right to compute a reference. Its file is made when it is acquired."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock: FileLock | None = None
+
+    def acquire(self) -> bool:
+        """Acquire the lock without waiting; returns False if another process holds it.
+
+        Raises:
+            EvaluationError: ``eval.cache_dir`` cannot be written.
+        """
+        if self._lock is not None:
+            return True
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self._path)
+            if lock.acquire(wait=False):
+                self._lock = lock
+            else:
+                lock.close()
+        except OSError as error:
+            raise EvaluationError(
+                f"eval.cache_dir ({self._path.parent}): cannot be written: {error.strerror}. "
+                "Choose another folder with eval.cache_dir=DIR."
+            ) from None
+        return self._lock is not None
+
+    def release(self) -> None:
+        """Release the lock; no-op if it is not held."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None

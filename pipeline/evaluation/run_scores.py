@@ -134,8 +134,7 @@ class RunScores:
         scorer, config, start = self.scorer, self.config, time.monotonic()
         try:
             G, model = on_every_rank(scorer.accelerator, lambda: self._open_generator(candidate))
-            images = scorer.generated_images(G, model)
-            scores = scorer.score(images, f"step {candidate.step}")
+            scores = scorer.score_generator(G, model, f"step {candidate.step}")
             on_rank_zero(
                 scorer.accelerator,
                 lambda: self._record(

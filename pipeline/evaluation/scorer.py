@@ -22,12 +22,13 @@ from pipeline.data.shards import Index, read_index
 from pipeline.evaluation import candidates, memorization
 from pipeline.evaluation.catalogue import METRICS
 from pipeline.evaluation.extractors import MOST_FEATURES, extract, load_extractor
-from pipeline.evaluation.metrics import compute_scores
+from pipeline.evaluation.metrics import Classes, compute_scores, over_seeds
 from pipeline.evaluation.moments import FeatureSet, npz_id
 from pipeline.evaluation.pictures import Pictures
 from pipeline.evaluation.protocol import Protocol, make_protocol
 from pipeline.evaluation.references import (
     Reference,
+    ReferenceLock,
     make_reference,
     read_reference,
     write_reference,
@@ -37,7 +38,6 @@ from pipeline.runtime import signals
 from pipeline.runtime.console import say
 from pipeline.runtime.documents import set_file_aside
 from pipeline.runtime.errors import EvaluationError
-from pipeline.runtime.locks import FileLock
 from pipeline.runtime.ranks import on_every_rank, on_rank_zero, run_on_selected_ranks
 
 POLL_SECONDS = 1.0
@@ -98,6 +98,12 @@ class Scorer:
         self.held_out: Index | None = None
         if config.held_out and "memorization" in config.metrics:
             self.held_out = self._read_held_out("eval.held_out", config.held_out)
+        classes, num_classes = None, self.config.model.num_classes
+        if "class_fid" in config.metrics and num_classes:
+            classes = candidates.class_labels(self.index, config, num_classes)
+        counts = (np.bincount(c, minlength=num_classes).min() for c in classes or ())
+        fewest = min(map(int, counts), default=None)
+        self.classes = classes
         self.extractor = load_extractor(config, self.accelerator)
         npz = ""
         if given.suffix == ".npz":
@@ -107,9 +113,10 @@ class Scorer:
             config,
             self.extractor,
             self.index,
-            self.config.model.num_classes,
+            num_classes,
             npz,
             self.held_out,
+            fewest,
         )
         self.reference: Reference | None = None  # set on rank 0 by ``load_reference``
 
@@ -130,7 +137,7 @@ class Scorer:
             on_rank_zero(self.accelerator, lambda: self._read_reference(given))
             return
         cached = Path(self.config.eval.cache_dir).expanduser() / f"{protocol.id}.safetensors"
-        lock = _ReferenceLock(cached.with_suffix(".lock"))
+        lock = ReferenceLock(cached.with_suffix(".lock"))
         attempt = partial(self._read_cached_or_lock, cached, lock)
         while (state := on_rank_zero(self.accelerator, attempt)) == "busy":
             self.wait_for_other_process("another process computes the reference; waiting for it")
@@ -178,36 +185,46 @@ class Scorer:
         images = candidates.real_images(index, self.config.data, count)
         self._extract(images, count, name, found)
 
-    def generated_images(self, G: nn.Module, model: ModelConfig) -> Images:
-        """Return the images of a generator that ``score`` takes.
+    def score_generator(self, G: nn.Module, model: ModelConfig, name: str) -> dict[str, float]:
+        """Score the images that a generator makes of each seed; see ``score`` and ``over_seeds``.
 
         Raises:
             EvaluationError: ``eval.labels`` is data, and the labels of the shards do not fit G.
         """
         config, classes = self.config.eval, None
-        if model.num_classes and config.labels == "data":
-            classes = candidates.classes_like(self.index, model.num_classes, config.num_images)
-        return candidates.generated_images(G, model, config.seed, classes)
+        if model.num_classes:
+            classes = candidates.classes_of(self.index, config, model.num_classes)
+        found = []
+        for seed in config.seeds or [config.seed]:
+            images = candidates.generated_images(G, model, seed, classes)
+            found.append(self.score(images, f"{name}, seed {seed}", self.classes))
+        return over_seeds(found)
 
-    def score(self, images: Images, name: str) -> dict[str, float]:
+    def score(self, images: Images, name: str, classes: Classes | None = None) -> dict[str, float]:
         """Score the first ``eval.num_images`` images; call ``load_reference`` before.
 
         Args:
             images: the same set on every rank.
             name: of the set, for the progress bar.
+            classes: of the generated and the real images, if the images are of a G with classes.
 
         Returns:
             on rank 0 {metric key: score}, on other ranks {}.
 
         Raises:
+            EvaluationError: classes are compared, and the images have none.
             Stopped: a stop signal came.
         """
+        if classes is None and "class_fid" in self.config.eval.metrics:
+            raise EvaluationError(
+                f"eval.metrics (class_fid): the classes of {name} are unknown. Leave it out."
+            )
         found = self._new_set()
         self._extract(images, self.protocol.num_images, name, found)
         scores: dict[str, float] = {}
         on_rank_zero(
             self.accelerator,
-            lambda: scores.update(self._compute_scores(found, images)),
+            lambda: scores.update(self._compute_scores(found, images, classes)),
             lengthy=True,
         )
         return scores
@@ -219,7 +236,9 @@ class Scorer:
         logits = self.extractor.logits if "is" in protocol.metrics else None
         return FeatureSet(self.extractor.layer, max(caps), "fid" in protocol.metrics, logits)
 
-    def _compute_scores(self, found: FeatureSet, images: Images) -> dict[str, float]:
+    def _compute_scores(
+        self, found: FeatureSet, images: Images, classes: Classes | None
+    ) -> dict[str, float]:
         """Compute the scores of generated images from their features, on rank 0."""
         assert self.reference is not None
         device, matches = self.accelerator.device, None
@@ -228,7 +247,7 @@ class Scorer:
             count = self.protocol.reference.reference_images
             real = candidates.real_images(self.index, self.config.data, count)
             self.picture = memorization.picture(images, real, matches)
-        return compute_scores(found, self.reference, self.protocol, device, matches)
+        return compute_scores(found, self.reference, self.protocol, device, matches, classes)
 
     def close(self) -> None:
         """Finish the pending exchange of stop requests."""
@@ -278,7 +297,7 @@ class Scorer:
     def _read_reference(self, path: Path) -> None:
         self.reference = read_reference(path, self.protocol.reference, self.protocol.dim)
 
-    def _read_cached_or_lock(self, cached: Path, lock: _ReferenceLock) -> str:
+    def _read_cached_or_lock(self, cached: Path, lock: ReferenceLock) -> str:
         """Read the reference of the cache, or get the right to compute it, on rank 0.
 
         Returns:
@@ -298,39 +317,3 @@ class Scorer:
             return "locked"
         lock.release()
         return "read"
-
-
-class _ReferenceLock:
-    """A ``FileLock`` for the right to compute a reference. Its file is made when it is acquired."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock: FileLock | None = None
-
-    def acquire(self) -> bool:
-        """Acquire the lock without waiting; returns False if another process holds it.
-
-        Raises:
-            EvaluationError: ``eval.cache_dir`` cannot be written.
-        """
-        if self._lock is not None:
-            return True
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self._path)
-            if lock.acquire(wait=False):
-                self._lock = lock
-            else:
-                lock.close()
-        except OSError as error:
-            raise EvaluationError(
-                f"eval.cache_dir ({self._path.parent}): cannot be written: {error.strerror}. "
-                "Choose another folder with eval.cache_dir=DIR."
-            ) from None
-        return self._lock is not None
-
-    def release(self) -> None:
-        """Release the lock; no-op if it is not held."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
