@@ -29,7 +29,7 @@ from pipeline.runtime.text import masked, masked_tree
 
 STEP_KEY = "train/step"
 METRIC_GROUPS = (
-    *("loss", "scores", "lr", "adam", "gamma", "ema"),
+    *("loss", "scores", "grad_norm", "watch", "lr", "adam", "gamma", "ema"),
     *("perf", "progress", "memory", "eval", "samples"),
 )
 QUEUE_ROWS = 10_000  # one row in 10 s for a day; the queue holds paths of images, not pixels

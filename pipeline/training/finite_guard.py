@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, optim
+from torch import Tensor, nn, optim
 
 from pipeline.runtime.errors import NonFiniteLoss
 
@@ -81,4 +81,18 @@ class FiniteGuard:
         raise NonFiniteLoss(
             f"{where}; no optimizer step was taken with it and the last checkpoint is intact. "
             "Lower optim.d_lr and optim.g_lr, or try train.precision=fp32, in a new run.dir."
+        )
+
+
+def require_finite_weights(networks: Iterable[nn.Module], step: int) -> None:
+    """Check the weights before they are saved: an update can overflow them with a finite loss.
+
+    Raises:
+        NonFiniteLoss: a weight is NaN or infinite.
+    """
+    sums = [p.detach().abs().max() for network in networks for p in network.parameters()]
+    if not torch.isfinite(torch.stack(sums)).all():
+        raise NonFiniteLoss(
+            f"weights became NaN or infinite by step {step}; it is not saved and the last "
+            "checkpoint is intact. Lower optim.d_lr and optim.g_lr in a new run.dir."
         )

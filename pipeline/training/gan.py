@@ -25,7 +25,7 @@ from pipeline.models.dcgan import init_weights, make_discriminator, make_generat
 from pipeline.models.noise import rng
 from pipeline.models.spectral_norm import power_iterate
 from pipeline.runtime import compile_cache
-from pipeline.runtime.errors import ConfigError, NonFiniteLoss
+from pipeline.runtime.errors import ConfigError
 from pipeline.runtime.ranks import node_name
 from pipeline.training.diffaugment import augment
 from pipeline.training.finite_guard import FiniteGuard
@@ -37,6 +37,7 @@ from pipeline.training.losses import (
 from pipeline.training.penalties import PENALTIES, UNCOMPILED
 from pipeline.training.restore import restore
 from pipeline.training.schedules import Schedules
+from pipeline.training.watch import Watch
 
 log = logging.getLogger("pipeline")
 
@@ -96,7 +97,8 @@ class GAN:
         self._loss_D = DISCRIMINATOR_LOSSES[config.model.loss]
         self._loss_G = GENERATOR_LOSSES[config.model.loss]
         self._is_paired = config.model.loss in PAIRED
-        self._policy, self.schedules = tuple(config.stability.augment), Schedules(config)
+        self._policy = tuple(config.stability.augment)
+        self.schedules, self.watch = Schedules(config), Watch(config, accelerator)
         self._fake: Tensor | None = None
 
     def update_D(
@@ -154,6 +156,9 @@ class GAN:
                 terms += torch.stack([loss, *scores]) / self.accumulation
                 objective_total += objective / self.accumulation
         self.guard.check(objective_total, "D", step)
+        if self.watch.due(step):
+            self.watch.see_update("D", self.D)
+            self.watch.see_images(real[-1], fake, (real_logits, fake_logits))
         self.schedules.set_rates(self.opt_D, "optim.d_lr", step)
         self.opt_D.step()
         self.opt_D.zero_grad(set_to_none=True)
@@ -198,6 +203,8 @@ class GAN:
         self._fake = None
         self.D.requires_grad_(True)
         self.guard.check(total, "G", step)
+        if self.watch.due(step):
+            self.watch.see_update("G", self.G)
         self.schedules.set_rates(self.opt_G, "optim.g_lr", step)
         self.opt_G.step()
         self.opt_G.zero_grad(set_to_none=True)
@@ -206,20 +213,6 @@ class GAN:
     def update_average(self, step: int) -> None:
         """Update the moving average: G_ema <- decay * G_ema + (1 - decay) * G."""
         update_ema(self.G_ema, self.G, self.schedules.ema_decay(step))
-
-    def raise_if_weights_are_not_finite(self, step: int) -> None:
-        """Check the weights before they are saved: an update can overflow them with a finite loss.
-
-        Raises:
-            NonFiniteLoss: a weight of G, D or G_ema is NaN or infinite.
-        """
-        networks = (self.G, self.D, self.G_ema)
-        sums = [p.detach().abs().max() for network in networks for p in network.parameters()]
-        if not torch.isfinite(torch.stack(sums)).all():
-            raise NonFiniteLoss(
-                f"weights became NaN or infinite by step {step}; it is not saved and the last "
-                "checkpoint is intact. Lower optim.d_lr and optim.g_lr in a new run.dir."
-            )
 
     def networks(self) -> dict[str, nn.Module]:
         """Return the networks that a checkpoint holds, by name."""

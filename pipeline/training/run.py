@@ -29,6 +29,7 @@ from pipeline.runtime import log_file, signals
 from pipeline.runtime.documents import set_file_aside
 from pipeline.runtime.errors import CheckpointError
 from pipeline.runtime.ranks import on_every_rank, on_rank_zero, same_on_all_ranks
+from pipeline.training.finite_guard import require_finite_weights
 from pipeline.training.gan import GAN
 from pipeline.training.meter import Meter
 from pipeline.training.origin import start_from_origin
@@ -215,7 +216,8 @@ class Run:
         """Write a row of metrics. This is the loop's only wait for the device."""
         gan.guard.raise_if_tripped()
         self._require_folder()
-        self.tracker.log(step, self.meter.row(step) | gan.schedules.row(step))
+        row = self.meter.row(step) | gan.schedules.row(step) | gan.watch.row()
+        self.tracker.log(step, row)
 
     def sample(self, step: int, gan: GAN) -> None:
         """Write a grid of G_ema's images, from the same z at every step of the run."""
@@ -235,7 +237,7 @@ class Run:
         """
         with self.meter.upkeep():
             gan.guard.raise_if_tripped()
-            gan.raise_if_weights_are_not_finite(step)
+            require_finite_weights(gan.networks().values(), step)
             if not same_on_all_ranks(self.accelerator, gan.networks(), gan.optimizers()):
                 raise RuntimeError(f"ranks hold different states at step {step}; not saved")
             if self.is_main:
