@@ -60,6 +60,7 @@ from pipeline.data.packing import (
     stale_shards,
     tar_bytes,
 )
+from pipeline.data.preview import PREVIEW_NAME, write_preview
 from pipeline.data.shards import INDEX_NAME, Index, read_index, write_index
 from pipeline.data.skipped import SKIPPED_NAME, SKIPPED_SUM, account, listed_types, write_list
 from pipeline.data.source import Choice, Source
@@ -208,6 +209,8 @@ def _prepare_all(job: Job, options: argparse.Namespace) -> str:
         if job.is_complete:
             index, source = _read_complete(job), job.source
             account(index.made_by, len(source.names), out, options.strict)
+            if not (out / PREVIEW_NAME).exists():
+                write_preview(index, out / PREVIEW_NAME)
             return f"already complete, nothing to do: {index.num_samples} samples in {out}"
         begin(job)
         index = _pack_all(job, options)
@@ -282,7 +285,9 @@ def _pack_all(job: Job, options: argparse.Namespace) -> Index:
     account(counts, len(job.source.names), job.out, options.strict)
     made_by, size = job.describe() | counts | {FILES: [one.files for one in done]}, job.square.size
     scans = [(one.shard, one.table, one.field) for one in done]
-    return write_index(job.out, scans, (size, size, job.square.channels), made_by)
+    index = write_index(job.out, scans, (size, size, job.square.channels), made_by)
+    write_preview(index, job.out / PREVIEW_NAME)
+    return index
 
 
 def _pack(job: Job, numbers: Sequence[int], workers: int) -> dict[int, Packed]:

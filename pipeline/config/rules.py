@@ -53,9 +53,9 @@ AT_LEAST_1 = """
 model.z_dim model.ngf model.ndf data.batch_size data.prefetch data.block data.lanes optim.d_steps
 train.total_steps train.keep train.log_every stability.r1_every eval.batch_size"""
 AT_LEAST_0 = """
-data.workers data.window data.cache_gib train.checkpoint_every train.checkpoint_minutes
-train.keep_every train.sample_every stability.r1_gamma stability.r2_gamma schedule.start
-schedule.end schedule.warmup"""
+data.workers data.window data.cache_gib data.skip_damaged train.checkpoint_every
+train.checkpoint_minutes train.keep_every train.sample_every stability.r1_gamma
+stability.r2_gamma schedule.start schedule.end schedule.warmup"""
 URLS = "data.shards eval.held_out eval.parzen_shards"
 NETRC = "for http(s) put them into ~/.netrc (machine HOST login USER password PASSWORD)"
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -70,7 +70,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("at most 65536", lambda v: v <= 2**16, "optim.d_steps eval.batch_size"),
     ("at most 1048576", lambda v: v <= 2**20, "data.batch_size"),
     ("at most 1e30", lambda v: v <= 1e30, "optim.g_lr optim.d_lr"),
-    ("at most 1000000", lambda v: v <= 1e6, "data.cache_gib"),
+    ("at most 1000000", lambda v: v <= 1e6, "data.cache_gib data.skip_damaged"),
     ("at most 1000000", lambda v: v <= 1e6, "stability.r1_gamma stability.r2_gamma"),
     (
         "null or 0 to 1000000",

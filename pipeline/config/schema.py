@@ -127,6 +127,10 @@ class DataConfig:
     """How local shards are checked: sha256 = checksums of all bytes before the first step, auto =
     the same up to 2 GiB and during the first epoch above, size = file sizes only. Downloaded shards
     are always checked by SHA-256."""
+    skip_damaged: int = _may_change(0)
+    """Number of damaged samples that each data worker may pass over, 0 to 1000000; 0 = the first
+    one ends the run. The next sample of the set takes the place of a damaged one, and the log names
+    both. A shard whose bytes differ from the index always ends the run."""
     record_ids: bool = _may_change(False)
     """Write the sample ids of every batch to ids/rank_*.jsonl, to audit the data order."""
 

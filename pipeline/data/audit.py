@@ -26,6 +26,7 @@ from pipeline.data.indexing import folder_of, survey_tar, tars_of
 from pipeline.data.labels import NO_LABEL
 from pipeline.data.locations import prepare_command
 from pipeline.data.pictures import TURNED, DecodeError, alterations
+from pipeline.data.preview import preview_of, write_preview
 from pipeline.data.shards import INDEX_NAME, Index, read_index, write_index
 from pipeline.data.skipped import listed_types
 from pipeline.data.tar_scan import Scan, lines, number_classes, scan
@@ -162,6 +163,8 @@ def index_tars(source: str | Path, workers: int, file: Path | None = None) -> st
         "classes": list(classes),
     }
     index = write_index(folder, scans, shape, made_by, target, elsewhere=file is not None)
+    if not index.is_remote:
+        write_preview(index, preview_of(target))
     return (
         f"indexed {index.num_samples} samples in {len(scans)} shards, "
         f"{'x'.join(map(str, shape))} {index.field}: {target}"

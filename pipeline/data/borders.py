@@ -11,11 +11,10 @@ from pathlib import Path
 from pipeline.config.schema import DCGAN_SIZES
 from pipeline.data.locations import INDEX_NAME, is_url, prepare_command
 from pipeline.data.pictures import SUFFIXES
+from pipeline.data.preview import PREVIEW_NAME
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.text import printable
-
-PREVIEW_NAME = "preview.png"
 
 
 def path_of(text: str) -> str:

@@ -53,7 +53,7 @@ class Batch(NamedTuple):
     labels: NDArray[np.int64]
     """(n,); -1 = no label."""
     ids: NDArray[np.int64]
-    """(n,), sample ids."""
+    """(n,), ids of the samples that were read."""
 
 
 def open_data(config: Config, accelerator: Accelerator) -> Index:
@@ -151,6 +151,7 @@ class Loader:
         self.rank, self.world_size = rank, world_size
         self.cache = Cache(index, config.data.cache_dir, config.data.cache_gib, Patience())
         self._check: BackgroundCheck | None = None
+        self._damaged: set[int] = set()
 
     def batches(self, start: int = 0) -> Generator[Batch, None, None]:
         """Fork the workers and yield global batches ``start``, ``start + 1``, ... without an end.
@@ -164,7 +165,7 @@ class Loader:
         slots = data.prefetch + 2  # queued ahead, plus the one in use and the one before it
         ring = _Ring(
             _shared(torch.uint8, processes, slots, rows, *self.index.shape),
-            _shared(torch.int64, processes, slots, 2, rows),
+            _shared(torch.int64, processes, slots, 3, rows),
         )
         batches = _WorkerBatches(self, ring, start)
         options: dict[str, Any] = {}
@@ -216,12 +217,23 @@ class Loader:
                     raise item
                 if self._check is not None:
                     self._check.raise_if_faulty()
-                labels, ids = ring.numbers[item].numpy().copy()
+                labels, ids, wanted = ring.numbers[item].numpy().copy()
+                self._say_replaced(wanted[wanted != ids], ids[wanted != ids])
                 yield Batch(ring.images[item], labels, ids)
         finally:
             del items  # the last reference: the workers end, even if a traceback holds the frame
             if self._check is not None:
                 self._check.close()
+
+    def _say_replaced(self, damaged: NDArray[np.int64], used: NDArray[np.int64]) -> None:
+        for bad, good in zip(damaged.tolist(), used.tolist(), strict=True):
+            if bad not in self._damaged:
+                self._damaged.add(bad)
+                say(
+                    f"warning: data.shards: sample {bad} is damaged, sample {good} takes its place "
+                    f"({len(self._damaged)} until now on this rank; data.skip_damaged). Find out "
+                    f"why: python -m pipeline.prepare --verify {self.index.location}"
+                )
 
     def finish_check(self, end: int, stop: Callable[[], bool]) -> None:
         """Wait until the shards of all batches before ``end`` are compared with their checksums.
@@ -257,7 +269,8 @@ class _Ring(NamedTuple):
     images: Tensor
     """(workers, slots, n, H, W, C) uint8."""
     numbers: Tensor
-    """(workers, slots, 2, n) int64: labels and ids."""
+    """(workers, slots, 3, n) int64: labels, ids, and ids that the order says: of samples that were
+    damaged the two differ."""
 
 
 class _WorkerBatches(IterableDataset[Any]):
@@ -269,14 +282,15 @@ class _WorkerBatches(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        reader = Reader(self.loader.index, self.loader.cache)
+        reader = Reader(self.loader.index, self.loader.cache, self.loader.config.data.skip_damaged)
         images, numbers = (part[worker].numpy() for part in self.ring)
         k, turn = self.start + worker, 0
         while True:
             slot = turn % len(images)
             ids = self.loader.ids_of(k)
             try:
-                numbers[slot] = reader.read(ids, images[slot]), ids
+                numbers[slot, 2] = ids
+                numbers[slot, :2] = reader.read_intact(ids, images[slot])
             except Stopped:
                 yield DataError(
                     f"data.shards ({self.loader.index.location}): a stop was requested while a "

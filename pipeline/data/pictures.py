@@ -78,7 +78,8 @@ def open_pillow(payload: memoryview) -> Iterator[Image.Image]:
 
     An error of the system is raised as it is: it says nothing about the image.
     """
-    if payload[4:8] == b"ftyp" or payload[:2] == b"\xff\x0a" or payload[4:8] == b"JXL ":
+    head = bytes(payload[:8])
+    if head[4:] in (b"ftyp", b"JXL ") or head[:2] == b"\xff\x0a":
         _load_plugins()
     Image.init()  # else a plugin that cannot be loaded (open files) would be an unknown format
     if payload[:3] == JPEG and payload[-2:] != END_OF_JPEG:

@@ -38,10 +38,12 @@ class Reader:
     Args:
         index: the shard set.
         cache: where the files of its shards are.
+        skip_damaged: damaged samples that ``read_intact`` may pass over.
     """
 
-    def __init__(self, index: Index, cache: Cache) -> None:
+    def __init__(self, index: Index, cache: Cache, skip_damaged: int = 0) -> None:
         self.index, self.cache = index, cache
+        self._may_skip, self._damaged = skip_damaged, set[int]()
         self._starts = np.cumsum([0, *index.sizes])
         self._files: dict[int, int] = {}  # descriptors, in the order in which they were opened
         weakref.finalize(self, _close, self._files)
@@ -96,6 +98,45 @@ class Reader:
             except DecodeError as error:
                 raise self._corrupt(shard, offset, error) from None
         return rows["label"].astype(np.int64)
+
+    def read_intact(
+        self, ids: NDArray[np.int64], out: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Read like ``read``; the next sample of the set takes the place of a damaged one.
+
+        Which one does depends on the set alone, so the batch is the same on any number of ranks.
+
+        Returns:
+            Labels and ids of the samples that were read, (n,) int64 each.
+
+        Raises:
+            CorruptSample: more are damaged than may be passed over.
+            DataError: as ``read``.
+        """
+        try:
+            return self.read(ids, out), ids
+        except CorruptSample:
+            if not self._may_skip:
+                raise
+        found = [self._next_intact(one, out[k : k + 1]) for k, one in enumerate(ids.tolist())]
+        labels, used = np.array(found, np.int64).T
+        return labels, used
+
+    def _next_intact(self, wanted: int, out: NDArray[np.uint8]) -> tuple[int, int]:
+        """Read a sample (1, H, W, C), or the first after it that is intact; return (label, id)."""
+        for step in range(self.index.num_samples):
+            one = (wanted + step) % self.index.num_samples
+            if one in self._damaged:
+                continue
+            try:
+                return int(self.read(np.array([one]), out)[0]), one
+            except CorruptSample as error:
+                self._damaged.add(one)
+                if len(self._damaged) > self._may_skip:
+                    raise CorruptSample(
+                        f"{error} data.skip_damaged ({self._may_skip}): this is one more."
+                    ) from None
+        raise DataError(f"data.shards ({self.index.location}): every sample is damaged.")
 
     def _look(self) -> None:
         """Close the shards that were written to since they were opened, if they are still right.

@@ -35,7 +35,7 @@ class Record:
 
     def add(self, stored: Stored) -> None:
         """Take the content of the next file."""
-        if self._times:
+        if self._times and isinstance(stored, bytes):
             self._digest.update(hashlib.sha256(stored).digest())
 
     def describe(self) -> dict[str, str]:

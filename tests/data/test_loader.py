@@ -414,6 +414,34 @@ def test_a_damaged_sample_is_one_message_with_shard_key_and_offset(
     assert gone(pids), "workers live on while the error is held"
 
 
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 2)])
+def test_damaged_samples_may_be_passed_over(
+    ranks: int,
+    workers: int,
+    uneven: Index,
+    one_process: list[Global],
+    damaged_copy: Callable[[Index, Any], Index],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The next intact one takes the place, the same on any number of ranks; all else is equal."""
+    bad = {int(one_process[5].ids[7])}
+    bad |= {uneven.num_samples - 1, (next(iter(bad)) + 1) % uneven.num_samples}
+    index = damaged_copy(uneven, sorted(bad))
+    found = read(index, 41, ranks=ranks, workers=workers, skip_damaged=3)
+    by_id = dict(zip(range(uneven.num_samples), stock(uneven)[0], strict=True))
+    for batch, before in zip(found, one_process, strict=False):
+        wanted = before.ids.copy()
+        while (at := np.isin(wanted, sorted(bad))).any():
+            wanted[at] = (wanted[at] + 1) % uneven.num_samples
+        assert batch.ids.tolist() == wanted.tolist()
+        assert np.array_equal(batch.pixels, np.stack([by_id[k] for k in wanted.tolist()]))
+    said = capfd.readouterr().err
+    for sample in bad:
+        assert f"sample {sample} is damaged" in said
+    with pytest.raises(CorruptSample, match=r"data\.skip_damaged \(1\): this is one more"):
+        read(index, 41, skip_damaged=1)
+
+
 def test_a_shard_lost_before_it_is_read_is_named(uneven: Index, tmp_path: Path) -> None:
     """A missing or a shortened shard is a ``DataError`` with its path, also out of a worker."""
     folder = tmp_path / "lost"

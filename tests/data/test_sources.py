@@ -311,6 +311,27 @@ def test_splits_of_known_sets_are_no_classes(tmp_path: Path, first: str, second:
     assert find(str(tmp_path), Choice(split=second)).names == [f"{second}/b.jpg"]
 
 
+def test_the_preview_has_the_samples_from_all_over_the_set(tmp_path: Path) -> None:
+    source = images(tmp_path / "source", *(f"{k:02d}.jpg" for k in range(20)))
+    prepare(source, "--out", tmp_path / "out", "--size", 16)
+    shown = np.asarray(Image.open(tmp_path / "out" / "preview.png"))
+    tiles = [shown[16 * (k // 8) :, 16 * (k % 8) :][:16, :16] for k in range(64)]
+    packed = [np.asarray(Image.open(io.BytesIO(jpg(k)))) for k in range(20)]
+    assert {tile.tobytes() for tile in tiles[:20]} == {one.tobytes() for one in packed}
+    assert not np.any(tiles[20:])
+    (tmp_path / "out" / "preview.png").unlink()
+    assert "already complete" in prepare(source, "--out", tmp_path / "out", "--size", 16)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "preview.png")), shown)
+
+    gnu_tar(source, tmp_path / "tars" / "a.tar")
+    prepare(tmp_path / "tars")
+    prepare(tmp_path / "tars", "--index", tmp_path / "other.json")
+    beside = np.asarray(Image.open(tmp_path / "tars" / "preview.png"))
+    assert np.array_equal(beside, np.asarray(Image.open(tmp_path / "other.preview.png")))
+    assert beside.shape == (128, 128, 3)
+    assert "already complete" in prepare(tmp_path / "tars")  # the picture is none of the source
+
+
 def test_links_among_the_images_are_counted_and_followed(tmp_path: Path) -> None:
     images(tmp_path / "here", "a.jpg")
     images(tmp_path / "there", "b.jpg")

@@ -1,0 +1,49 @@
+"""Draw some samples of a shard set as the training will see them, for a look before it begins."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipeline.data.cache import Cache
+from pipeline.data.reader import Reader
+from pipeline.data.shards import INDEX_NAME, Index
+from pipeline.runtime.console import say
+from pipeline.runtime.errors import DataError
+from pipeline.runtime.files import write_atomic
+
+PREVIEW_NAME = "preview.png"
+TILES = 64
+MOST_PIXELS = 1 << 23
+"""Pixels of the largest picture; of larger samples it has fewer, but at least one."""
+
+
+def preview_of(index_file: Path) -> Path:
+    """Return where the picture of a set lies: beside its index file."""
+    if index_file.name == INDEX_NAME:
+        return index_file.with_name(PREVIEW_NAME)
+    return index_file.with_suffix(".preview.png")
+
+
+def write_preview(index: Index, path: Path) -> None:
+    """Write a square grid of samples, 8 x 8 if they are small, from all over the set.
+
+    A sample that cannot be read is named in a note, and there is no picture.
+    """
+    height, width, channels = index.shape
+    side = min(math.isqrt(TILES), math.isqrt(MOST_PIXELS // (height * width)) or 1)
+    ids = np.linspace(0, index.num_samples - 1, min(side**2, index.num_samples)).astype(np.int64)
+    tiles = np.zeros((side, side, height, width, channels), np.uint8)
+    try:
+        Reader(index, Cache(index, "")).read(ids, tiles.reshape(-1, *index.shape)[: len(ids)])
+    except DataError as error:
+        say(f"note: no {path.name}: {error}")
+        return
+    grid = tiles.swapaxes(1, 2).reshape(side * height, side * width, channels)
+    out = io.BytesIO()
+    Image.fromarray(grid[..., 0] if channels == 1 else grid).save(out, "PNG")
+    write_atomic(path, out.getvalue())
