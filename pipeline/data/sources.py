@@ -54,8 +54,16 @@ def find(name: str, choice: Choice) -> Source:
 
     Raises:
         DataError: the source does not exist, holds no images, or is damaged.
-        OSError: it cannot be read, which is no damage.
+        OSError: it cannot be read, which is no damage; it has the name of a file.
     """
+    try:
+        return _find(name, choice)
+    except OSError as error:
+        error.filename = error.filename or name
+        raise
+
+
+def _find(name: str, choice: Choice) -> Source:
     if name == "fashion-mnist":
         split = "test" if choice.split == "test" else "train"
         return _idx(fashion_mnist(split, choice.idx, choice.download), "", choice, name)
