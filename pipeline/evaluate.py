@@ -4,6 +4,7 @@
     accelerate launch pipeline/evaluate.py --run runs/x --pending       # every one without a score
     torchrun --nproc_per_node 8 -- pipeline/evaluate.py --run runs/x --watch   # as they appear
     python -m pipeline.evaluate --checkpoint runs/x/snapshots/step_00010000
+    python -m pipeline.evaluate --checkpoint G.onnx --against B            # any G; no run
     python -m pipeline.evaluate --images A --against B         # any two sets of images; no run
     python -m pipeline.evaluate --run runs/x --images DIR      # any images, by the run's protocol
     python -m pipeline.evaluate reference --config configs/dcgan_64.yaml --out FILE
@@ -84,19 +85,28 @@ def evaluate(options: argparse.Namespace, config: Config) -> bool:
                 all_images=bool(options.against) and not _names(options, "eval.num_images"),
                 accelerator=accelerator,
             )  # fmt: skip
+            opened = None
+            if options.checkpoint and not options.run and scored is None:
+                from pipeline.runs.generators import open_generator
+                from pipeline.runtime.ranks import on_every_rank
+
+                where = str(options.checkpoint), options.weights, config.eval.weights
+                device = accelerator.device
+                opened = on_every_rank(accelerator, lambda: open_generator(*where, device))
+                config = dataclasses.replace(config, model=opened.model)
             scorer = _scorer_class(options.metrics)(config, accelerator, real)
             _say_on_rank_0(scorer)
             show = partial(_show, options, scorer, scored)
             if scored is not None:
                 jobs.score_images(scorer, scored, show)
-            elif options.run:
+            elif opened is not None:
+                jobs.score_generator(scorer, opened, show)
+            else:
                 all_steps, watch = options.pending or options.watch, options.every
                 jobs.score_run(
                     scorer, options.run, options.checkpoint, all_steps=all_steps,
                     watch=watch if options.watch else None, show=show,
                 )  # fmt: skip
-            else:
-                jobs.score_generator(scorer, options.checkpoint, show)
     except signals.Stopped:
         finished = False
         if accelerator.is_main_process:
@@ -200,8 +210,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     out = "file to copy the reference to; without it, it is only put into eval.cache_dir"
     reference.add_argument("--out", action=Once, type=Path, metavar="FILE", help=out)
     add = score.add_mutually_exclusive_group().add_argument
-    one = "score one folder of snapshots/ or checkpoints/ instead of the newest of the run"
-    add("--checkpoint", action=Once, type=Path, metavar="DIR", help=one)
+    one = "G to score: folder of snapshots/ or checkpoints/, Hub folder, .safetensors or .onnx file"
+    one += ", or module:Class"
+    add("--checkpoint", "--snapshot", action=Once, type=Path, metavar="G", help=one)
     add(
         "--images",
         action=Once,
@@ -213,6 +224,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     add = score.add_argument
     against = "real images to compare with, or an npz file with mu and sigma; needs no run"
     add("--against", action=Once, metavar="B", help=against)
+    own = "file of the weights of --checkpoint module:Class"
+    add("--weights", action=Once, default="", metavar="FILE", help=own)
     squares = "make central squares of N pixels of all images of A and B"
     add("--size", type=integer(1, 65536), default=0, metavar="N", help=squares)
     add("--background", type=colour, metavar="COLOUR", help="colour behind transparent pixels")
@@ -237,7 +250,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     if options.command == "reference" and not (options.run or options.config):
         reference.error("give --run DIR or --config FILE")
     if options.command == "score":
-        if options.checkpoint and not options.run:
+        if options.checkpoint and not options.run and not options.against:
             # The scores of runs/x/snapshots/step_N go to the ledger of runs/x.
             parents = Path(realpath(options.checkpoint)).parents
             if len(parents) > 1 and (parents[1] / "config.yaml").is_file():
@@ -261,14 +274,15 @@ def configuration(options: argparse.Namespace) -> Config:
         EvaluationError: the run folder has no configuration.
         ConfigError: a value is invalid.
     """
-    if options.config or not (options.run or options.checkpoint):
+    folder: Path | None = options.run or options.checkpoint
+    if folder is not None and folder.suffix == ".safetensors":
+        folder = folder.parent
+    if options.config or folder is None or not (options.run or exists(folder / "config.yaml")):
         return load(options.config, options.overrides)
-    folder: Path = options.run or options.checkpoint
     if not exists(folder / "config.yaml"):
-        field = "--run" if options.run else "--checkpoint"
         near = sorted(str(path.parent) for path in folder.parent.glob("*/config.yaml"))[:10]
         raise EvaluationError(
-            f"{field} {folder}: the folder has no config.yaml. Give a run folder; runs beside it: "
+            f"--run {folder}: the folder has no config.yaml. Give a run folder; runs beside it: "
             f"{', '.join(near) or 'none'}."
         )
     config = load(folder / "config.yaml", options.overrides, saved=True)

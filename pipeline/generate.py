@@ -7,13 +7,17 @@ r"""Draw images from a snapshot: sets of any size, grids, walks, arithmetic on z
     python -m pipeline.generate grid --run runs/x --numbers --out grid.png
     python -m pipeline.generate walk --run runs/x --rows 0-8 --out walk.gif        # and walk.png
     python -m pipeline.generate arithmetic --run runs/x --a 3,17,42 --b 5,9,11 --c 1,2,8 --out y.png
+    python -m pipeline.generate images --run runs/x --best --scored --num 50000 --out scored
     python -m pipeline.generate onnx --run runs/x --out G.onnx
     python -m pipeline.generate hub --run runs/x --out hub
 
---run takes the newest snapshot of a run, --snapshot one snapshot folder. Image i is drawn from row
-i of the noise table of --seed. It is the same in every command, on any number of processes and in a
-set of any size. After an interruption run the same command again: images continues with the missing
-parts, the other commands start anew. Existing files are replaced with --overwrite only.
+--run takes the newest snapshot of a run, with --best the one with the best score. --snapshot (or
+--checkpoint) takes what evaluate takes: a folder of snapshots/ or checkpoints/, one made for the
+Hub, a .safetensors or .onnx file, or module:Class with --weights FILE. Image i is drawn from row i
+of the noise table of --seed. It is the same in every command, on any number of processes and in a
+set of any size. With --scored the table is that of evaluate. After an interruption run the same
+command again: images continues with the missing parts, the other commands start anew. Existing
+files are replaced with --overwrite only.
 """
 
 from __future__ import annotations
@@ -29,12 +33,10 @@ if __name__ == "__main__":
     signals.install()  # before the slow imports, so that no signal is lost meanwhile
 
 import argparse
-import contextlib
 import re
 import signal
 import sys
 from functools import partial
-from os.path import realpath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,13 +46,10 @@ from pipeline.runtime.errors import GenerationError, exit_on_user_error
 from pipeline.runtime.files import check_output_path
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from torch import nn
+    pass
 
-    from pipeline.generation.latent import Table
-
-MAX_IMAGES = 10**8  # file names have eight digits
 CONTINUE = "Finished parts are kept; run the same command again to continue."
+MAX_IMAGES = 10**8  # file names have eight digits
 COMMANDS = {
     "images": "write a set of images as PNG files, npz or WebDataset shards, on all processes",
     "grid": "write a PNG with many images",
@@ -71,135 +70,36 @@ def generate(options: argparse.Namespace) -> None:
     path = _find_snapshot(options)
     _check_output(options)
     # Importing torch takes seconds. --help and the checks above do without it.
-    from pipeline.generation.latent import Table
-    from pipeline.runs.snapshot import check_finite, load_snapshot
+    from pipeline.generation import commands
+    from pipeline.runs.generators import open_generator
     from pipeline.runtime import launch, ranks
 
     accelerator = launch.make_accelerator("fp32")
     launch.warn_about_missing_processes(accelerator)
     # All ranks take the snapshot that rank 0 found: a newer one may have appeared since.
-    path = ranks.on_rank_zero(accelerator, lambda: path)
+    path = ranks.on_rank_zero(
+        accelerator, lambda: commands.find_best(options) if options.best else path
+    )
     device = "cpu" if options.command == "onnx" else accelerator.device
-    G, config = ranks.on_every_rank(accelerator, lambda: load_snapshot(path, device))
-    check_finite(G, path)
-    classes = config.model.num_classes
+    opened = ranks.on_every_rank(
+        accelerator, lambda: open_generator(path, options.weights, device=device)
+    )
+    classes = opened.model.num_classes
     if options.of_class is not None and not options.of_class < classes:
         has = f"classes 0 to {classes - 1}; give one" if classes else "no classes; omit --class"
         raise GenerationError(f"--class ({options.of_class}): this G has {has}.")
-    table = Table(config.model, options.seed, options.truncation, options.of_class)
+    table = ranks.on_every_rank(accelerator, lambda: commands.make_table(options, opened))
     if options.command == "images":
-        _images(options, path, G, table, accelerator)
+        commands.draw_images(options, opened, table, accelerator)
     else:
+        if options.command in ("onnx", "hub") and not opened.is_ours:
+            raise GenerationError(f"--snapshot ({path}): {options.command} needs a G of a run.")
         is_hub = options.command == "hub"
-        work = partial(_hub if is_hub else _files, options, path, G, table)
+        work = partial(
+            commands.write_hub if is_hub else commands.write_files, options, opened, table
+        )
         ranks.on_rank_zero(accelerator, work, lengthy=is_hub)  # an upload may take long
     accelerator.end_training()
-
-
-def _images(
-    options: argparse.Namespace, path: Path, G: nn.Module, table: Table, accelerator: Accelerator
-) -> None:
-    """Write a set of images with all ranks. Exit with 128 + n after signal n."""
-    import torch
-
-    from pipeline.generation.image_set import ImageSet
-    from pipeline.generation.image_sets import write
-    from pipeline.models import sampling
-    from pipeline.runs.snapshot import weights_file
-    from pipeline.runtime.console import progress
-    from pipeline.runtime.files import sha256_of
-
-    model, is_main = table.model, accelerator.is_main_process
-    record = {
-        "source_kind": "generated",
-        "num": options.num,
-        "format": options.format,
-        "seed": options.seed,
-        "truncation": options.truncation,
-        "class": options.of_class,
-        "generator_sha256": sha256_of(weights_file(path)),
-        "snapshot": Path(realpath(path)).name,
-        "torch": torch.__version__,
-        "device": accelerator.device.type,
-    }
-    record |= {name: getattr(model, name) for name in ("z_dim", "z_distribution", "num_classes")}
-    if model.num_classes and options.format == "shards":
-        record["labels"] = "cls"
-    job = ImageSet(options.out, options.format, options.num, model.image_shape, record, table.label)
-    with contextlib.ExitStack() as stack:
-        outcome = write(
-            job,
-            lambda start, stop: sampling.draw_images(G, table.cut(start, stop)),
-            accelerator,
-            stack.enter_context(progress("generate", options.num)) if is_main else lambda _: None,
-        )
-    if outcome == "stopped":
-        name = signals.received() or "SIGTERM"
-        if is_main:
-            print(f"stopped by {name}. {CONTINUE}", file=sys.stderr, flush=True)
-        sys.exit(128 + signal.Signals[name])
-    if is_main:
-        state = "already complete" if outcome == "complete" else "written"
-        print(f"{state}: {options.num} images of {record['snapshot']} in {options.out}", flush=True)
-
-
-def _files(options: argparse.Namespace, path: Path, G: nn.Module, table: Table) -> None:
-    """Write the files of grid, walk, arithmetic or onnx, all of them or none."""
-    from pipeline.generation import export, figures
-    from pipeline.generation.latent import interpolation, parse_concept, parse_rows
-    from pipeline.runtime.files import write_results
-
-    out: Path = options.out
-    files: dict[Path, bytes] = {}
-    if options.command == "grid":
-        rows = parse_rows(options.rows, "--rows")
-        files[out] = figures.grid(G, table, rows, options.columns, options.scale, options.numbers)
-    elif options.command == "walk":
-        files[out], files[out.with_suffix(".png")] = figures.walk(
-            G,
-            table,
-            parse_rows(options.rows, "--rows"),
-            steps=options.steps,
-            closed=options.closed,
-            scale=options.scale,
-            fps=options.fps,
-        )
-        print(f"interpolation: {interpolation(table.model)}, for {table.model.z_distribution} z")
-    elif options.command == "arithmetic":
-        concepts = [parse_concept(getattr(options, name), f"--{name}", table) for name in "abc"]
-        files[out] = figures.arithmetic(G, table, concepts, options.noise, options.scale)
-    else:
-        files[out] = export.onnx_bytes(G, table.model, export.describe(path, table.model))
-        largest = export.onnx_difference(files[out], G, table.model, table.seed)
-        print(f"largest difference between onnxruntime and torch on random z: {largest:.2g}")
-    write_results(files, replace=options.overwrite)
-    for file, content in files.items():
-        print(f"written: {file} ({len(content) / 1024:.0f} KiB)", flush=True)
-
-
-def _hub(options: argparse.Namespace, path: Path, G: nn.Module, table: Table) -> None:
-    """Write the folder for the Hub, unless --push finds it complete. Upload it with --push."""
-    from pipeline.generation import export
-    from pipeline.models.sampling import GRID_IMAGES
-
-    out = options.out
-    if out.exists() and options.push:
-        export.check_hub_folder(out, G, table.model, path)
-        print(
-            f"already complete: {out}: model.safetensors, config.yaml and config.json are those of "
-            "this G; README.md and grid.png may have been edited and are uploaded as they are",
-            flush=True,
-        )
-    else:
-        rows = f"rows 0-{GRID_IMAGES - 1} of seed {table.seed}"
-        rows += "" if table.truncation == 1 else f", z times {table.truncation:g}"
-        rows += "" if table.of_class is None else f", all of class {table.of_class}"
-        facts = export.describe(path, table.model) | {"grid": rows}
-        z = table.cut(0, GRID_IMAGES)
-        export.write_hub_folder(out, G, table.model, z, facts, options.license)
-        print(f"written: {out}", flush=True)
-    if options.push:
-        print(f"uploaded: {export.push(out, options.push)}", flush=True)
 
 
 def _check_output(options: argparse.Namespace) -> None:
@@ -213,26 +113,29 @@ def _check_output(options: argparse.Namespace) -> None:
         check(options.out.with_suffix(".png"))
 
 
-def _find_snapshot(options: argparse.Namespace) -> Path:
-    """Return the folder of --snapshot, or of the newest snapshot of --run."""
-    field, given = ("--snapshot", options.snapshot) if options.snapshot else ("--run", options.run)
+def _find_snapshot(options: argparse.Namespace) -> str:
+    """Return what --snapshot names, or the newest snapshot of --run."""
+    given = options.snapshot or options.run
+    if options.snapshot and ":" in given:  # module:Class
+        return str(given)
+    field = "--snapshot" if options.snapshot else "--run"
     try:
-        path: Path = given.expanduser()
-        is_folder = path.is_dir()
+        path = Path(given).expanduser()
+        there = path.exists()
     except (OSError, RuntimeError) as error:  # name too long, unknown user, circle of links
         raise GenerationError(f"{field} ({given}): cannot be read: {error}.") from None
     if options.snapshot:
-        if not is_folder:
+        if not there:
             raise GenerationError(f"--snapshot ({path}): no such folder; see RUN/snapshots.")
-        return path
+        return str(path)
     snapshots = committed(path, SNAPSHOTS)
-    if not snapshots:
+    if not snapshots and not options.best:
         near = sorted(str(p.parent) for p in path.parent.glob("*/snapshots"))[:10]
         raise GenerationError(
             f"--run ({path}): has no snapshot; training writes one with each checkpoint. "
             f"Runs beside it that have snapshots: {', '.join(near) or 'none'}."
         )
-    return snapshots[-1]
+    return str(path if options.best else snapshots[-1])
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -249,10 +152,11 @@ def parse(words: list[str]) -> argparse.Namespace:
         )
         add = command.add_argument
         source = command.add_mutually_exclusive_group(required=True)
-        source.add_argument("--snapshot", type=Path, metavar="DIR", help="snapshot folder to load")
-        source.add_argument(
-            "--run", type=Path, metavar="DIR", help="run folder whose newest snapshot to load"
-        )
+        source.add_argument("--snapshot", "--checkpoint", metavar="G", help="G to load; see above")
+        source.add_argument("--run", metavar="DIR", help="run folder whose newest snapshot to load")
+        add("--best", action="store_true", help="load the one of --run with the best score")
+        own = "file of the weights of --snapshot module:Class"
+        add("--weights", default="", metavar="FILE", help=own)
         out_type = file_ending_in(SUFFIXES[name]) if name in SUFFIXES else Path
         out_name = "FILE" + SUFFIXES[name] if name in SUFFIXES else "PATH"
         add("--out", type=out_type, required=True, metavar=out_name, help="what to write")
@@ -271,6 +175,11 @@ def parse(words: list[str]) -> argparse.Namespace:
     add = of["images"].add_argument
     add("--num", type=integer(1, MAX_IMAGES), required=True, help="number of images")
     add("--format", choices=("png", "npz", "shards"), default="png", help="format of the set")
+    scored = "draw the images that evaluate scores; give its eval.num_images and eval.seed as "
+    scored += "--num and --seed"
+    add("--scored", action="store_true", help=scored)
+    labels = "shards that G was scored against, for the classes of --scored; uniform: equally many"
+    add("--labels-of", default="", metavar="SHARDS", help=labels)
     add = of["grid"].add_argument
     add("--rows", default="0-63", help="rows to draw, like 0-63 or 3,17")
     add("--columns", type=integer(1, 10_000), default=8, help="number of images side by side")
@@ -292,6 +201,11 @@ def parse(words: list[str]) -> argparse.Namespace:
     options = parser.parse_args(words)
     if getattr(options, "format", "") == "npz" and options.out.suffix != ".npz":
         of["images"].error(f"--out ({options.out}): must end in .npz with --format npz")
+    if options.best and not options.run:
+        of[options.command].error("--best belongs to --run")
+    others = options.truncation != 1 or options.of_class is not None
+    if options.command == "images" and options.scored and others:
+        of["images"].error("--scored: --truncation and --class would draw other images")
     return options
 
 
@@ -310,7 +224,11 @@ def main() -> None:
             try:
                 generate(options)
             except KeyboardInterrupt:  # the second SIGINT
-                print(f"interrupted. {CONTINUE}", file=sys.stderr, flush=True)
+                print(
+                    "interrupted. Finished parts are kept; run the same command again to continue.",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 sys.exit(128 + signal.SIGINT)
         else:
             with signals.exit_on_interrupt("interrupted: no file is incomplete"):

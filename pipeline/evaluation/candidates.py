@@ -6,20 +6,16 @@ images on every rank and for any batch size, so ``extractors.extract`` can divid
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.config.loading import load
 from pipeline.config.schema import DataConfig, EvalConfig, ModelConfig
 from pipeline.data.cache import Cache
 from pipeline.data.order import permutation
@@ -27,21 +23,18 @@ from pipeline.data.reader import Reader
 from pipeline.data.shards import Index
 from pipeline.evaluation.extractors import MOST_FEATURES
 from pipeline.evaluation.pictures import Pictures
-from pipeline.evaluation.protocol import PURPOSE
 from pipeline.models.noise import z_rows
-from pipeline.models.sampling import Images, draw_images, generator_id, make_sampler
+from pipeline.models.sampling import Images, draw_images, generator_id
 from pipeline.runs import checkpoint, snapshot
+from pipeline.runs.generators import NETWORK, open_checkpoint
+from pipeline.runs.scored_images import PURPOSE
+from pipeline.runs.scored_images import classes_like as classes_like
 from pipeline.runs.step_folders import SNAPSHOTS, committed, step_of
 from pipeline.runtime.errors import (
     CheckpointError,
-    ConfigError,
     EvaluationError,
     RunFolderError,
-    is_out_of_memory,
 )
-
-NETWORK = {"ema": "G_ema", "raw": "G"}
-"""``eval.weights`` -> name of the network in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -135,26 +128,9 @@ def open_generator(
     if candidate.is_snapshot:
         G, config = snapshot.load_snapshot(candidate.path, device)
     else:
-        found = checkpoint.read(candidate.path)
-        try:
-            config = load(run_dir / "config.yaml", _model_overrides(found.state), saved=True)
-            G = make_sampler(config.model, found.weights[NETWORK[weights]], device)
-        except (KeyError, ValueError, RuntimeError, ConfigError) as error:
-            if is_out_of_memory(error):
-                raise
-            raise CheckpointError(f"{candidate.path}: cannot be used: {error}.") from None
+        G, config = open_checkpoint(candidate.path, run_dir, weights, device)
     snapshot.check_finite(G, candidate.path)
     return G, config.model
-
-
-def _model_overrides(state: Mapping[str, Any]) -> list[str]:
-    """Return the architecture that a checkpoint was trained with, as overrides.
-
-    The run's own configuration may be of a later training in the same folder.
-    """
-    known = {f"model.{entry.name}" for entry in dataclasses.fields(ModelConfig)}
-    values = {k: v for k, v in (state.get("config") or {}).items() if k in known}
-    return [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in values.items()]
 
 
 def generated_images(
@@ -171,38 +147,6 @@ def generated_images(
     return lambda start, stop: draw_images(
         G, z_rows(model, seed, PURPOSE, start, stop - start, classes)
     )
-
-
-def classes_like(index: Index | Pictures, num_classes: int, count: int) -> Tensor:
-    """Return classes for generated images, in the shares that they have in a shard set.
-
-    The numbers of images are rounded by the largest remainder; of equal remainders the class with
-    the lower number gets the image. The order is a fixed random one.
-
-    Args:
-        index: of the shards, or other real images.
-        num_classes: of G.
-        count: number of generated images.
-
-    Returns:
-        (count,) int64, 0 to num_classes - 1.
-
-    Raises:
-        EvaluationError: some images of the shards have no label, or one that G does not know.
-    """
-    labels = index.labels
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise EvaluationError(
-            f"eval.labels (data): data.shards ({index.location}) has labels {labels.min()} (-1: "
-            f"none) to {labels.max()}, but G has the classes 0 to {num_classes - 1}. Give the "
-            "shards that it was trained on, or set eval.labels=uniform."
-        )
-    quotas = np.bincount(labels, minlength=num_classes) * count  # in units of 1 / num_samples
-    numbers, remainders = np.divmod(quotas, index.num_samples)
-    rest = count - int(numbers.sum())
-    numbers[np.argsort(-remainders, kind="stable")[:rest]] += 1
-    classes = np.repeat(np.arange(num_classes), numbers)
-    return torch.from_numpy(classes[permutation(count, f"{PURPOSE}|labels")])
 
 
 def class_labels(
@@ -224,7 +168,7 @@ def class_labels(
     """
     classes = classes_of(index, config, num_classes).numpy()
     real = index.labels[chosen_ids(index.num_samples, config.reference_images or None)]
-    if real.min() < 0 or real.max() >= num_classes:
+    if not len(real) or real.min() < 0 or real.max() >= num_classes:
         return None
     return classes[:MOST_FEATURES], real[:MOST_FEATURES].astype(np.int64)
 

@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from torch import nn
 
-from pipeline.config.schema import Config, ModelConfig
+from pipeline.config.schema import Config
 from pipeline.data.shards import Index
 from pipeline.evaluation import candidates
 from pipeline.evaluation.candidates import Candidate, chosen_ids
@@ -30,10 +29,10 @@ from pipeline.evaluation.pictures import (
 from pipeline.evaluation.run_scores import RunScores
 from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.survey import Asked
+from pipeline.runs.generators import Opened
 from pipeline.runs.results import best
 from pipeline.runs.score_tables import Line, lines_of
 from pipeline.runtime.errors import EvaluationError
-from pipeline.runtime.ranks import on_every_rank
 
 Show = Callable[[list[Line], str], None]
 NO_SHAPE = (0, 0, 0)
@@ -102,13 +101,7 @@ def score_images(scorer: Scorer, pictures: Pictures, show: Show) -> None:
             f"images, or set eval.num_images={available} (scores of different N are not "
             "comparable)."
         )
-    (height, width, _), real = pictures.shape, scorer.index.shape
-    if real != NO_SHAPE and (height, width) != real[:2]:
-        raise EvaluationError(
-            f"{where}: has images of {width}x{height}, the real ones ({scorer.index.location}) are "
-            f"{real[1]}x{real[0]}. Give images of that size, or --size N to make central squares "
-            "of N pixels of both."
-        )
+    _require_size(where, pictures.shape, scorer)
     rows = chosen_ids(available, count)
     # Names of a folder may be sorted by class: of many, any first part must hold all classes.
     images = pictures.images(rows if count > MOST_FEATURES else np.sort(rows))
@@ -116,18 +109,23 @@ def score_images(scorer: Scorer, pictures: Pictures, show: Show) -> None:
     _show_one(scorer, scorer.score(images, "images"), pictures.location, show)
 
 
-def score_generator(scorer: Scorer, path: Path, show: Show) -> None:
-    """Score a snapshot or checkpoint that lies outside a run folder."""
-    config, accelerator = scorer.config.eval, scorer.accelerator
-
-    def open_generator() -> tuple[nn.Module, ModelConfig]:
-        candidate = candidates.open_folder(path, config.weights)
-        return candidates.open_generator(candidate, path, config.weights, accelerator.device)
-
-    G, model = on_every_rank(accelerator, open_generator)
+def score_generator(scorer: Scorer, opened: Opened, show: Show) -> None:
+    """Score a G that lies in no run folder."""
+    _require_size(f"--checkpoint {opened.name}", opened.model.image_shape, scorer)
     scorer.load_reference()
-    scores = scorer.score_generator(G, model, path.name)
-    _show_one(scorer, scores, path.name, show)
+    scores = scorer.score_generator(opened.G, opened.model, opened.name)
+    _show_one(scorer, scores, opened.name, show)
+
+
+def _require_size(where: str, shape: tuple[int, int, int], scorer: Scorer) -> None:
+    """Raise ``EvaluationError`` if images are of another size than the real ones."""
+    (height, width, _), real = shape, scorer.index.shape
+    if real != NO_SHAPE and (height, width) != real[:2]:
+        raise EvaluationError(
+            f"{where}: has images of {width}x{height}, the real ones ({scorer.index.location}) are "
+            f"{real[1]}x{real[0]}. Give images of that size, or --size N to make central squares "
+            "of N pixels of all that are read from files."
+        )
 
 
 def _show_one(scorer: Scorer, scores: dict[str, float], name: str, show: Show) -> None:

@@ -21,8 +21,6 @@ from pipeline.evaluation.extractors import MOST_FEATURES, Extractor, slug
 from pipeline.evaluation.pictures import Pictures
 from pipeline.runtime.errors import EvaluationError
 
-PURPOSE = "evaluation"
-"""Seeds, with ``eval.seed``, the noise of the generated images, and the choice of real images."""
 SAMPLING = "z-table blocks of 64, standing BatchNorm, round and clamp to uint8: v1"
 """Name of the way images are generated. Part of the protocol, so a changed way needs a new name."""
 KID_SUBSET = 1000

@@ -14,7 +14,6 @@ import logging
 import os
 import shutil
 import warnings
-from os.path import realpath
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -27,10 +26,11 @@ from pipeline.config.schema import ModelConfig
 from pipeline.generation.figures import png
 from pipeline.models.noise import z_rows
 from pipeline.models.sampling import draw_images, image_grid
-from pipeline.runs.snapshot import HUB_WEIGHTS, weights_bytes, weights_file
+from pipeline.runs.generators import Opened
+from pipeline.runs.snapshot import HUB_WEIGHTS, weights_bytes
 from pipeline.runtime.documents import DamagedFile, read_bytes
 from pipeline.runtime.errors import GenerationError
-from pipeline.runtime.files import sha256_of, sync_folder, write_atomic
+from pipeline.runtime.files import sync_folder, write_atomic
 from pipeline.runtime.tensor_files import (
     LARGEST,
     parse_safetensors,
@@ -51,12 +51,12 @@ def _require(modules: tuple[str, ...], what: str, remedy: str) -> None:
         raise GenerationError(f"{what}: needs {', '.join(missing)}; install with: {remedy}")
 
 
-def describe(snapshot: Path, model: ModelConfig) -> dict[str, str]:
+def describe(opened: Opened) -> dict[str, str]:
     """Return what an export says of its weights: snapshot, sha256, input."""
     return {
-        "snapshot": Path(realpath(snapshot)).name,
-        "sha256 of its weights": sha256_of(weights_file(snapshot)),
-        "z": f"{model.z_dim} numbers, {model.z_distribution}",
+        "snapshot": opened.name,
+        "sha256 of its weights": opened.sha256,
+        "z": f"{opened.model.z_dim} numbers, {opened.model.z_distribution}",
     }
 
 
@@ -184,7 +184,7 @@ def _configuration(model: ModelConfig) -> dict[str, bytes]:
     }
 
 
-def check_hub_folder(folder: Path, G: nn.Module, model: ModelConfig, source: Path) -> None:
+def check_hub_folder(folder: Path, G: nn.Module, model: ModelConfig, source: str) -> None:
     """Check that an existing Hub folder holds this G.
 
     Args:

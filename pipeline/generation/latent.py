@@ -34,16 +34,21 @@ class Table:
         truncation: z is multiplied by it, in (0, 1]. Smaller values give fewer failures and less
             variety. G was trained with 1.
         of_class: the class of all rows. None: row i has class i mod num_classes.
+        purpose: of the noise table.
+        classes: (N,) int64, the class of each row, for N rows at most; None = see ``of_class``.
     """
 
     model: ModelConfig
     seed: int
     truncation: float = 1.0
     of_class: int | None = None
+    purpose: str = PURPOSE
+    classes: Tensor | None = None
 
     def cut(self, start: int, stop: int) -> Tensor:
         """Return rows [start, stop): (stop - start, z_dim + num_classes) float32 on the CPU."""
-        rows = z_rows(self.model, self.seed, PURPOSE, start, stop - start)
+        count = stop - start
+        rows = z_rows(self.model, self.seed, self.purpose, start, count, self.classes)
         rows[:, : self.model.z_dim] *= self.truncation
         if self.of_class is not None:
             rows[:, self.model.z_dim :] = 0
@@ -54,6 +59,8 @@ class Table:
         """Return the class of a row, None for a G without classes."""
         if not self.model.num_classes:
             return None
+        if self.classes is not None:
+            return int(self.classes[row])
         return row % self.model.num_classes if self.of_class is None else self.of_class
 
     def rows(self, numbers: Sequence[int]) -> Tensor:

@@ -108,7 +108,7 @@ def draw_images(G: nn.Module, z: Tensor) -> NDArray[np.uint8]:
     The last block is padded with zeros, because convolution kernels may round differently for
     another batch size.
     """
-    device = next(G.parameters()).device
+    device = next((values.device for values in G.parameters()), torch.device("cpu"))
     out = []
     with deterministic_fp32(), torch.no_grad(), torch.autocast(device.type, enabled=False):
         for block in torch.split(z, BLOCK):

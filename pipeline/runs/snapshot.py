@@ -96,7 +96,7 @@ def load_snapshot(path: Path, device: Any = "cpu") -> tuple[nn.Module, Config]:
     try:
         config = load(path / "config.yaml", saved=True)
         tensors, metadata = parse_safetensors(read_bytes(file, LARGEST), file)
-        _check(file, tensors, metadata, config.model)
+        check(file, tensors, metadata, config.model)
         return make_sampler(config.model, tensors, device), config
     except (DamagedFile, ConfigError, ValueError) as error:
         detail = str(error).removeprefix("--config ").removeprefix(f"{path}/").rstrip(".")
@@ -108,7 +108,7 @@ def load_snapshot(path: Path, device: Any = "cpu") -> tuple[nn.Module, Config]:
         raise unreadable(file, error) from None
 
 
-def _check(
+def check(
     file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], model: ModelConfig
 ) -> None:
     """Raise ``DamagedFile`` if a weights file does not hold what its metadata says.

@@ -820,7 +820,7 @@ def test_weights_that_cannot_be_used_are_refused(snapshot: Path, tmp_path: Path)
     (tmp_path / "damaged" / "generator.safetensors").write_bytes(content[:-9])
     with pytest.raises(CheckpointError, match="cannot be used"):
         made("grid", tmp_path / "damaged", tmp_path / "g.png")
-    with pytest.raises(CheckpointError, match="not a snapshot"):
+    with pytest.raises(CheckpointError, match="holds no G"):
         made("grid", tmp_path, tmp_path / "g.png")
     for change, said in (("gone", "statistics are missing"), ("negative", "variance is negative")):
         weights = load_file(snapshot / "generator.safetensors")
@@ -931,7 +931,10 @@ def test_a_hub_folder_is_not_pushed_with_one_byte_changed(
         ),
         (["images", "--run", "R", "--num", "9", "--out", "x", "--format", "npz"], "end in .npz"),
         (["grid", "--run", "R", "--out", "x.jpg"], "must end in .png"),
-        (["grid", "--out", "x.png"], "one of the arguments --snapshot --run is required"),
+        (
+            ["grid", "--out", "x.png"],
+            "arguments --snapshot/--checkpoint --run is required",
+        ),
         (
             ["grid", "--run", "R", "--out", "x.png", "--truncation", "1.5"],
             "--truncation: 1.5: must",
