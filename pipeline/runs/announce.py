@@ -93,6 +93,9 @@ def cautions(config: Config) -> list[str]:
             f"stability.penalty (random): noisy with data.batch_size ({batch}) below 1024; tangent "
             "is exact"
         )
+    end, total = config.schedule.end, config.train.total_steps
+    if end > total:
+        lines.append(f"schedule.end ({end}): beyond train.total_steps ({total})")
     return lines
 
 

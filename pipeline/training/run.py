@@ -218,6 +218,8 @@ class Run:
         self._require_folder()
         row = self.meter.row(step) | gan.schedules.row(step) | gan.watch.row()
         self.tracker.log(step, row)
+        for line in gan.watch.warnings(step, row) if self.is_main else ():
+            log.warning(line)
 
     def sample(self, step: int, gan: GAN) -> None:
         """Write a grid of G_ema's images, from the same z at every step of the run."""

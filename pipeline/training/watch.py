@@ -5,12 +5,22 @@ The figures are computed on the device, in the steps that end a row of metrics, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from pipeline.config.schema import Config
 from pipeline.runtime.ranks import mean_over_ranks
+
+PATIENCE = 500
+"""Steps that a sign must hold in every row before it is said: first steps show each of them."""
+SIGNS = {
+    "loss/D": (1e-3, "D has won, and G hardly learns"),
+    "watch/diversity": (0.1, "G makes almost one image"),
+}
+"""What a row says of a collapse: a metric, the value that it stays below, and what that means."""
 
 
 class Watch:
@@ -24,6 +34,8 @@ class Watch:
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
         self._train, self._accelerator = config.train, accelerator
         self._found: dict[str, Tensor] = {}
+        self._since: dict[str, int] = {}
+        self._said: set[str] = set()
 
     def due(self, step: int) -> bool:
         """Return whether a row of metrics ends with this step."""
@@ -67,3 +79,29 @@ class Watch:
         row = dict(zip(self._found, means, strict=True))
         real, fake = row.pop("real"), row.pop("fake")
         return row | {"watch/diversity": (fake / real) ** 0.5 if real else 0.0}
+
+    def warnings(self, step: int, row: Mapping[str, float]) -> list[str]:
+        """Return a line for each sign of a collapse that has held for ``PATIENCE`` steps, once.
+
+        A resume begins to count anew: the line then comes later.
+
+        Args:
+            step: step of the row.
+            row: all metrics of the step; ``loss/D`` is the mean since the last row.
+        """
+        lines = []
+        for key, (limit, meaning) in SIGNS.items():
+            value = row.get(key, limit)
+            if not value < limit:
+                self._since.pop(key, None)
+                continue
+            held = step - self._since.setdefault(key, step)
+            if held >= PATIENCE and key not in self._said:
+                self._said.add(key)
+                lines.append(
+                    f"step {step}: {key} ({value:.2g}) has been below {limit:g} for {held} steps: "
+                    f"{meaning}. Lower optim.d_lr, or set stability.r1_gamma or stability.augment: "
+                    "in a resume with run.accept_changes=true, or in a new run from an earlier "
+                    "checkpoint with train.init."
+                )
+        return lines

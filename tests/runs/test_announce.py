@@ -19,6 +19,8 @@ R3GAN = ("model.loss=relativistic", "model.d_norm=none", "stability.r1_gamma=0.0
         ((*R3GAN, "stability.penalty=random"), ["stability.penalty (random): noisy"]),
         ((*R3GAN, "stability.penalty=random", "data.batch_size=1024"), []),
         (("stability.penalty=random",), []),
+        (("schedule.end=100001", "schedule.g_lr=0"), ["schedule.end (100001): beyond train.total"]),
+        (("schedule.end=100000", "schedule.g_lr=0"), []),
     ],
 )
 def test_values_that_are_rarely_meant_are_said(

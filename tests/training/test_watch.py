@@ -89,6 +89,27 @@ def test_only_steps_that_end_a_row_are_watched_and_training_does_not_notice() ->
     assert_bitwise_equal(*states)
 
 
+def test_a_collapse_is_said_once_and_only_after_it_has_lasted() -> None:
+    """500 steps below the limit in every row; a row above it, or one without a number, resets."""
+    watch = GAN(CONFIG, launch.make_accelerator("fp32"), 1).watch
+    healthy = {"loss/D": 1e-3, "watch/diversity": 0.1}
+    won, nan = healthy | {"loss/D": 9e-4}, healthy | {"loss/D": float("nan")}
+    said = {}
+    for step in range(50, 3000, 50):
+        row = {300: healthy, 700: nan}.get(step, won)
+        if lines := watch.warnings(step, row):
+            said[step] = lines
+    assert list(said) == [1250]
+    (line,) = said[1250]
+    assert line.startswith(
+        "step 1250: loss/D (0.0009) has been below 0.001 for 500 steps: D has won"
+    )
+    one = {"loss/D": 1.0, "watch/diversity": 0.0}
+    steps = (3000, 3400, 3500, 3600)
+    assert [len(watch.warnings(step, one)) for step in steps] == [0, 0, 1, 0]
+    assert watch.warnings(4000, {}) == []
+
+
 def on_this_rank(folder: str) -> None:
     gan = GAN(CONFIG, launch.make_accelerator("fp32"), 1)
     rank = int(os.environ["RANK"])
