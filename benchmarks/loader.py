@@ -1,11 +1,13 @@
-"""Compare the speed of our loader, torchvision's ImageFolder and stock webdataset.
+"""Compare the speed of our loader with those of other packages: images/s, CPU time, memory, resume.
 
-    python benchmarks/loader.py                        # Fashion-MNIST, four CPU minutes
+    pip install -e '.[peers]'                          # in an environment of its own
+    python benchmarks/loader.py                        # Fashion-MNIST, ten minutes
     python benchmarks/loader.py --data FOLDER_OF_SHARDS --size 64
 
 Every loader delivers the same images, shuffled, as float32 (128, 3, S, S) in [-1, 1] from the same
-number of workers. The rounds of all loaders alternate, so that a busy machine slows all alike. The
-baselines follow their own documentation. Prints Markdown for benchmarks/README.md.
+number of workers. Each measurement is a fresh process; the rounds of all loaders alternate, so that
+a busy machine slows all alike. `benchmarks/peers/` says how each is used. One that is not installed
+is a row "not installed". Prints Markdown for benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,14 +33,11 @@ from typing import Any
 
 import imagecodecs
 import numpy as np
+import peers
 import psutil
 import simplejpeg
 import torch
-import webdataset as wds
 from PIL import Image
-from torch.utils.data import DataLoader
-from torchvision import transforms
-from torchvision.datasets import ImageFolder
 
 from pipeline.config.schema import Config, DataConfig
 from pipeline.data.cache import Cache
@@ -51,7 +51,10 @@ BATCH = 128
 FORMATS = ("npy", "jpg", "png")
 WARM_UP = 10  # batches; more than any loader has queued when its first one is taken
 SECONDS = 2.0  # at most, per loader and round
-STARTS = (0.0, 0.01, 0.5, 0.99)
+STARTS = (0.01, 0.5, 0.99)
+PER_SHARD = 640  # images of the peers' shards: 8 MiB of 64x64x3 npy
+PEERS = [name for name in peers.MODULES if name not in ("ours", "webdataset, resampled")]
+NOT_INSTALLED = 3
 RAW = "ours, uint8 for a GPU"
 CPU = torch.device("cpu")
 
@@ -110,9 +113,7 @@ def check_same_pixels(index: Index) -> None:
         assert np.array_equal(ours, np.asarray(Image.open(io.BytesIO(payload))))
 
 
-# -- the loaders ---------------------------------------------------------------------------------
-
-TO_FLOAT = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
+# -- one measurement, in a process of its own ----------------------------------------------------
 
 
 def our_batches(
@@ -128,40 +129,18 @@ def our_batches(
             yield normalise(batch.images, CPU) if floats else batch.images
 
 
-def image_folder(root: Path, workers: int, batch: int = BATCH) -> Iterable[Any]:
-    return DataLoader(
-        ImageFolder(str(root), TO_FLOAT),
-        batch_size=batch,
-        shuffle=True,
-        num_workers=workers,
-        drop_last=True,
-    )
-
-
-def stock_webdataset(index: Index, workers: int, batch: int = BATCH) -> Iterable[Any]:
-    urls = [str(Path(index.location) / shard.url) for shard in index.shards]
-    dataset = (
-        wds.WebDataset(urls, shardshuffle=len(urls))
-        .shuffle(1000)
-        .decode("pil")
-        .to_tuple(index.field, "cls")
-        .map_tuple(TO_FLOAT, int)
-        .batched(batch, partial=False)
-    )
-    return wds.WebLoader(dataset, batch_size=None, shuffle=False, num_workers=workers)
-
-
 def cpu_seconds(processes: list[psutil.Process]) -> float:
     times = [process.cpu_times() for process in processes]
     return float(sum(t.user + t.system for t in times))
 
 
-def measure(batches: Iterator[Any]) -> tuple[float, float]:
-    """Return (images per second, CPU us per image) after the warm-up."""
+def measure(batches: Iterator[Any]) -> tuple[float, float, float]:
+    """Return images per second, CPU us per image and MiB of all processes, after the warm-up."""
     for _ in range(WARM_UP):
         next(batches)
     # Looked up once: finding the children reads all of /proc.
     busy = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    mib = sum(process.memory_full_info().pss for process in busy) / 2**20
     images, spent, began, cpu = 0, 0.0, time.perf_counter(), cpu_seconds(busy)
     while spent < SECONDS and (batch := next(batches, None)) is not None:
         pixels = batch if isinstance(batch, torch.Tensor) else batch[0]
@@ -171,7 +150,47 @@ def measure(batches: Iterator[Any]) -> tuple[float, float]:
         spent = time.perf_counter() - began
         if images % (8 * BATCH) == 0:  # not at the end, when the workers may be gone
             counted, used = images, cpu_seconds(busy) - cpu
-    return images / spent, used / counted * 1e6
+    return images / spent, used / counted * 1e6, mib
+
+
+def measure_one(name: str, kind: str, folder: Path, workers: int, task: str, file: Path) -> Any:
+    """Measure the rate, write the state at a batch, or time the first batch from that state on.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    if name == RAW:
+        return measure(our_batches(read_index(str(folder)), workers, floats=False))
+    peer = peers.find(name)
+    place = peers.Place(workers=workers, rows=BATCH)
+    if task == "pack":
+        peer.pack(sorted(file.rglob(f"*.{kind}")), folder, PER_SHARD)
+        return peers.versions(peer)
+    began = time.perf_counter()
+    feed = peer.open_feed(folder, kind, place)
+    if task == "first":
+        if (state := pickle.loads(file.read_bytes())) is not None:
+            feed.load([state])
+        next(iter(feed.epoch(0)))
+        return time.perf_counter() - began
+    batches = iter(feed.epoch(0))
+    if task == "rate":
+        return measure(batches)
+    for _ in range(int(task)):
+        next(batches)
+    file.write_bytes(pickle.dumps(feed.state()))
+    return feed.state() is not None
+
+
+def elsewhere(*words: Any) -> Any:
+    """Call ``measure_one`` in a fresh process; None: not installed."""
+    command = [sys.executable, __file__, "--one", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == NOT_INSTALLED:
+        return None
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 # -- the limit -----------------------------------------------------------------------------------
@@ -211,23 +230,6 @@ def decode_limit(index: Index, processes: int, seconds: float = 1.0) -> tuple[fl
     return sum(rate for rate, _ in found), sum(cost for _, cost in found) / processes
 
 
-# -- time to the first batch ---------------------------------------------------------------------
-
-
-def first_batch(location: str, fraction: float, workers: int) -> float:
-    """Measure the seconds from opening the index to the first batch, in this process."""
-    began = time.perf_counter()
-    index = read_index(location)
-    batches = our_batches(index, workers, int(fraction * index.num_samples) // BATCH)
-    next(batches)
-    return time.perf_counter() - began
-
-
-def first_batch_elsewhere(location: str, fraction: float, workers: int) -> float:
-    command = [sys.executable, __file__, "--first-batch", location, str(fraction), str(workers)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
 # -- the table -----------------------------------------------------------------------------------
 
 
@@ -235,13 +237,15 @@ def first_batch_elsewhere(location: str, fraction: float, workers: int) -> float
 class Contender:
     name: str
     kind: str
-    make: Callable[[], Iterable[Any]]
+    folder: Path
     rates: list[float] = field(default_factory=list)
     costs: list[float] = field(default_factory=list)
+    sizes: list[float] = field(default_factory=list)
 
-    def add(self, measured: tuple[float, float]) -> None:
-        self.rates.append(measured[0])
-        self.costs.append(measured[1])
+    def add(self, rate: float, cost: float, mib: float = 0.0) -> None:
+        self.rates.append(rate)
+        self.costs.append(cost)
+        self.sizes.append(mib)
 
 
 def machine() -> str:
@@ -262,41 +266,56 @@ def spread(values: list[float], form: str) -> str:
     return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
+def pack_all(sets: dict[str, Index], folder: Path) -> tuple[list[Contender], dict[str, str]]:
+    """Pack the images for every peer that is installed; returns contenders and versions."""
+    ours = [(name, kind) for name in ("ours", RAW) for kind in FORMATS]
+    found = [Contender(name, kind, Path(sets[kind].location)) for name, kind in ours]
+    files = {kind: as_files(sets[kind], folder / f"files_{kind}") for kind in FORMATS}
+    shown: dict[str, str] = {}
+    for name in PEERS:
+        for kind in FORMATS:
+            place = folder / f"{name} {kind}"
+            try:
+                known = kind in peers.find(name).FORMATS
+            except ImportError:
+                known, shown[name] = False, "not installed"
+            if known:
+                shown[name] = elsewhere(name, kind, place, 1, "pack", files[kind])
+                found.append(Contender(name, kind, place))
+    return found, shown
+
+
+def resume_times(contenders: list[Contender], options: argparse.Namespace, at: Path) -> list[str]:
+    """Return rows: seconds to the first batch after a resume, by place in the epoch."""
+    rows = []
+    for c in (c for c in contenders if c.kind == "jpg" and c.name != RAW):
+        cells = []
+        for fraction in STARTS:
+            batch = max(1, int(fraction * options.batches))
+            words = (c.name, c.kind, c.folder, options.workers)
+            if not elsewhere(*words, batch, at):
+                cells.append("no state")
+                continue
+            spent = [elsewhere(*words, "first", at) for _ in range(options.rounds)]
+            cells.append(spread(spent, ".3f"))
+        rows.append(f"| {c.name} | {' | '.join(cells)} |")
+    return rows
+
+
 def compare(options: argparse.Namespace, folder: Path) -> str:
     workers = options.workers
     source = [options.data] if options.data else fashion_mnist(options.images, folder / "idx")
     sets = {kind: prepare(source, folder / kind, options.size, kind) for kind in FORMATS}
-    files = {kind: as_files(sets[kind], folder / f"files_{kind}") for kind in ("jpg", "png")}
-    for kind in files:
+    for kind in ("jpg", "png"):
         check_same_pixels(sets[kind])
-
-    contenders = [
-        Contender("ours", kind, lambda kind=kind: our_batches(sets[kind], workers))
-        for kind in FORMATS
-    ]
-    contenders += [
-        Contender(RAW, kind, lambda kind=kind: our_batches(sets[kind], workers, floats=False))
-        for kind in FORMATS
-    ]
-    contenders += [
-        Contender("ImageFolder", kind, lambda kind=kind: image_folder(files[kind], workers))
-        for kind in files
-    ]
-    contenders += [
-        Contender("webdataset", kind, lambda kind=kind: stock_webdataset(sets[kind], workers))
-        for kind in FORMATS
-    ]
-    limits = {kind: Contender(f"bare loops x {workers}", kind, list) for kind in FORMATS}
-    starts: dict[float, list[float]] = {fraction: [] for fraction in STARTS}
+    options.batches = sets["jpg"].num_samples // BATCH
+    contenders, shown_versions = pack_all(sets, folder)
+    limits = {kind: Contender(f"bare loops x {workers}", kind, folder) for kind in FORMATS}
     for number in range(options.rounds):
-        for contender in contenders:
-            batches = iter(contender.make())
-            contender.add(measure(batches))
-            del batches  # ends its workers before the next one starts
+        for c in contenders:
+            c.add(*elsewhere(c.name, c.kind, c.folder, workers, "rate", folder))
         for kind, limit in limits.items():
-            limit.add(decode_limit(sets[kind], workers))
-        for fraction in STARTS:
-            starts[fraction].append(first_batch_elsewhere(sets["jpg"].location, fraction, workers))
+            limit.add(*decode_limit(sets[kind], workers))
         print(f"round {number + 1} of {options.rounds} done", file=sys.stderr, flush=True)
 
     ours = {c.kind: c for c in contenders if c.name == "ours"}
@@ -304,14 +323,15 @@ def compare(options: argparse.Namespace, folder: Path) -> str:
         machine(),
         f"{sets['jpg'].num_samples} images of {options.size}x{options.size}x3, batch {BATCH}, "
         f"{workers} workers, {options.rounds} alternating rounds; median (lowest to highest).",
+        *(f"{name}: {text}." for name, text in shown_versions.items()),
         "",
         "| loader | stored as | images/s | ours is faster by | CPU us per image, all processes "
-        "| ours is cheaper by | decoding is |",
-        "|---|---|---|---|---|---|---|",
+        "| ours is cheaper by | decoding is | MiB, all processes |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for c in [*contenders, *limits.values()]:
         faster = cheaper = ""
-        if c.name in ("ImageFolder", "webdataset"):
+        if c.name in PEERS:
             mine = ours[c.kind]
             faster = spread([a / b for a, b in zip(mine.rates, c.rates, strict=True)], ".1f") + " x"
             cheaper = (
@@ -320,10 +340,14 @@ def compare(options: argparse.Namespace, folder: Path) -> str:
         share = median(limits[c.kind].costs) / median(c.costs)
         shown.append(
             f"| {c.name} | {c.kind} | {spread(c.rates, ',.0f')} | {faster} "
-            f"| {spread(c.costs, '.1f')} | {cheaper} | {share:.0%} |"
+            f"| {spread(c.costs, '.1f')} | {cheaper} | {share:.0%} | {median(c.sizes):,.0f} |"
         )
-    shown += ["", "| our first batch at | seconds, in a fresh process |", "|---|---|"]
-    shown += [f"| {at:.0%} of an epoch | {spread(starts[at], '.3f')} |" for at in STARTS]
+    absent = [name for name, text in shown_versions.items() if text == "not installed"]
+    shown += [f"| {name} | | not installed | | | | | |" for name in absent]
+    places = " | ".join(f"{at:.0%}" for at in STARTS)
+    shown += ["", f"| seconds to the first batch, resumed at | {places} |", "|---|---|---|---|"]
+    shown += resume_times(contenders, options, folder / "state")
+    shown += [f"| {name} | not installed | | |" for name in absent]
     return "\n".join(shown)
 
 
@@ -338,15 +362,19 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data", help="a folder of shards instead of Fashion-MNIST")
-    parser.add_argument("--first-batch", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)  # the cores are the workers'
-    if options.first_batch:
-        location, fraction, workers = options.first_batch
-        print(json.dumps(first_batch(location, float(fraction), int(workers))))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        print(compare(options, Path(folder)))
+    if options.one:
+        name, kind, folder, workers, task, file = options.one
+        try:
+            found = measure_one(name, kind, Path(folder), int(workers), task, Path(file))
+        except ImportError:
+            raise SystemExit(NOT_INSTALLED) from None
+        print(json.dumps(found), flush=True)
+        os._exit(0)  # some loaders' threads and workers outlive their loader
+    with tempfile.TemporaryDirectory() as scratch:
+        print(compare(options, Path(scratch)))
 
 
 if __name__ == "__main__":
