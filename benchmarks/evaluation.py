@@ -34,7 +34,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from loader import fashion_mnist, machine, prepare
+from loader import machine
+from pictures import fashion_mnist, prepare
 from torch import Tensor
 from torch.utils.data import Dataset
 

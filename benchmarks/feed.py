@@ -22,7 +22,8 @@ from time import perf_counter
 
 import torch
 from accelerate import Accelerator
-from loader import fashion_mnist, machine, prepare
+from loader import machine
+from pictures import fashion_mnist, prepare
 from step import ceiling, operations, update, wait
 from torch import Tensor
 

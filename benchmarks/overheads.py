@@ -21,7 +21,8 @@ from statistics import harmonic_mean
 
 import torch
 from accelerate import Accelerator
-from loader import fashion_mnist, machine, prepare, spread
+from loader import machine, spread
+from pictures import fashion_mnist, prepare
 from step import seconds
 
 from pipeline.config.loading import load

@@ -13,40 +13,30 @@ What the steps between the states and the kill have loaded is not counted. Print
 from __future__ import annotations
 
 import argparse
-import atexit
 import contextlib
 import io
 import json
-import multiprocessing
-import os
-import pickle
 import random
+import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
-from peers import MODULES, Peer, Place, find, pixels, versions
+from peers import MODULES, Peer, find, pixels, versions
+from peers.trial import BATCH, EPOCHS, Launch, in_child, run
 from PIL import Image
 
-IMAGES, SIZE, PER_SHARD, BATCH, EPOCHS = 2048, 32, 128, 32, 2
-STEPS = EPOCHS * IMAGES // BATCH
-EVERY = 4  # steps between stored states
-STEP_SECONDS = 0.004  # a training step
-LIMIT = 60.0  # seconds for a launch; an undisturbed one takes 3
+IMAGES, SIZE, PER_SHARD = 2048, 32, 128
 VICTIM = 1000  # the damaged image: of shard 7 of 16
+STEPS = EPOCHS * IMAGES // BATCH
 ROWS = {
     "undisturbed": "two epochs, undisturbed",
     "kill": "killed, resumed",
@@ -58,151 +48,14 @@ ROWS = {
 }
 
 
-# -- one rank ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Folders and size of a run; ``saved`` holds its states."""
-
-    folder: Path
-    saved: Path
-    logs: Path
-    ranks: int = 2
-    workers: int = 2
-
-
-def train(peer: Peer, launch: Launch, rank: int) -> None:
-    """Load two epochs from the last complete states on; log the ids, and images that are wrong."""
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(launch.ranks),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(launch.ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",  # the ranks meet in a file; packages only look whether it is set
-    }
-    store = torch.distributed.FileStore(str(launch.logs / "store"), launch.ranks)  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=launch.ranks)
-    expected = np.load(launch.folder.parent / "expected.npy", mmap_mode="r")
-    place = Place(rank, launch.ranks, launch.workers, BATCH // launch.ranks, checked=True)
-    feed = peer.open_feed(launch.folder, "jpg", place)
-    step = begun = 0
-    if (last := launch.saved / "last").exists():
-        step, begun, old_ranks = json.loads(last.read_text())
-        files = [launch.saved / f"{step}_{k}.pickle" for k in range(old_ranks)]
-        states = [pickle.loads(file.read_bytes()) for file in files]
-        if states[0] is not None:
-            feed.load(states)
-    with (launch.logs / f"{rank}.jsonl").open("a") as log:
-        for epoch in range(begun, EPOCHS):
-            for images, ids in all_have_one(feed.epoch(epoch)):
-                step += 1
-                shown = ((images + 1) * 127.5).permute(0, 2, 3, 1).numpy()
-                far = np.abs(shown - expected[ids.numpy()]).mean((1, 2, 3)) > 8
-                row = {"step": step, "ids": ids.tolist(), "wrong": ids[torch.tensor(far)].tolist()}
-                print(json.dumps(row), file=log, flush=True)
-                if step % EVERY == 0:
-                    store_state(launch, rank, feed.state(), step, epoch)
-                time.sleep(STEP_SECONDS)
-    dist.barrier()
-
-
-def all_have_one(batches: Iterator[Any]) -> Iterator[Any]:
-    """Yield batches until a rank has none: as in DDP, ranks go on together."""
-    while True:
-        batch = next(batches, None)
-        more = torch.tensor(int(batch is not None))
-        dist.all_reduce(more, dist.ReduceOp.MIN)
-        if not more:
-            return
-        yield batch
-
-
-def store_state(launch: Launch, rank: int, state: Any, step: int, epoch: int) -> None:
-    (launch.saved / f"{step}_{rank}.pickle").write_bytes(pickle.dumps(state))
-    dist.barrier()
-    if rank == 0:
-        new = launch.saved / "new"
-        new.write_text(json.dumps([step, epoch, launch.ranks]))
-        new.replace(launch.saved / "last")
-
-
-def run(peer: Peer, launch: Launch, kill_at: int = 0) -> str:
-    """Fork the ranks, kill them all at a step. Returns why they ended, "" after the last epoch."""
-    shutil.rmtree(launch.logs, ignore_errors=True)
-    launch.logs.mkdir()
-    launch.saved.mkdir(exist_ok=True)
-    ranks = [fork_rank(peer, launch, rank) for rank in range(launch.ranks)]
-    ended: dict[int, int] = {}
-    deadline, log = time.monotonic() + LIMIT, launch.logs / "0.jsonl"
-    killed = False
-    while len(ended) < len(ranks):
-        for pid in set(ranks) - set(ended):
-            found, status = os.waitpid(pid, os.WNOHANG)
-            if found:
-                ended[pid] = status
-        if any(ended.values()) and len(ended) < len(ranks):
-            deadline = min(deadline, time.monotonic() + 3)  # the others see it, or never will
-        if not killed and kill_at and log.exists() and log.read_bytes().count(b"\n") >= kill_at:
-            killed = True
-            time.sleep(random.random() * 0.02)
-        if killed or time.monotonic() > deadline:
-            for pid in ranks:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(pid, signal.SIGKILL)
-            for pid in set(ranks) - set(ended):
-                ended[pid] = os.waitpid(pid, 0)[1]
-            if killed:
-                return "killed"
-        time.sleep(0.005)
-    for pid in ranks:  # workers that outlived a rank
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
-    faults = [file.read_text() for file in sorted(launch.logs.glob("*.error"))]
-    if faults:  # that of a rank which waited for another comes second
-        return min(faults, key=lambda text: text.startswith(("SystemExit", "RuntimeError: [")))
-    return "" if not any(ended.values()) else "no end"
-
-
-def in_child(work: Callable[[], None]) -> None:
-    child = multiprocessing.get_context("fork").Process(target=work)
-    child.start()
-    child.join()
-    if child.exitcode:
-        raise SystemExit("the images could not be packed")
-
-
-def fork_rank(peer: Peer, launch: Launch, rank: int) -> int:
-    """Run a rank in a process group of its own, forked before any thread was started."""
-    if pid := os.fork():
-        return pid
-    os.setpgid(0, 0)
-    with (launch.logs / f"{rank}.stderr").open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    code = 0
-    try:
-        train(peer, launch, rank)
-    except BaseException as error:
-        (launch.logs / f"{rank}.error").write_text(f"{type(error).__name__}: {error}")
-        traceback.print_exc()
-        code = 2
-    else:
-        atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 # -- what is counted -----------------------------------------------------------------------------
 
 
 def read_steps(launch: Launch, last: int = 10**9) -> dict[int, list[int]]:
     """Return the ids of each step, of all ranks in turn."""
     found: dict[int, list[int]] = {}
-    for rank in range(launch.ranks):
-        for line in (launch.logs / f"{rank}.jsonl").read_text().splitlines():
+    for file in sorted(launch.logs.glob("*.jsonl")):
+        for line in file.read_text().splitlines():
             row = json.loads(line)
             if row["step"] <= last:
                 found.setdefault(row["step"], []).extend(row["ids"])
@@ -220,9 +73,9 @@ def count(steps: dict[int, list[int]], reference: dict[int, list[int]]) -> str:
     lost = sum(max(0, EPOCHS - seen[number]) for number in range(IMAGES))
     again = sum(max(0, times - EPOCHS) for times in seen.values())
     if steps == reference:
-        order = "same order"
-    elif {k: sorted(v) for k, v in steps.items()} == {k: sorted(v) for k, v in reference.items()}:
-        order = "same batches"
+        return "exact" if not lost + again else f"{lost:,} lost, {again:,} repeated"
+    if {k: sorted(v) for k, v in steps.items()} == {k: sorted(v) for k, v in reference.items()}:
+        order = "same batches, other places in them"
     else:
         order = "other order"
     return f"{lost:,} lost, {again:,} repeated, {order}"
@@ -244,9 +97,9 @@ def examine(peer: Peer, work: Path) -> dict[str, str]:
     whole = launch("undisturbed")
     fault = run(peer, whole)
     if fault:
-        return {"undisturbed": shorten(fault)}
+        return {"undisturbed": fault_of(whole, fault)}
     reference = read_steps(whole)
-    cells["undisturbed"] = count(reference, reference).rpartition(",")[0]
+    cells["undisturbed"] = count(reference, reference)
 
     first = launch("first")
     run(peer, first, rng.randrange(10, STEPS // 2))
@@ -263,13 +116,13 @@ def examine(peer: Peer, work: Path) -> dict[str, str]:
             options = {"ranks": 1, "workers": 4}  # its documented condition: ranks x workers stay
         again, fault = resumed(name, **options)
         steps = before | read_steps(again) if not fault else {}
-        cells[name] = shorten(fault) or count(steps, reference)
+        cells[name] = fault_of(again, fault) or count(steps, reference)
 
     again, _ = resumed("twice", kill_at=rng.randrange(STEPS // 2, STEPS - 10) - step)
     second = json.loads((again.saved / "last").read_text())[0]
     middle = read_steps(again, second)
     fault = run(peer, again)
-    cells["twice"] = shorten(fault) or count(before | middle | read_steps(again), reference)
+    cells["twice"] = fault_of(again, fault) or count(before | middle | read_steps(again), reference)
 
     stored = files[VICTIM].read_bytes()
     for name in ("flipped", "cut"):
@@ -283,7 +136,9 @@ def examine(peer: Peer, work: Path) -> dict[str, str]:
         shard.write_bytes(damaged)
         shutil.rmtree(folder / "cache", ignore_errors=True)
         spoiled = launch(name)
-        cells[name] = judge(spoiled, run(peer, spoiled))
+        cells[name], said = judge(spoiled, run(peer, spoiled))
+        if said:
+            cells[f"{name}, message"] = said
         shard.write_bytes(intact)
     return cells
 
@@ -310,29 +165,46 @@ def flip(stored: bytes) -> int:
     raise SystemExit("no byte of this image matters")
 
 
-def judge(launch: Launch, fault: str) -> str:
-    """Say what became of a damaged set: refused, trained on, or left out."""
-    steps, bad = read_steps(launch) if not fault else {}, wrong(launch)
-    logs = [file.read_text() for file in launch.logs.glob("*.jsonl")]
-    done = min((text.count("\n") for text in logs), default=0)
-    trained = f"{len(bad)} wrong image{'s' * (len(bad) != 1)} trained on" if bad else ""
+def judge(launch: Launch, fault: str) -> tuple[str, str]:
+    """Say what became of a damaged set, refused, trained on or left out; and the message."""
+    bad, steps = wrong(launch), read_steps(launch)
+    said = last_message(launch)
     if fault:
-        when = f"stops after {done} steps" if done else "refused before the first step"
-        parts = [when, trained, shorten(fault)]
+        done = min(map(len, steps.values()), default=0) and max(steps, default=0)
+        parts = [f"stops after {done} steps" if done else "refused before the first step"]
+        if fault == "hangs":
+            parts = [f"hangs after {done} steps" if done else "hangs before the first step"]
+        elif not said:
+            said = fault
     else:
-        said = any(
-            word in file.read_text().lower()
-            for file in launch.logs.glob("*.stderr")
-            for word in ("error", "exception", "corrupt", "truncated")
-        )
-        parts = [trained, count(steps, steps).rpartition(",")[0]]
-        parts.append("with a line" if said else "without a line")
-    return "; ".join(part for part in parts if part)
+        seen = {number for ids in steps.values() for number in ids}
+        parts = [f"{IMAGES - len(seen):,} images left out"] * (len(seen) < IMAGES)
+        parts += [] if said else ["no message"]
+    if bad:
+        parts.insert(0, f"trains on {len(bad)} wrong image{'s' * (len(bad) != 1)}")
+    return ", ".join(parts), said
+
+
+def fault_of(launch: Launch, fault: str) -> str:
+    """Return the cell of a run that failed: the kind of its error, or "hangs"."""
+    return fault and f"fails: `{last_message(launch) or shorten(fault)}`"
+
+
+def last_message(launch: Launch) -> str:
+    """Return the last line of the ranks' output that names an error, without folders."""
+    found = ""
+    for file in sorted(launch.logs.glob("*.stderr")):
+        for line in file.read_text(errors="replace").splitlines():
+            if re.match(r"[\w.]*(Error|Exception|Corrupt\w*)\b", line) and "gloo" not in line:
+                found = line
+    for folder in (launch.folder, launch.folder.parent.parent):
+        found = found.replace(f"{folder}/", "")
+    return shorten(found)
 
 
 def shorten(fault: str) -> str:
     line = fault.strip().splitlines()[-1].replace("|", "/") if fault.strip() else ""
-    return f"`{line[:117]}...`" if len(line) > 120 else f"`{line}`" if line else ""
+    return line if len(line) <= 150 else f"{line[:147]}..."
 
 
 # -- all of them ---------------------------------------------------------------------------------
@@ -350,6 +222,11 @@ def make_images(folder: Path) -> None:
         decoded.append(pixels(out.getvalue(), "jpg"))
     array: NDArray[np.uint8] = np.stack(decoded)
     np.save(folder / "expected.npy", array)
+
+
+def commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def examine_elsewhere(name: str, folder: Path) -> tuple[str, dict[str, str]]:
@@ -395,11 +272,17 @@ def main() -> None:
             began = time.monotonic()
             columns[name] = examine_elsewhere(name, scratch)
             print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    print(f"Two ranks, two workers each, {IMAGES} images, {EPOCHS} epochs; commit {commit()}.\n")
     print(f"| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     print(f"| version | {' | '.join(shown for shown, _ in columns.values())} |")
     for row, title in ROWS.items():
         cells = [cells.get(row, "") for _, cells in columns.values()]
         print(f"| {title} | {' | '.join(cells)} |")
+    print()
+    for row in ("flipped", "cut"):
+        for name, (_, found) in columns.items():
+            if said := found.get(f"{row}, message"):
+                print(f"* {ROWS[row]}, {name}: `{said}`")
 
 
 if __name__ == "__main__":

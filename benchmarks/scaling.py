@@ -21,7 +21,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from loader import fashion_mnist, machine, prepare, spread
+from loader import machine, spread
+from pictures import fashion_mnist, prepare
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config.loading import load

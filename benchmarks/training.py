@@ -31,10 +31,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from loader import as_files, fashion_mnist, image_folder, machine, prepare, spread, stock_webdataset
+from loader import machine, spread
+from peers import Place, image_folder, stock_webdataset
+from pictures import as_files, fashion_mnist, prepare
 from torch import Tensor, nn
-
-from pipeline.data.shards import read_index
 
 Z, WIDTH = 100, 64
 WARM_UP = 3  # steps in which kernels are chosen, buffers allocated and queues filled
@@ -117,11 +117,13 @@ def endless(make: Callable[[], Iterable[Any]]) -> Iterator[Tensor]:
 
 def measure_reference(name: str, folder: Path, batch: int, steps: int, workers: int) -> float:
     """Measure the images per second of a baseline, in this process."""
+    place = Place(workers=workers, rows=batch)
     if name == "webdataset":
-        index = read_index(str(folder / "jpg"))
-        images = endless(lambda: stock_webdataset(index, workers, batch))
+        shards = stock_webdataset.open_feed(folder / "jpg", "jpg", place)
+        images = endless(lambda: shards.epoch(0))
     else:
-        images = endless(lambda: image_folder(folder / "files", workers, batch))
+        files = image_folder.open_feed(folder / "files", "png", place)
+        images = endless(lambda: files.epoch(0))
     done = reference_steps(images, Accelerator() if name == "Accelerate" else None)
     for _ in range(WARM_UP):
         next(done)

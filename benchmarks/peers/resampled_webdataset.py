@@ -16,7 +16,8 @@ PACKAGES, FORMATS, pack = stock_webdataset.PACKAGES, stock_webdataset.FORMATS, s
 class Feed(stock_webdataset.Feed):
     def __init__(self, folder: Path, suffix: str, place: Place) -> None:
         super().__init__(folder, suffix, place, resampled=True)
-        rows = sum(1 for file in folder.glob("*.tar") for _ in wds.TarDataset(str(file)))
+        urls = [str(path) for path in folder.glob("*.tar")]
+        rows = sum(1 for _ in wds.WebDataset(urls, shardshuffle=False))
         self.per_epoch = rows // (place.rows * place.ranks)
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
