@@ -33,10 +33,12 @@ def pack(files: Sequence[Path], folder: Path, per_shard: int) -> None:
 class Feed:
     def __init__(self, folder: Path, suffix: str, place: Place, *, resampled: bool = False) -> None:
         urls = sorted(str(path) for path in folder.glob("*.tar"))
-        split = {} if resampled else {"nodesplitter": wds.split_by_node}
         dataset = (
             wds.WebDataset(
-                urls, resampled=resampled, shardshuffle=not resampled and len(urls), **split
+                urls,
+                resampled=resampled,
+                shardshuffle=not resampled and len(urls),
+                nodesplitter=wds.split_by_node,
             )
             .shuffle(1000)
             .decode("pil")
