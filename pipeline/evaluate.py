@@ -45,6 +45,7 @@ from os.path import realpath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.config.choices import OF_TORCH_FIDELITY
 from pipeline.config.loading import load
 from pipeline.config.schema import Config
 from pipeline.papers import probe
@@ -186,7 +187,12 @@ def parse(words: list[str]) -> argparse.Namespace:
     add_command = partial(commands.add_parser, formatter_class=HelpFormatter)
     score = add_command("score", prog=parser.prog, help="score checkpoints, or a set of images")
     reference = add_command("reference", help="compute the reference file of the real images")
-    fetch = add_command("fetch-weights", help="download the weights of Inception into a folder")
+    fetch = add_command("fetch-weights", help="download the weights of an extractor into a folder")
+    which = "whose weights (default: %(default)s)"
+    choices = [name for name in OF_TORCH_FIDELITY if name != "inception-v3-compat"]
+    fetch.add_argument(
+        "--extractor", choices=choices, default="inception", metavar="NAME", help=which
+    )
     fetch.add_argument(
         "--to", type=Path, required=True, metavar="DIR", help="folder to put the weights file into"
     )
@@ -297,10 +303,11 @@ def main() -> None:
         if options.command == "probe":
             return probe.main(options)
         if options.command == "fetch-weights":
-            from pipeline.evaluation.pretrained import fetch_inception
+            from pipeline.evaluation.pretrained import fetch_weights
 
             with signals.exit_on_interrupt("interrupted: no file was written"):
-                print(f"eval.extractor_weights={fetch_inception(options.to).resolve()}")
+                file = fetch_weights(options.extractor, options.to).resolve()
+                print(f"eval.extractor_weights={file}")
             return
         config = configuration(options)
     size = config.eval.batch_size

@@ -26,7 +26,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from pipeline.config import rules, yaml_file
-from pipeline.config.schema import EXTRACTORS, Config, flatten, without_credentials
+from pipeline.config.choices import EXTRACTORS
+from pipeline.config.schema import Config, flatten, without_credentials
 from pipeline.config.values import (
     NULLS,
     Misfit,

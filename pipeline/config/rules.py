@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pipeline.config.choices import EXTRACTORS, METRICS
 from pipeline.config.recipe import POLICIES
-from pipeline.config.schema import DCGAN_SIZES, EXTRACTORS, METRICS, SIZES, Config, flatten
+from pipeline.config.schema import DCGAN_SIZES, SIZES, Config, flatten
 from pipeline.config.values import show
 from pipeline.runtime.text import has_login
 
@@ -102,7 +103,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("at most 128 characters", is_wandb_name, "tracking.name tracking.group"),
     ("at most 128 characters without / \\ # ? % :", is_wandb_project, "tracking.project"),
     ("of tags with 1 to 64 characters", are_wandb_tags, "tracking.tags"),
-    ("inception, efficientnet-lite0 or module:Class", _is_extractor, "eval.extractor"),
+    (f"one of {', '.join(EXTRACTORS)} or module:Class", _is_extractor, "eval.extractor"),
     ("a local file", lambda v: "://" not in v, "eval.extractor_weights eval.reference train.init"),
     ("between 1 and 86400", lambda v: 1 <= v <= 86400, "train.rank_timeout"),
     ("of different numbers between 0 and 2**63 - 1", _are_seeds, "eval.seeds"),

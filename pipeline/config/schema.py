@@ -24,8 +24,6 @@ T = TypeVar("T")
 SIZES = (8, 256)
 """The smallest and the largest ``model.image_size``, of the mlp."""
 DCGAN_SIZES = (32, 64, 128, 256)
-EXTRACTORS = ("inception", "efficientnet-lite0")
-METRICS = ("fid", "kid", "is", "prc", "density_coverage", "mind", "memorization", "class_fid")
 
 
 def _may_change(default: T) -> T:
@@ -236,10 +234,11 @@ class TrackingConfig:
 class EvalConfig:
     extractor: str = _may_change("inception")
     """Feature extractor: inception (FID, IS and KID comparable with published ones),
-    efficientnet-lite0 (needs no download), or module:Class for your own."""
+    efficientnet-lite0 (needs no download), another one of torch-fidelity (e.g. dinov2-vit-l-14), or
+    module:Class for your own."""
     extractor_weights: str = _may_change("")
-    """Local file with the extractor's weights; "" = Inception's in torch's hub cache, downloaded if
-    missing, or those of the package."""
+    """Local file with the extractor's weights, or a folder that has it; "" = in torch's hub cache,
+    downloaded if missing, or those of the package."""
     layer: str = _may_change("")
     """Feature layer to compare; "" = the extractor's default (2048 or 1280 features)."""
     metrics: list[str] = field(default_factory=list, metadata={"may_change": True})

