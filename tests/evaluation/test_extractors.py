@@ -156,14 +156,15 @@ def test_wrong_weights_under_any_name_say_how_to_get_the_right_ones(tmp_path: Pa
     """The remedy depends on the expected file, not on the name that the user gave it."""
     path = tmp_path / "w.pth"
     path.write_bytes(b"other")
+    of = pretrained.published("inception")
     with pytest.raises(EvaluationError, match=r"must be 6726825d.*fetch-weights --to DIR"):
-        pretrained.read_verified(path, pretrained.INCEPTION_SHA256)
+        pretrained.read_verified(path, of.sha256, of.how_to_get)
     with pytest.raises(EvaluationError, match="Install its package again"):
         pretrained.read_verified(path, pretrained.EFFICIENTNET_SHA256)
     path.unlink()
     path.symlink_to("/dev/zero")
     with pytest.raises(EvaluationError, match=r"is no regular file\. On a machine with a network"):
-        pretrained.read_verified(path, pretrained.INCEPTION_SHA256)
+        pretrained.read_verified(path, of.sha256, of.how_to_get)
 
 
 def test_a_missing_file_says_how_to_bring_it(accelerator: Accelerator, tmp_path: Path) -> None:
