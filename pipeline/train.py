@@ -55,7 +55,8 @@ def train(config: Config) -> bool:
     accelerator = launch.make_accelerator(precision, config.train.rank_timeout)
     launch.require_equal_precision(accelerator, precision)
     launch.warn_about_missing_processes(accelerator)
-    hardware.configure_kernels(accelerator.device, config.train.deterministic)
+    kernels = config.train.deterministic, config.train.exact_sum
+    hardware.configure_kernels(accelerator.device, *kernels)
     ranks = accelerator.num_processes
     micro_batch, accumulation = micro_batching(config, ranks)
     require_memory(config, ranks, hardware.local_world_size(), memory())

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.config.choices import EXTRACTORS, METRICS
 from pipeline.config.recipe import POLICIES
-from pipeline.config.schema import DCGAN_SIZES, SIZES, Config, flatten
+from pipeline.config.schema import DCGAN_SIZES, SIZES, Config, TrainConfig, flatten
 from pipeline.config.values import show
 from pipeline.runtime.text import has_login
 
@@ -189,6 +189,7 @@ def _conflicts(config: Config) -> list[str]:
             f"stability.penalty_share ({stability.penalty_share}): must be 1 unless model.d_norm "
             "is none or spectral: BatchNorm needs the whole micro-batch",
         ),
+        *_exact_sum_conflicts(train),
         (
             train.init and config.run.fork,
             f"train.init ({show(train.init)}): must be empty with run.fork, which keeps the step",
@@ -221,3 +222,30 @@ def _conflicts(config: Config) -> list[str]:
         ),
     )
     return [line for broken, line in rules if broken]
+
+
+def _exact_sum_conflicts(train: TrainConfig) -> tuple[tuple[bool, str], ...]:
+    """Return the rules of ``train.exact_sum``: whether each is broken, and its line."""
+    exact, also = train.exact_sum, "with train.exact_sum"
+    return (
+        (
+            exact and train.micro_batch is None,
+            f"train.micro_batch (null): must be set {also}: by default it depends on the number of "
+            "ranks, and BatchNorm normalises each micro-batch by itself",
+        ),
+        (
+            exact and train.precision == "fp16",
+            f"train.precision (fp16): must be bf16 or fp32 {also}: scaled gradients are too large "
+            "to be added as integers",
+        ),
+        (
+            exact and train.sync_batchnorm,
+            f"train.sync_batchnorm (true): must be false {also}: its statistics are sums of floats "
+            "over all ranks",
+        ),
+        (
+            exact and train.compile,
+            f"train.compile (true): must be false {also}: compiled kernels depend on whether a "
+            "micro-batch is the only one of its rank",
+        ),
+    )

@@ -171,6 +171,11 @@ class TrainConfig:
     mirror: bool = False
     """Flip each training image left to right with probability 1/2, independently each time that it
     is read. References of evaluations are not flipped."""
+    exact_sum: bool = False
+    """Sum gradients and losses as integers, so that G, D and G_ema have the same bits on any number
+    of ranks, and across resumes on other numbers. Needs micro_batch, and fp32 or bf16. On CPUs each
+    rank then computes with one thread; on GPUs deterministic is implied. The ranks must have the
+    same type of processor or GPU."""
     ema_decay: float = 0.999
     """Decay of the weight average, in [0, 1): G_ema <- decay * G_ema + (1 - decay) * G after each
     step; 0 = G_ema is a copy of G."""

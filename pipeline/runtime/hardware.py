@@ -40,13 +40,22 @@ def _cpu_flags() -> set[str]:
     return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
-def configure_kernels(device: torch.device, deterministic: bool) -> None:
+def configure_kernels(device: torch.device, deterministic: bool, exact: bool = False) -> None:
     """Select deterministic kernels on a GPU, or let cuDNN choose the fastest by benchmark.
 
     Two benchmarks may choose different kernels, and some of the fastest add in the order in which
-    threads arrive. No-op on CPUs, where every kernel in use is deterministic.
+    threads arrive. On CPUs every kernel in use is deterministic for a given number of threads.
+
+    Args:
+        device: of this process.
+        deterministic: select deterministic kernels.
+        exact: ``train.exact_sum``: deterministic kernels, and one thread on a CPU, because kernels
+            add up the parts of their threads.
     """
+    deterministic = deterministic or exact
     if device.type != "cuda":
+        if exact:
+            torch.set_num_threads(1)
         return
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:

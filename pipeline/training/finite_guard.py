@@ -11,6 +11,8 @@ from torch import Tensor, nn, optim
 from pipeline.runtime.errors import NonFiniteLoss
 
 NETWORKS = "DG"
+LIMIT = 2.0**13
+"""Gradients and losses of a micro-batch must be below it to be summed as integers."""
 
 
 class FiniteGuard:
@@ -37,24 +39,29 @@ class FiniteGuard:
     ) -> None:
         self.rank, self.world_size = rank, world_size
         self._tripped = torch.zeros((), device=device)
-        # Of the first fault on this rank: 2 * step + index into NETWORKS; -1 before one.
+        # Of the first fault on this rank: 4 * step + 2 * (whether a gradient was too large) + index
+        # into NETWORKS; -1 before one.
         self._first = torch.full((), -1, dtype=torch.int64, device=device)
         for optimizer in optimizers:
             optimizer.found_inf = self._tripped  # type: ignore[attr-defined]
 
-    def check(self, loss: Tensor, name: str, step: int) -> None:
+    def check(self, loss: Tensor, name: str, step: int, peak: Tensor | None = None) -> None:
         """Check a loss before its gradients are applied. All ranks call it in the same order.
 
         Args:
             loss: float scalar on the device.
             name: ``D`` or ``G``, the network that the loss trains.
             step: number of the step, for the message.
+            peak: largest absolute value that was summed as an integer, which must be below
+                ``LIMIT``; a scalar on the device.
 
         Raises:
             NonFiniteLoss: on a CPU, see ``raise_if_tripped``.
         """
         bad = ~torch.isfinite(loss.detach())
-        fault = 2 * step + NETWORKS.index(name)
+        fault = 4 * step + NETWORKS.index(name) + torch.where(bad, 0, 2)
+        if peak is not None:
+            bad = bad | ~(peak < LIMIT)  # also NaN
         # In place, because the optimizers hold the flag; without a copy to the host, which would
         # wait for the GPU.
         self._first.copy_(torch.where(bad & (self._first < 0), fault, self._first))
@@ -72,9 +79,13 @@ class FiniteGuard:
         """
         if not self._tripped.item():
             return
-        step, network = divmod(int(self._first.item()), 2)
+        step, kind = divmod(int(self._first.item()), 4)
+        name = f"loss/{NETWORKS[kind % 2]} became NaN or infinite"
+        if kind > 1:
+            name = f"loss/{NETWORKS[kind % 2]} or a gradient of it became NaN or reached {LIMIT:g}"
+            name += ", the most that train.exact_sum can add"
         where = (
-            f"loss/{NETWORKS[network]} became NaN or infinite at step {step} on rank {self.rank}"
+            f"{name} at step {step} on rank {self.rank}"
             if step >= 0
             else "a loss became NaN or infinite on another rank"
         )

@@ -11,7 +11,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from pipeline.runtime.errors import ConfigError
 from pipeline.runtime.ranks import node_name
 from pipeline.training.diffaugment import augment
 from pipeline.training.finite_guard import FiniteGuard
+from pipeline.training.gradients import ExactMean, FloatMean
 from pipeline.training.losses import (
     DISCRIMINATOR_LOSSES,
     GENERATOR_LOSSES,
@@ -45,8 +46,8 @@ log = logging.getLogger("pipeline")
 class GAN:
     """G, D, G_ema and the optimizers of one rank.
 
-    ``G`` and ``D`` are the bare networks. The updates go through their DDP wrappers, ``_G`` and
-    ``_D``, which all-reduce gradients.
+    ``G`` and ``D`` are the bare networks. The updates go through ``_G`` and ``_D``: their DDP
+    wrappers, which all-reduce gradients, or with ``train.exact_sum`` the networks themselves.
 
     Args:
         config: the whole configuration; the first weights are a function of ``run.seed``.
@@ -87,8 +88,13 @@ class GAN:
         with warnings.catch_warnings():
             # torch 2.15 renamed this option of DDP; accelerate passes it by the old name.
             warnings.filterwarnings("ignore", ".*`broadcast_buffers` is deprecated", FutureWarning)
-            prepared = accelerator.prepare(self.G, self.D, opt_G, opt_D)
-        self._G, self._D, self.opt_G, self.opt_D = prepared
+            exact = config.train.exact_sum  # in evaluation mode Accelerate does not wrap in DDP
+            self._G = accelerator.prepare_model(self.G, evaluation_mode=exact)
+            self._D = accelerator.prepare_model(self.D, evaluation_mode=exact)
+        self.opt_G, self.opt_D = accelerator.prepare(opt_G, opt_D)
+        mean = ExactMean if exact else FloatMean
+        self._mean_G = mean(accelerator, self._G, accumulation, num_terms=1)
+        self._mean_D = mean(accelerator, self._D, accumulation, num_terms=3)
         if config.train.compile:
             if line := compile_cache.use(Path(config.run.dir).expanduser(), node_name()):
                 log.warning(line)
@@ -120,11 +126,13 @@ class GAN:
 
         Returns:
             (3,) float32 on the device: D's loss without the penalties R1 and R2, mean D(x) and mean
-            D(G(z)), each averaged over the micro-batches of this rank.
+            D(G(z)), each averaged over the micro-batches of this rank, or with ``train.exact_sum``
+            of all ranks.
 
         Raises:
-            NonFiniteLoss: the objective is NaN or infinite on any rank; D is unchanged. On a GPU
-                ``guard.raise_if_tripped`` raises it later.
+            NonFiniteLoss: the objective is NaN or infinite on any rank, or with ``train.exact_sum``
+                a gradient does not fit; D is unchanged. On a GPU ``guard.raise_if_tripped`` raises
+                it later.
         """
         if self.config.train.compile and self.config.train.compile_mode == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
@@ -134,8 +142,6 @@ class GAN:
         weight = 0 if number % stability.r1_every else stability.r1_every / 2
         r1_weight = weight * self.schedules.at("stability.r1_gamma", step)
         r2_weight = weight * self.schedules.at("stability.r2_gamma", step)
-        terms = torch.zeros(3, device=self.accelerator.device)
-        objective_total = torch.zeros((), device=self.accelerator.device)
         self._fake = None
         for k, (x, noise) in enumerate(zip(real, z, strict=True)):
             fake = self._generate_for_D(noise, turn).detach()
@@ -144,18 +150,16 @@ class GAN:
             if r1_weight or r2_weight:
                 directions = self._micro_batch_rng("directions", step, turn, k)
             place = classes, generator, directions
-            with self._no_sync_before_the_last(self._D, k):
+            with self._mean_D.micro_batch(k):
                 # Two passes: BatchNorm must not mix the statistics of real and generated images.
                 real_logits, r1 = self._penalised(x, *place, r1_weight)
                 fake_logits, r2 = self._penalised(fake, *place, r2_weight)
                 loss = self._loss_D(real_logits, fake_logits, stability.label_smoothing)
-                objective = loss + r1 + r2
-                self.accelerator.backward(objective / self.accumulation)
-            with torch.no_grad():
-                scores = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
-                terms += torch.stack([loss, *scores]) / self.accumulation
-                objective_total += objective / self.accumulation
-        self.guard.check(objective_total, "D", step)
+                with torch.no_grad():
+                    scores = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
+                self._mean_D.backward(loss + r1 + r2, loss, *scores)
+        objective, terms, peak = self._mean_D.finish()
+        self.guard.check(objective, "D", step, peak)
         if self.watch.due(step):
             self.watch.see_update("D", self.D)
             self.watch.see_images(real[-1], fake, (real_logits, fake_logits))
@@ -184,31 +188,30 @@ class GAN:
                 is paired with G(z) of row i.
 
         Returns:
-            G's loss, a float32 scalar on the device, averaged over the micro-batches of this rank.
+            G's loss, a float32 scalar on the device, averaged as the terms of ``update_D`` are.
 
         Raises:
             NonFiniteLoss: as ``update_D``; G is unchanged.
         """
-        total = torch.zeros((), device=self.accelerator.device)
         # D passes gradients on to G. Its own weights' gradients are not computed or all-reduced.
         self.D.requires_grad_(False)
         for k, noise in enumerate(z):
             generator, classes = self._draws("G", step, 0, k), y[k] if y else None
-            with self._no_sync_before_the_last(self._G, k):
+            with self._mean_G.micro_batch(k):
                 pair = (self._judge_real(real[k], classes, generator),) if self._is_paired else ()
                 fake = self._G(noise) if self._fake is None else self._fake
                 loss = self._loss_G(self._logits(self.D, fake, classes, generator), *pair)
-                self.accelerator.backward(loss / self.accumulation)
-            total += loss.detach() / self.accumulation
+                self._mean_G.backward(loss, loss)
         self._fake = None
         self.D.requires_grad_(True)
-        self.guard.check(total, "G", step)
+        objective, terms, peak = self._mean_G.finish()
+        self.guard.check(objective, "G", step, peak)
         if self.watch.due(step):
             self.watch.see_update("G", self.G)
         self.schedules.set_rates(self.opt_G, "optim.g_lr", step)
         self.opt_G.step()
         self.opt_G.zero_grad(set_to_none=True)
-        return total
+        return terms[0]
 
     def update_average(self, step: int) -> None:
         """Update the moving average: G_ema <- decay * G_ema + (1 - decay) * G."""
@@ -309,10 +312,3 @@ class GAN:
             return images
         self._fake = self._G(noise)
         return self._fake
-
-    def _no_sync_before_the_last(self, network: nn.Module, k: int) -> AbstractContextManager[Any]:
-        """Let DDP all-reduce on the last micro-batch only; earlier ones run under ``no_sync``."""
-        if k + 1 == self.accumulation:
-            return nullcontext()
-        context: AbstractContextManager[Any] = self.accelerator.no_sync(network)
-        return context

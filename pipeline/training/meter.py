@@ -19,10 +19,14 @@ class Meter:
     Args:
         accelerator: the ranks whose losses are averaged.
         images_per_step: real images that all ranks together see in one step.
+        exact: the losses are means over all ranks already (``train.exact_sum``).
     """
 
-    def __init__(self, accelerator: Accelerator, images_per_step: int) -> None:
+    def __init__(
+        self, accelerator: Accelerator, images_per_step: int, *, exact: bool = False
+    ) -> None:
         self._accelerator, self._images_per_step = accelerator, images_per_step
+        self._exact = exact
         self.reset()
 
     def reset(self) -> None:
@@ -62,10 +66,14 @@ class Meter:
         ``perf/data_wait`` (a share) are of the time without upkeep; ``perf/upkeep`` is a share of
         all time. ``memory/peak_gib`` is of this rank since the last row.
         """
-        means = mean_over_ranks(self._accelerator, self._sums / max(1, self._steps)).tolist()
+        means = self._sums / max(1, self._steps)
+        if not self._exact:
+            means = mean_over_ranks(self._accelerator, means)
         elapsed = time.perf_counter() - self._since
         training = elapsed - self._upkeep
-        values = dict(zip(("loss/G", "loss/D", "scores/real", "scores/fake"), means, strict=True))
+        values = dict(
+            zip(("loss/G", "loss/D", "scores/real", "scores/fake"), means.tolist(), strict=True)
+        )
         values |= {
             "perf/images_per_sec": self._steps * self._images_per_step / training,
             "perf/data_wait": self._data_wait / training,

@@ -56,7 +56,7 @@ class Run:
         self.is_main = accelerator.is_main_process
         self.folder: RunFolder | None = None
         self.id = on_rank_zero(accelerator, self._open_folder)
-        self.meter = Meter(accelerator, config.images_per_step)
+        self.meter = Meter(accelerator, config.images_per_step, exact=config.train.exact_sum)
         limit = timedelta(seconds=config.train.rank_timeout)
         self._agreement = signals.Agreement(accelerator.num_processes, limit)
         self._stop, self._save_by_clock = False, False

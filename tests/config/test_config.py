@@ -370,6 +370,7 @@ def test_a_wrong_type_or_form_is_refused(write, override, reason):
         ("train.micro_batch=0", "must divide data.batch_size (128) evenly"),
         ("train.micro_batch=48", "must divide data.batch_size (128) evenly"),
         ("train.micro_batch=1", "at least 2 images"),
+        ("train.exact_sum=true", "train.micro_batch (null): must be set with train.exact_sum"),
         ("train.total_steps=0", "at least 1"),
         ("train.checkpoint_minutes=-1", "0 or more"),
         ("optim.d_steps=0", "at least 1"),
@@ -400,6 +401,9 @@ def test_an_impossible_value_is_refused(write, override, reason):
     assert reason in message
 
 
+EXACT = ("train.micro_batch=16", "train.exact_sum=true")
+
+
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
@@ -423,11 +427,15 @@ def test_an_impossible_value_is_refused(write, override, reason):
         ),
         (["train.init=/a", "run.fork=/b"], "must be empty with run.fork, which keeps the step"),
         (["model.architecture=mlp", "model.image_size=7"], "must be between 8 and 256"),
+        *(
+            ([*EXACT, value], "must be")
+            for value in ("train.precision=fp16", "train.sync_batchnorm=true", "train.compile=true")
+        ),
     ],
 )
 def test_an_impossible_combination_is_refused(write, overrides, reason):
-    """The first value is allowed, the second not beside it."""
-    load(write(""), overrides[:1])
+    """The first values are allowed, the last not beside them."""
+    load(write(""), overrides[:-1])
     with pytest.raises(ConfigError, match=re.escape(reason)):
         load(write(""), overrides)
 
