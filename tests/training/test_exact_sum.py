@@ -87,7 +87,7 @@ def _trained(config: Config, steps: int) -> tuple[GAN, list[float]]:
             y = labels.split(micro_batch) if config.model.num_classes else None
             terms.append(gan.update_D(x.split(micro_batch), noise, step, y, turn))
         loss = gan.update_G(noise, step, y, x.split(micro_batch))
-        gan.update_average()
+        gan.update_average(step)
         meter.add(loss, terms)
     row = meter.row(steps)
     return gan, [row[key] for key in ("loss/G", "loss/D", "scores/real", "scores/fake")]
