@@ -15,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.changes import fixed_differences
 from pipeline.config.loading import dump, load
 from pipeline.config.recipe import ACCEPTABLE
-from pipeline.config.schema import Config, fixed_differences, flatten
+from pipeline.config.schema import Config, flatten
 from pipeline.runs import checkpoint, wandb_names
 from pipeline.runs.identity import (
     damage_of,

@@ -16,7 +16,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from pipeline.config.schema import Config, fixed_differences, flatten, without_credentials
+from pipeline.config.changes import fixed_differences
+from pipeline.config.schema import Config, flatten, without_credentials
 from pipeline.data.order import Order
 from pipeline.data.shards import Index
 from pipeline.models.sampling import generator_id, make_sampler, sample_grid

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.config.changes import fixed_differences
 from pipeline.config.loading import dump, load
 from pipeline.config.schema import (
     Config,
     StabilityConfig,
-    fixed_differences,
     flatten,
 )
 from pipeline.config.sizes import micro_batching
