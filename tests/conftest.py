@@ -36,6 +36,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from the tests and what they start, unless the tests for them are asked for."""
+    if "gpu" not in config.getoption("markexpr").replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pixels_of(sample: int, shape: Shape) -> np.ndarray:
     """The image of a sample: noise, a function of its id alone; uint8 of ``shape``."""
     return np.random.default_rng(sample).integers(0, 256, shape, dtype=np.uint8)

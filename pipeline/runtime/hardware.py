@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -65,15 +66,25 @@ def configure_kernels(device: torch.device, deterministic: bool, exact: bool = F
 
 @contextmanager
 def deterministic_fp32() -> Iterator[None]:
-    """Compute in deterministic fp32: on GPUs without TF32 and without cuDNN benchmarks."""
-    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, products.allow_tf32
+    """Compute in deterministic fp32: without TF32, bf16 products or cuDNN benchmarks.
+
+    ``torch.backends.fp32_precision`` and its kin set the precision of whole libraries. What is set
+    for single operators, as here, wins over them. The old switches (``allow_tf32``) do not.
+    """
+    cudnn: Any = torch.backends.cudnn
+    products, mkldnn = torch.backends.cuda.matmul, cast(Any, torch.backends.mkldnn)
+    operators: tuple[Any, ...] = (cudnn.conv, cudnn.rnn, products, mkldnn.conv, mkldnn.matmul)
+    before = [operator.fp32_precision for operator in operators]
+    benchmark, deterministic = cudnn.benchmark, cudnn.deterministic
     cudnn.benchmark, cudnn.deterministic = False, True
-    cudnn.allow_tf32 = products.allow_tf32 = False
+    for operator in operators:
+        operator.fp32_precision = "ieee"
     try:
         yield
     finally:
-        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, products.allow_tf32 = before
+        cudnn.benchmark, cudnn.deterministic = benchmark, deterministic
+        for operator, precision in zip(operators, before, strict=True):
+            operator.fp32_precision = precision
 
 
 def use_all_cores() -> None:

@@ -98,8 +98,10 @@ class GAN:
         if config.train.compile:
             if line := compile_cache.use(Path(config.run.dir).expanduser(), node_name()):
                 log.warning(line)
-            self.G.compile(mode=config.train.compile_mode)
-            self.D.compile(mode=config.train.compile_mode)
+            # Batches have one size. G and D share the code of Accelerate's wrapper, whose second
+            # caller would be compiled for any batch, channels and size without dynamic=False.
+            for network in (self.G, self.D):
+                network.compile(mode=config.train.compile_mode, dynamic=False)
         self._loss_D = DISCRIMINATOR_LOSSES[config.model.loss]
         self._loss_G = GENERATOR_LOSSES[config.model.loss]
         self._is_paired = config.model.loss in PAIRED

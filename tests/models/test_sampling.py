@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -160,24 +162,30 @@ def test_samples_and_statistics_are_fp32_in_full(
     weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No TF32 and no kernels by trial, whatever training has set; and its settings come back."""
-    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    cudnn, whole = torch.backends.cudnn, torch.backends
+    operators: list[Any] = [cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
 
-    def now() -> tuple[bool, ...]:
-        return cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, products.allow_tf32
+    def now() -> tuple[object, ...]:
+        precisions = [operator.fp32_precision for operator in operators]
+        return cudnn.benchmark, cudnn.deterministic, *precisions
 
-    seen: list[tuple[bool, ...]] = []
+    seen: list[tuple[object, ...]] = []
     forward = Generator.forward
     monkeypatch.setattr(Generator, "forward", lambda *x: (seen.append(now()), forward(*x))[1])
     before = now()
-    training = (True, False, True, True)
     try:
-        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, products.allow_tf32 = training
+        cudnn.benchmark, cudnn.deterministic = True, False
+        whole.fp32_precision = "tf32"  # type: ignore[attr-defined]
+        training = now()
         draw_images(make_sampler(MODEL, weights), z_rows(MODEL, 0, "images", 0, 5))
         assert now() == training
     finally:
-        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, products.allow_tf32 = before
+        whole.fp32_precision = "none"  # type: ignore[attr-defined]
+        cudnn.benchmark, cudnn.deterministic = before[:2]
+        for operator, precision in zip(operators, before[2:], strict=True):
+            operator.fp32_precision = precision
     assert len(seen) > STATISTICS_BATCHES
-    assert set(seen) == {(False, True, False, False)}
+    assert set(seen) == {(False, True, "ieee", "ieee", "ieee")}
 
 
 def test_to_uint8_rounds_and_clamps() -> None:
