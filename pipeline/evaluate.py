@@ -7,6 +7,7 @@
     python -m pipeline.evaluate --checkpoint G.onnx --against B            # any G; no run
     python -m pipeline.evaluate --images A --against B         # any two sets of images; no run
     python -m pipeline.evaluate --run runs/x --images DIR      # any images, by the run's protocol
+    python -m pipeline.evaluate --table runs/*       # the best scores of all runs side by side
     python -m pipeline.evaluate reference --config configs/dcgan_64.yaml --out FILE
     python -m pipeline.evaluate fetch-weights --to DIR         # Inception's, for offline nodes
     python -m pipeline.evaluate --run runs/x eval.extractor=efficientnet-lite0   # no download
@@ -49,6 +50,7 @@ from pipeline.config.choices import OF_TORCH_FIDELITY
 from pipeline.config.loading import load
 from pipeline.config.schema import Config
 from pipeline.papers import probe
+from pipeline.runs import score_tables
 from pipeline.runs.step_folders import SNAPSHOTS, committed
 from pipeline.runtime.arguments import HelpFormatter, Once, colour, integer, number
 from pipeline.runtime.errors import EvaluationError, exit_on_user_error
@@ -156,7 +158,6 @@ def _show(
 ) -> None:
     """Print scores, and write them to ``--csv``; rank 0 only."""
     from pipeline.evaluation.pictures import about
-    from pipeline.runs import score_tables
 
     facts = {"protocol": scorer.protocol.id, "settings": dataclasses.asdict(scorer.protocol)}
     if scored is not None:
@@ -237,6 +238,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--background", type=colour, metavar="COLOUR", help="colour behind transparent pixels")
     subfolders = "take images in several folders as one set, e.g. class folders"
     add("--subfolders", action="store_true", help=subfolders)
+    table = "print the best scores of these runs by protocol as Markdown, from their ledgers alone"
+    add("--table", nargs="+", type=Path, metavar="DIR", help=table)
     add("--json", action="store_true", help="print the scores as JSON, and nothing else")
     add("--csv", action=Once, type=Path, metavar="FILE", help="also write the scores as CSV")
     seconds = "seconds between two looks of --watch at the run folder"
@@ -264,7 +267,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         needs_b = options.images and not (options.run or options.config or options.against)
         if needs_b and not _names(options, "eval.reference"):
             score.error("--images A: give also --against B, --run DIR or --config FILE")
-        if not (options.run or options.checkpoint or options.images):
+        if not (options.run or options.checkpoint or options.images or options.table):
             score.error("give --run DIR, --checkpoint DIR, or --images A with --against B")
         if options.against and options.metrics == "parzen":
             score.error("--against: --metrics parzen compares with eval.parzen_shards instead")
@@ -309,6 +312,10 @@ def main() -> None:
                 file = fetch_weights(options.extractor, options.to).resolve()
                 print(f"eval.extractor_weights={file}")
             return
+        if options.command == "score" and options.table:
+            lines, text, facts = score_tables.best_of_runs(options.table)
+            output = options.json, options.csv
+            return score_tables.show(lines, text, facts, as_json=output[0], csv_file=output[1])
         config = configuration(options)
     size = config.eval.batch_size
     advice = f"eval.batch_size ({size}) images pass through the extractor at once; set it lower."

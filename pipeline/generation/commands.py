@@ -16,6 +16,7 @@ from pipeline.generation import export, figures
 from pipeline.generation.image_set import ImageSet
 from pipeline.generation.image_sets import write
 from pipeline.generation.latent import Table, interpolation, parse_concept, parse_rows
+from pipeline.generation.model_card import provenance
 from pipeline.models import sampling
 from pipeline.models.sampling import GRID_IMAGES
 from pipeline.runs.generators import Opened, best_in_run
@@ -143,7 +144,7 @@ def write_hub(options: argparse.Namespace, opened: Opened, table: Table) -> None
         rows += "" if table.of_class is None else f", all of class {table.of_class}"
         facts = export.describe(opened) | {"grid": rows}
         z = table.cut(0, GRID_IMAGES)
-        export.write_hub_folder(out, G, table.model, z, facts, options.license)
+        export.write_hub_folder(out, G, table.model, z, facts, options.license, provenance(opened))
         print(f"written: {out}", flush=True)
     if options.push:
         print(f"uploaded: {export.push(out, options.push)}", flush=True)

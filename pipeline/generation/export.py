@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pipeline.config.schema import ModelConfig
 from pipeline.generation.figures import png
+from pipeline.generation.model_card import model_card
 from pipeline.models.noise import z_rows
 from pipeline.models.sampling import draw_images, image_grid
 from pipeline.runs.generators import Opened
@@ -136,6 +137,7 @@ def write_hub_folder(
     z: Tensor,
     facts: dict[str, str],
     licence: str | None,
+    sections: str = "",
 ) -> None:
     """Write a folder for the Hugging Face Hub: model card, weights, configuration and a grid.
 
@@ -148,6 +150,7 @@ def write_hub_folder(
         z: (64, z_dim + num_classes) of the example grid.
         facts: rows of the table in the model card.
         licence: identifier for the model card. None: the card names no licence.
+        sections: more of the model card, in Markdown.
 
     Raises:
         GenerationError: the folder cannot be written.
@@ -164,7 +167,7 @@ def write_hub_folder(
         for name, content in _configuration(model).items():
             write_atomic(partial / name, content)
         write_atomic(partial / "grid.png", png(image_grid(draw_images(G, z))))
-        card = _card(model, weights, facts, licence)
+        card = model_card(model, weights, facts, licence, sections)
         write_atomic(partial / "README.md", card.encode())
         os.replace(partial, out)
         sync_folder(out.parent)
@@ -246,76 +249,3 @@ def push(folder: Path, repository: str) -> str:
             f"--push ({repository}): {reason}. The folder {folder} is complete. Log in with "
             "`hf auth login`, then run the same command again."
         ) from None
-
-
-def _card(
-    model: ModelConfig, weights: dict[str, Tensor], facts: dict[str, str], licence: str | None
-) -> str:
-    """Return the model card, README.md."""
-    parameters = sum(p.numel() for name, p in weights.items() if "running_" not in name and p.ndim)
-    table = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
-    z = "torch.rand(64, c['z_dim']) * 2 - 1"
-    if model.z_distribution == "normal":
-        z = "torch.randn(64, c['z_dim'])"
-    size, kind, paper = model.image_size, "Fully connected GAN", ""
-    if model.architecture == "dcgan":
-        kind, paper = "DCGAN", " as in Radford et al. 2016"
-    classes = f" and a class as {model.num_classes} one-hot numbers" if model.num_classes else ""
-    front = "".join(
-        [
-            "---\n",
-            f"license: {licence}\n" if licence else "",
-            "pipeline_tag: unconditional-image-generation\n",
-            f"tags:\n- {model.architecture}\n- gan\n- pytorch\n- safetensors\n",
-            "---\n",
-        ]
-    )
-    plain = model.architecture == "dcgan" and not model.num_classes
-    without_pipeline = WITHOUT_PIPELINE.format(z=z) if plain else ""
-    return f"""{front}
-# {kind} generator, {size}x{size}
-
-![64 uncurated samples](grid.png)
-
-This is G of a GAN (Goodfellow et al. 2014){paper}. It has {parameters:,} parameters. It maps
-{model.z_dim} {model.z_distribution} numbers z{classes} to {size}x{size} images with
-{model.channels} channel{"s" if model.channels > 1 else ""}.
-
-| | |
-|---|---|
-{table}
-## Use
-
-In a copy of this folder, with the pipeline that trained G:
-
-```bash
-python -m pipeline.generate grid --snapshot . --out samples.png
-python -m pipeline.generate images --snapshot . --num 1000 --out images
-```
-{without_pipeline}
-`model.safetensors` holds G with BatchNorm statistics for sampling, so an image does not depend on
-the others of its batch. The licence of the training images is not known to the program that wrote
-this card.
-"""
-
-
-WITHOUT_PIPELINE = """
-With torch and safetensors alone:
-
-```python
-import json, pathlib, torch
-from safetensors.torch import load_file
-from torch.nn import functional as F
-c, size = json.loads(pathlib.Path("config.json").read_text()), 4
-w = load_file("model.safetensors")
-z = {z}
-x, k = F.conv_transpose2d(z[:, :, None, None], w["layers.project.weight"]), c["kernel_size"]
-while size < c["image_size"]:
-    n = f"layers.norm_{{size}}."
-    statistics, gain = (w[n + "running_mean"], w[n + "running_var"]), w[n + "weight"]
-    x, size = F.relu(F.batch_norm(x, *statistics, gain, w[n + "bias"])), 2 * size
-    up = w.get(f"layers.up_{{size}}.weight", w["layers.to_image.weight"])
-    x = F.conv_transpose2d(x, up, stride=2, padding=(k - 1) // 2, output_padding=k % 2)
-images = x.tanh()  # (64, channels, image_size, image_size) in [-1, 1]
-```
-"""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import platform
+import re
 import shlex
 import socket
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import metadata, version
 from pathlib import Path
 
 import torch
@@ -127,3 +128,24 @@ def _commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return done.stdout.strip()
+
+
+def project_address() -> str:
+    """Return where this project is: of its package, else of the checkout's origin; "" = unknown."""
+    for entry in metadata("dcgan-pipeline").get_all("Project-URL") or []:
+        return str(entry).rpartition(", ")[2]
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    words = ["git", "-C", str(root), "remote", "get-url", "origin"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return public_address(done.stdout.strip())
+
+
+def public_address(remote: str) -> str:
+    """Return the https address of a git remote, without a login; "" if it is a path."""
+    found = re.fullmatch(r"(?:https?://(?:[^@/]*@)?|git@)([^:/]+)[:/](.+?)(?:\.git)?", remote)
+    return f"https://{found[1]}/{found[2]}" if found else ""

@@ -1,4 +1,4 @@
-"""Write scores for other programs, as JSON or CSV."""
+"""Put scores side by side: of one set, or of the best G of each run; for people, as JSON or CSV."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.runs.results import Row, best
+from pipeline.runs.results import Row, best, read_rows
+from pipeline.runtime.console import say
 from pipeline.runtime.errors import EvaluationError
 from pipeline.runtime.files import write_atomic
 
@@ -101,3 +102,82 @@ def csv_of(lines: Sequence[Line]) -> str:
         row = [getattr(line, name) for name in fields]
         writer.writerow([*row, *(line.scores.get(key) for key in keys)])
     return out.getvalue()
+
+
+# -- several runs ---------------------------------------------------------------------------------
+
+
+def best_of_runs(folders: Sequence[Path]) -> tuple[list[Line], str, dict[str, Any]]:
+    """Read the best score of each run by each protocol from the ledgers; no network is loaded.
+
+    Args:
+        folders: of runs; those without a ledger are named and left out.
+
+    Returns:
+        the lines, best first within a protocol; a Markdown table for each protocol; the settings
+        of the protocols by id.
+
+    Raises:
+        EvaluationError: no run has a score.
+    """
+    rows: dict[str, list[tuple[str, Row, int]]] = {}
+    without = []
+    for folder in folders:
+        found = read_rows(folder) if folder.is_dir() else []
+        without += [str(folder)] * (not found)
+        for protocol in dict.fromkeys(row["protocol"] for row in found):
+            of_run = [row for row in found if row["protocol"] == protocol]
+            if (first := best(of_run)) is not None:
+                rows.setdefault(protocol, []).append((str(folder), first, len(of_run)))
+    if without:
+        say(f"without scores, left out: {', '.join(without)}")
+    if not rows:
+        raise EvaluationError(
+            f"--table: none of {len(folders)} folders has a score. Score runs with: python -m "
+            "pipeline.evaluate --run RUN --pending"
+        )
+    lines, tables = [], []
+    for protocol, entries in rows.items():
+        entries.sort(key=lambda entry: _rank(entry[1]))
+        tables.append(_markdown(protocol, entries))
+        lines += [line for name, row, _ in entries for line in lines_of(name, [row])]
+    settings = {id: entries[0][1].get("settings", {}) for id, entries in rows.items()}
+    return lines, "\n\n".join(tables), {"protocols": settings}
+
+
+def _rank(row: Row) -> float:
+    score = float(row["scores"][row["headline"]])
+    return -score if row.get("higher_is_better") else score
+
+
+def _markdown(protocol: str, entries: Sequence[tuple[str, Row, int]]) -> str:
+    """Return a heading and a table with a row for each run."""
+    keys = list(dict.fromkeys(key for _, row, _ in entries for key in row["scores"]))
+    heads = ["run", "best step", "of", *(f"`{key.removeprefix('eval/')}`" for key in keys)]
+    table = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    for name, row, count in entries:
+        values = [row["scores"].get(key) for key in keys]
+        cells = ["" if value is None else f"{value:.5g}" for value in values]
+        table.append([name.replace("|", "\\|"), str(row["step"]), str(count), *cells])
+    rows = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    about = describe_settings(entries[0][1].get("settings", {}))
+    return f"Protocol {protocol}: {about}\n\n{rows}"
+
+
+def describe_settings(settings: dict[str, Any]) -> str:
+    """Return the settings of a ledger's row in words."""
+    real = settings.get("reference", {})
+    parts = [f"{settings.get('num_images', '?')} images"]
+    if real:
+        count = real.get("reference_images")
+        parts.append(f"against {count or 'statistics of'} real ones")
+        parts.append(f"{real.get('extractor')} layer {real.get('layer')} {real.get('precision')}")
+    else:
+        parts.append(f"against {settings.get('held_out', '?')} held-out ones")
+    parts.append({"ema": "G_ema", "raw": "G"}.get(str(settings.get("weights")), "?"))
+    seeds = settings.get("seeds") or [settings.get("seed")]
+    parts.append(f"seed {', '.join(map(str, seeds))}")
+    if (labels := settings.get("labels", "none")) != "none":
+        parts.append(f"labels: {labels}")
+    data = str(real.get("data", settings.get("data", "")))
+    return f"{', '.join(parts)}; real images {data[:12]}"

@@ -294,7 +294,7 @@ def test_scores_are_written_as_csv(tmp_path: Path, expected: dict[str, Any]) -> 
     """A row for each set, a column for each score; other programs read it."""
     a, b = png_folder(tmp_path / "x", A), png_folder(tmp_path / "y", B)
     scored(tmp_path, "--images", a, "--against", b, "--csv", tmp_path / "s.csv")
-    (row,) = csv.DictReader((tmp_path / "s.csv").open())
+    (row,) = csv.DictReader(io.StringIO((tmp_path / "s.csv").read_text()))
     assert row["name"] == str(a)
     for key, value in expected["scores"][0]["scores"].items():
         assert float(row[key]) == value
