@@ -71,9 +71,12 @@ def find(config: Config) -> Path:
         CheckpointError: all checkpoints of the run are damaged.
     """
     path = Path(config.train.init)
-    if (path / checkpoint.STATE).is_file() or snapshot.weights_file(path).is_file():
-        return path
-    found = checkpoint.read_newest(path)[0] if (path / CHECKPOINTS).is_dir() else None
+    try:
+        if (path / checkpoint.STATE).is_file() or snapshot.weights_file(path).is_file():
+            return path
+        found = checkpoint.read_newest(path)[0] if (path / CHECKPOINTS).is_dir() else None
+    except OSError as error:
+        raise ConfigError(f"train.init ({path}): cannot be read: {error.strerror}.") from None
     if found is None:
         raise ConfigError(
             f"train.init ({path}): must be the folder of a run with checkpoints, of a checkpoint "

@@ -132,6 +132,7 @@ def test_a_checkpoint_and_a_snapshot_can_be_named(other: tuple[Path, GAN], tmp_p
             "train.init_optimizers (True): must be False with train.init",
         ),
         ("snapshots", {}, {}, "must be the folder of a run with checkpoints, of a checkpoint"),
+        ("a" * 300, {}, {}, "cannot be read: File name too long"),
         ("nowhere", {}, {}, "must be the folder of a run with checkpoints, of a checkpoint"),
     ],
 )
