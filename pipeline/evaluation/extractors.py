@@ -47,6 +47,7 @@ from pipeline.evaluation.pretrained import (
     read_verified,
 )
 from pipeline.models.sampling import Images
+from pipeline.runtime.console import say
 from pipeline.runtime.errors import EvaluationError
 from pipeline.runtime.hardware import deterministic_fp32, native_bf16
 from pipeline.runtime.host import memory
@@ -144,6 +145,12 @@ def load_extractor(config: EvalConfig, accelerator: Accelerator) -> Extractor:
     layers = [layer] if logits in (None, layer) else [layer, logits]
     precision = _precision(config, name)
     require_equal_precision(accelerator, precision, "eval.precision")
+    if precision == "bf16" and accelerator.is_main_process and not native_bf16():
+        say(
+            "eval.precision (bf16): this machine does not multiply bf16 natively, so it is many "
+            "times slower than fp32. Use eval.precision=fp32 or auto, unless you need scores to "
+            "compare with others in bf16."
+        )
     options = {"feature_extractor_weights_path": weights}
     if precision == "bf16":
         options["feature_extractor_internal_dtype"] = "bfloat16"

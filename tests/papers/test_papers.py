@@ -498,7 +498,7 @@ def test_top_images_are_drawn_left_of_their_gradients(labelled_run: Path) -> Non
 
 
 def test_filters_are_drawn_beside_those_of_a_random_d(labelled_run: Path, tmp_path: Path) -> None:
-    """The size of the figure is that of two halves, each of filters above rows of pairs."""
+    """Two halves, each of filters above rows of pairs; what is beside the filters is white."""
     out = tmp_path / "filters.png"
     words = ["--run", str(labelled_run), "--out", str(out), "--num-images", "100", "--count", "2"]
     out.write_bytes(
@@ -508,9 +508,12 @@ def test_filters_are_drawn_beside_those_of_a_random_d(labelled_run: Path, tmp_pa
     )
     with Image.open(out) as picture:
         width, height = picture.size
+        pixels = np.asarray(picture)
     assert width == 2 * 4 * 32 + 2 * guided_backprop.GAP
     filters = 4 * 3 + 2  # 4x4, enlarged by 3, with a frame of 1
     assert height == filters + guided_backprop.GAP + 3 * 32
+    assert (pixels[:filters, 4 * filters : 4 * 32] == 255).all()
+    assert (pixels[:filters, 4 * 32 + 2 * guided_backprop.GAP + 4 * filters :] == 255).all()
 
 
 def test_mistakes_of_filters_are_one_message(labelled_run: Path, tmp_path: Path) -> None:
