@@ -25,7 +25,7 @@ export UV_COMPILE_BYTECODE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-faults faults-long coverage mutants check wings bench lock clean fashion-mnist test-cluster test-container \
+.PHONY: help setup demo test test-faults faults-long coverage mutants check wings keys bench lock clean fashion-mnist test-cluster test-container \
 	slurm-programs newer-slurm container-programs
 
 help:  ## This list
@@ -89,6 +89,9 @@ check: $(DEV_READY)  ## Format, lint, types, imports, dependencies, dead code, s
 
 wings: $(DEV_READY)  ## The table of pipeline/'s wings and their imports, in CONTRIBUTING.md
 	$(BIN)/python tests/wings.py
+
+keys: $(DEV_READY)  ## docs/configuration.md, from the dataclasses of the configuration
+	$(BIN)/python tests/key_page.py
 
 bench: $(DEV_READY)  ## Tables of benchmarks/: training, step, loader, order, scale, overheads, evaluation
 	$(BIN)/python benchmarks/training.py --rounds 1

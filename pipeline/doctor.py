@@ -22,7 +22,7 @@ import sys
 
 from pipeline.config.loading import load
 from pipeline.config.schema import Config
-from pipeline.runtime.arguments import HelpFormatter
+from pipeline.runtime.arguments import HelpFormatter, plain_overrides
 from pipeline.runtime.errors import LaunchError, exit_on_user_error
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="YAML configuration of the run to start")
     add("overrides", nargs="*", metavar="section.key=value", help="keys that override the file")
-    options = parser.parse_args()
+    options = parser.parse_args(plain_overrides(sys.argv[1:]))
     with exit_on_user_error():
         ready = diagnose(load(options.config, options.overrides))
     sys.exit(0 if ready else 1)

@@ -52,7 +52,7 @@ from pipeline.config.schema import Config
 from pipeline.papers import probe
 from pipeline.runs import score_tables
 from pipeline.runs.step_folders import SNAPSHOTS, committed
-from pipeline.runtime.arguments import HelpFormatter, Once, colour, integer, number
+from pipeline.runtime.arguments import HelpFormatter, Once, colour, integer, number, plain_overrides
 from pipeline.runtime.errors import EvaluationError, exit_on_user_error
 from pipeline.runtime.files import exists
 
@@ -253,6 +253,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         "COMMAND --help shows the options of another command. Those of score, the default, are:\n"
         f"{score.format_help()}"
     )
+    words = plain_overrides(words)
     if not words or words[0] not in (*commands.choices, "-h", "--help"):
         words = ["score", *words]
     options = parser.parse_args(words)

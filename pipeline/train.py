@@ -26,10 +26,13 @@ import logging
 import sys
 from contextlib import closing
 
+from pipeline.config import keys
+from pipeline.config.hints import hint
 from pipeline.config.loading import load
 from pipeline.config.schema import Config
 from pipeline.config.sizes import micro_batch_advice, micro_batching, require_memory
-from pipeline.runtime.arguments import HelpFormatter
+from pipeline.runtime.arguments import HelpFormatter, plain_overrides
+from pipeline.runtime.console import printable
 from pipeline.runtime.environment import world_size
 from pipeline.runtime.errors import exit_on_user_error
 from pipeline.runtime.host import memory
@@ -110,14 +113,33 @@ def train(config: Config) -> bool:
 def main() -> None:
     """Parse the command line and train; exit with code 2 on a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="YAML file with the configuration; configs/ has some")
+    add(
+        "--keys",
+        nargs="?",
+        const="",
+        metavar="WORD",
+        help="print the keys whose name has WORD, with type, default and meaning, and exit; if no "
+        "name has it, those whose meaning has; without WORD all",
+    )
+    add(
         "overrides",
         nargs="*",
         metavar="section.key=value",
-        help="values that replace those of the file, e.g. optim.g_lr=1e-4",
+        help="values that replace those of the file, e.g. optim.g_lr=1e-4; --section.key=value is "
+        "the same",
     )
-    arguments = parser.parse_args()
+    arguments, unknown = parser.parse_known_intermixed_args(plain_overrides(sys.argv[1:]))
+    if arguments.keys is not None:
+        with exit_on_user_error():
+            sys.stdout.write(keys.print_keys(arguments.keys) + "\n")
+        sys.exit(0)
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0]
+        parser.error(f"{printable(unknown[0])}: no such option; {hint(name)}")
+    if arguments.config is None:
+        parser.error("--config FILE is missing; for example --config configs/dcgan_64.yaml")
     handlers = (logging.StreamHandler(), Recorder())
     for handler in handlers:
         handler.setFormatter(Printable("%(message)s"))

@@ -16,7 +16,6 @@ The package carries the files of ``configs/``. They serve ``--config demo.yaml``
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import os
 from collections.abc import Iterable, Sequence
@@ -27,6 +26,7 @@ from omegaconf import OmegaConf
 
 from pipeline.config import rules, yaml_file
 from pipeline.config.choices import EXTRACTORS
+from pipeline.config.hints import hint, keys_of
 from pipeline.config.schema import Config, flatten, without_credentials
 from pipeline.config.values import (
     NULLS,
@@ -315,13 +315,6 @@ def _about_unknown(key: str, value: Value) -> str:
         return f"{shown}: no longer exists; {REMOVED_KEYS[key][1]}"
     if owner := next((k for k in known if key.startswith(f"{k}.")), None):
         return f"{shown}: {owner} holds one value and no keys; write {owner}=VALUE"
-    is_section = key in SECTIONS
-    section, _, name = (key, "", "") if is_section else key.rpartition(".")
-    near = difflib.get_close_matches(key[:100], known, n=1, cutoff=0.6)
-    same = [k for k in known if name and k.endswith(f".{name}")]
-    guess = next(iter(same or near), None) if name else None
-    listed = ", ".join(k.split(".")[1] for k in known if k.startswith(f"{section}."))
-    sections = f"sections: {', '.join(SECTIONS)}"
-    choice = f"keys of {section}: {listed}" if listed else sections
-    problem = "must hold keys" if is_section else "unknown key"
-    return f"{shown}: {problem}; {f'did you mean {guess}?' if guess else choice}"
+    if key in SECTIONS:
+        return f"{shown}: must hold keys; {keys_of(key)}"
+    return f"{shown}: unknown key; {hint(key)}"

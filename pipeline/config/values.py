@@ -102,11 +102,19 @@ def _example(key: str) -> str:
     """Return ``, e.g. section.key=default`` to show how a value is written."""
     section, _, name = key.partition(".")
     default = getattr(getattr(Config(), section), name)
-    written = {None: "null", True: "true", False: "false", "": '""'}.get(
-        None if isinstance(default, list) else default, default
-    )
     items = "[0,1]" if types_of_keys()[key] == list[int] else "[a,b]"
-    return f", e.g. {key}={items if isinstance(default, list) else written}"
+    return f", e.g. {key}={items if isinstance(default, list) else written(default)}"
+
+
+def written(value: Any) -> str:
+    """Return a value of a configuration as a command line has it: ``null``, ``false``, ``[a,b]``.
+
+    Texts have no quotes, except the empty one.
+    """
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    words = {"None": "null", "True": "true", "False": "false", "": '""'}
+    return words.get(str(value), str(value))
 
 
 def _convert(wanted: Any, value: Value, example: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,17 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         if action.default is None or action.default is False:  # "(default: None)" says nothing
             return action.help
         return super()._get_help_string(action)
+
+
+OVERRIDE = re.compile(r"--([a-z]+\.[a-z0-9_]+=)", re.ASCII)
+
+
+def plain_overrides(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line with ``--section.key=value`` as ``section.key=value``.
+
+    W&B's sweeps, among others, write the former.
+    """
+    return [OVERRIDE.sub(r"\1", word, count=1) if OVERRIDE.match(word) else word for word in words]
 
 
 class Once(argparse.Action):

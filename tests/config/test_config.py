@@ -97,7 +97,6 @@ def test_the_stable_configuration_is_the_papers_with_two_options():
     paper, stable = (load(CHECKOUT / "configs" / f"dcgan_64{s}.yaml") for s in ("", "_stable"))
     assert {line.split(":")[0] for line in fixed_differences(flatten(paper), stable)} == {
         "train.ema_decay",
-        "train.mirror",
         "stability.augment",
     }
 

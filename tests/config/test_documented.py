@@ -10,6 +10,7 @@ import yaml
 from pipeline.config.schema import Config, flatten
 
 CHECKOUT = Path(__file__).parents[2]
+LISTS = ("CHANGELOG.md", "configuration.md")  # of all keys: they give no case for one
 FOLDERS = (".", "docs", "slurm", "docker", "benchmarks")
 
 
@@ -28,7 +29,7 @@ def _keys(section: object) -> list[str]:
 
 def named_by_pages() -> set[str]:
     pages = [page for folder in FOLDERS for page in (CHECKOUT / folder).glob("*.md")]
-    users = [page.read_text() for page in pages if page.name != "CHANGELOG.md"]
+    users = [page.read_text() for page in pages if page.name not in LISTS]
     return {key for text in users for key in re.findall(r"\b[a-z]+\.[a-z0-9_]+\b", text)}
 
 
