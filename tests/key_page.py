@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launching import REPO
 
-from pipeline.config.keys import to_markdown
+from pipeline.config.keys import all_keys
 
 PAGE = REPO / "docs" / "configuration.md"
 INTRODUCTION = """\
@@ -24,7 +24,18 @@ notes it in its checkpoints.
 
 def page() -> str:
     """Return the page of today."""
-    return INTRODUCTION + to_markdown()
+    lines: list[str] = []
+    section = ""
+    for key in all_keys():
+        if (here := key.name.partition(".")[0]) != section:
+            section = here
+            lines += ["", f"## {section}", ""]
+            lines += ["| key | value | default | on resume | meaning | set in |"]
+            lines += ["| --- | --- | --- | --- | --- | --- |"]
+        files = "; ".join(f"`{value}` in {names}" for value, names in key.by_value().items())
+        cells = (f"`{key.name}`", key.type, f"`{key.default}`", key.on_resume, key.text, files)
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join([INTRODUCTION.rstrip("\n"), *lines, ""])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""List the keys of the configuration: ``train --keys`` and docs/configuration.md.
+"""Describe the keys of the configuration, for ``train --keys`` and docs/configuration.md.
 
 Everything comes from the dataclasses: type, default, docstring, and whether a resume may change it.
 """
@@ -48,6 +48,14 @@ class Key(NamedTuple):
     files: dict[str, str]
     """Names of the shipped configurations that set it, and their values."""
 
+    def by_value(self) -> dict[str, str]:
+        """Return ``{value: "file, file"}`` of the shipped configurations."""
+        files = {file.removesuffix(".yaml"): value for file, value in self.files.items()}
+        return {
+            value: ", ".join(file for file in files if files[file] == value)
+            for value in dict.fromkeys(files.values())
+        }
+
 
 def all_keys() -> list[Key]:
     """Return every key, in the order of the dataclasses."""
@@ -79,36 +87,12 @@ def print_keys(word: str = "") -> str:
     return "\n".join(map(_paragraph, found))
 
 
-def to_markdown() -> str:
-    """Return docs/configuration.md, without its introduction."""
-    lines: list[str] = []
-    section = ""
-    for key in all_keys():
-        if (here := key.name.partition(".")[0]) != section:
-            section = here
-            lines += ["", f"## {section}", ""]
-            lines += ["| key | value | default | on resume | meaning | set in |"]
-            lines += ["| --- | --- | --- | --- | --- | --- |"]
-        files = "; ".join(f"`{value}` in {names}" for value, names in _by_value(key).items())
-        cells = (f"`{key.name}`", key.type, f"`{key.default}`", key.on_resume, key.text, files)
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    return "\n".join([*lines, ""])
-
-
 def _paragraph(key: Key) -> str:
-    files = "; ".join(f"{value} in {names}" for value, names in _by_value(key).items())
+    files = "; ".join(f"{value} in {names}" for value, names in key.by_value().items())
     text = f"{key.text} Set to {files}." if files else key.text
     head = f"{key.name}  {key.type}; default {key.default}; on resume: {key.on_resume}"
     body = textwrap.wrap(text, 96, break_long_words=False, break_on_hyphens=False)
     return "\n    ".join([head, *body])
-
-
-def _by_value(key: Key) -> dict[str, str]:
-    """Return ``{value: "file, file"}`` of the shipped configurations that set a key."""
-    return {
-        value: ", ".join(file.removesuffix(".yaml") for file, v in key.files.items() if v == value)
-        for value in dict.fromkeys(key.files.values())
-    }
 
 
 def _docstrings(owner: type) -> dict[str, str]:

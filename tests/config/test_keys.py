@@ -78,7 +78,7 @@ def test_keys_are_printed_by_word() -> None:
         ("wandb", "did you mean tracking.wandb?"),
         ("seed", "did you mean run.seed?"),
         ("data.worker", "did you mean data.workers?"),
-        ("trian.total_step", "did you mean train.total_steps?"),
+        ("modle.imagesize", "did you mean model.image_size?"),
         ("train.cat", "keys of train: total_steps, init"),
         ("tracking.colour", "keys of tracking: wandb, project"),
         ("cat", "sections: run, model"),
