@@ -1,0 +1,1 @@
+"""Compare runs: what their folders say, as one page for a browser."""
