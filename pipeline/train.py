@@ -70,7 +70,7 @@ def train(config: Config) -> bool:
         index = open_data(config, accelerator)
     except signals.Stopped:
         return run.leave_early()
-    order = make_order(config, index)
+    order = make_order(config, index, run_folder.saved_order(config))
     gan = GAN(config, accelerator, accumulation)
     step = run.resume(gan, index, order, micro_batch)
     inputs = InputReader(

@@ -34,7 +34,7 @@ from pipeline.data.background import (
     signals_left_to_the_parent,
 )
 from pipeline.data.cache import Cache, check_shards, hashed_later
-from pipeline.data.order import Order
+from pipeline.data.order import COMPUTED, Order
 from pipeline.data.reader import Reader
 from pipeline.data.remote import Patience, raise_on_stop
 from pipeline.data.shards import Index, read_index
@@ -125,12 +125,11 @@ def checked_index(config: Config, stop: Callable[[], bool] = raise_on_stop) -> I
     return index
 
 
-def make_order(config: Config, index: Index) -> Order:
-    """Return the data order of a run over the samples of an index."""
-    data = config.data
-    return Order(
-        index.sizes, config.run.seed, block=data.block, window=data.window, lanes=data.lanes
-    )
+def make_order(config: Config, index: Index, algorithm: str | None = None) -> Order:
+    """Return the data order of a run over an index; ``algorithm`` is that of a resumed run."""
+    data, kind = config.data, algorithm or COMPUTED
+    cuts = {"block": data.block, "window": data.window, "lanes": data.lanes}
+    return Order(index.sizes, config.run.seed, **cuts, algorithm=kind)
 
 
 class Loader:

@@ -5,8 +5,10 @@ A run reads an endless sequence of positions. Position p lies in epoch ``p // N`
 ``[kB, (k+1)B)``. Ranks and workers take rows of it, but do not change the order. Hence one integer
 resumes the order in O(1) on any number of ranks and workers.
 
-The algorithm is named "lwb1" (lanes, windows, blocks) and frozen by test vectors: if a single id
-changes, the name must change. It uses only raw Philox bits, which numpy guarantees (NEP 19).
+The algorithms are frozen by test vectors: if a single id changes, the name must change. "lwb1"
+(lanes, windows, blocks) sorts random words, raw Philox bits, which numpy guarantees (NEP 19).
+"lwb2" is a uniform order (block = 1) of ``bijection.SMALLEST`` samples or more: the permutation of
+the whole set is computed place by place, without a table. All else about it is as in lwb1.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-ALGORITHM = "lwb1"
+from pipeline.data import bijection
+
+SORTED, COMPUTED = "lwb1", "lwb2"
 Ids = NDArray[np.int64]
 Cache = OrderedDict[tuple[int, ...], tuple[Ids, ...]]
 
@@ -52,13 +56,22 @@ class Order:
         lanes: number of near-equal parts that an epoch is cut into before positions are dealt to
             them in turn. Batches are sorted by lane, so a node reads whole shards if the job never
             uses more nodes than lanes (MosaicML: ``num_canonical_nodes``).
+        algorithm: of the run that is resumed: ``lwb1`` keeps a uniform order of many samples as
+            versions before lwb2 had it. By default the order is lwb2 where that exists.
 
     Raises:
         ValueError: there are no samples, or a setting is out of range.
     """
 
     def __init__(
-        self, sizes: Sequence[int], seed: int, *, block: int = 1, window: int = 0, lanes: int = 1
+        self,
+        sizes: Sequence[int],
+        seed: int,
+        *,
+        block: int = 1,
+        window: int = 0,
+        lanes: int = 1,
+        algorithm: str = COMPUTED,
     ) -> None:
         self.sizes = np.asarray(sizes, dtype=np.int64)
         self.num_samples = int(self.sizes.sum())
@@ -69,13 +82,15 @@ class Order:
         self.seed, self.block, self.window, self.lanes = seed, block, window, lanes
         if block > 1:  # else a block is one sample and needs no table
             self._block_starts, self._block_sizes = _cut(self.sizes, block)
+        has_both = block == 1 and self.num_samples >= bijection.SMALLEST
+        self.algorithm = COMPUTED if has_both and algorithm == COMPUTED else SORTED
         self._layouts: Cache = OrderedDict()
         self._windows: Cache = OrderedDict()
 
     def describe(self) -> dict[str, int | str]:
         """Return the settings; over the same samples, equal settings make equal orders."""
         return {
-            "algorithm": ALGORITHM,
+            "algorithm": self.algorithm,
             "seed": self.seed,
             "block": self.block,
             "window": self.window,
@@ -106,6 +121,8 @@ class Order:
         if self.window:
             rows = self._shuffle_windows(epoch, lanes, rows, sizes)
         place = lanes * quotient + np.minimum(lanes, rest) + rows
+        if self.algorithm == COMPUTED:
+            return bijection.shuffled(place, self.num_samples, self._key(epoch))
         permuted, ends = self._blocks(epoch)
         if self.block == 1:
             out: Ids = permuted[place]
@@ -124,7 +141,7 @@ class Order:
             lane, window = int(lanes[chosen][0]), int(windows[chosen][0])
             start = window * self.window
             length = min(self.window, int(sizes[chosen][0]) - start)
-            key = f"{ALGORITHM}|{self.seed}|{epoch}|lane {lane}|window {window}"
+            key = f"{self.algorithm}|{self.seed}|{epoch}|lane {lane}|window {window}"
             (shuffled,) = _remember(
                 # One batch can hold rows of two windows of every lane, in two epochs.
                 self._windows,
@@ -135,9 +152,12 @@ class Order:
             out[chosen] = start + shuffled[rows[chosen] - start]
         return out
 
+    def _key(self, epoch: int) -> str:
+        return f"{self.algorithm}|{self.seed}|{epoch}|blocks"
+
     def _blocks(self, epoch: int) -> tuple[Ids, ...]:
         def build() -> tuple[Ids, ...]:
-            key = f"{ALGORITHM}|{self.seed}|{epoch}|blocks"
+            key = self._key(epoch)
             if self.block == 1:
                 permuted = permutation(self.num_samples, key)
                 return permuted, permuted

@@ -47,9 +47,21 @@ def saved_precision(config: Config) -> str | None:
     """
     if config.train.precision != "auto":
         return config.train.precision
+    state = _state_to_resume(config)
+    return None if state is None else str(state["precision"])
+
+
+def saved_order(config: Config) -> str | None:
+    """Return the name of the data order of the newest checkpoint, None for a new run."""
+    state = _state_to_resume(config)
+    return None if state is None else str(state["stream"].get("algorithm"))
+
+
+def _state_to_resume(config: Config) -> dict[str, Any] | None:
+    """Return state.json of the checkpoint that a run or fork starts from; None without any."""
     for folder in filter(None, (config.run.dir, config.run.fork)):
         if (state := checkpoint.newest_state(Path(folder).expanduser())) is not None:
-            return str(state["precision"])
+            return state
     return None
 
 

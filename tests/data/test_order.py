@@ -1,17 +1,25 @@
-"""The data order "lwb1": frozen, exact, random-access, independent of ranks."""
+"""The data orders "lwb1" and "lwb2": frozen, exact, random-access, independent of ranks."""
 
 from __future__ import annotations
 
 import hashlib
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from launching import STATE
 
+from pipeline.config.schema import Config, RunConfig
+from pipeline.data import bijection
 from pipeline.data import order as order_module
-from pipeline.data.order import ALGORITHM, Order, permutation
+from pipeline.data.loader import make_order
+from pipeline.data.order import COMPUTED, SORTED, Order, permutation
+from pipeline.runs import checkpoint
+from pipeline.runs.run_folder import saved_order
 
 SIZES = [1, 17, 400, 3, 0, 211, 97, 268]  # 997, a prime, with an empty shard
 N = sum(SIZES)
@@ -80,7 +88,7 @@ def test_lwb1_is_frozen(arrangement, head, seam, digest):
     assert ids[:8].tolist() == head
     assert ids[N - 2 : N + 5].tolist() == seam
     assert hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16] == digest
-    assert ALGORITHM == "lwb1"
+    assert SORTED == "lwb1"
 
 
 def test_the_batch_over_an_epoch_end_is_frozen():
@@ -216,7 +224,7 @@ def test_seeds_and_epochs_differ(arrangement):
 
 def test_the_default_is_a_uniform_permutation():
     """block = 1 alone is one permutation of the whole set."""
-    expected = permutation(N, f"{ALGORITHM}|7|0|blocks")
+    expected = permutation(N, f"{SORTED}|7|0|blocks")
     assert np.array_equal(epoch_of(Order(SIZES, 7)), expected)
 
 
@@ -336,3 +344,152 @@ def test_describe_tells_orders_apart():
     """What a checkpoint keeps of the order differs whenever the order does."""
     described = [str(Order(SIZES, 7, **vector[0]).describe()) for vector in VECTORS]
     assert len({*described, str(Order(SIZES, 8).describe())}) == len(VECTORS) + 1
+
+
+# -- lwb2: uniform orders of many samples, without a table --------------------------------------
+
+MANY = [40_000, 0, 1, 29_998]
+M = sum(MANY)
+MANY_VECTORS = [
+    (
+        {},
+        [5693, 2448, 45017, 32751, 14557, 1291, 41038, 20699],
+        [61815, 51082, 8906, 67176, 64365],
+        "a278a5e1c9c06275",
+    ),
+    (
+        {"window": 10},
+        [20699, 5693, 13217, 45017, 14557, 1291, 41038, 2448],
+        [29273, 9084, 8906, 44117, 12034],
+        "8b6cac4cc95400a2",
+    ),
+    (
+        {"lanes": 3},
+        [5693, 67377, 48747, 2448, 47096, 44833, 45017, 63723],
+        [40165, 51082, 8906, 47750, 29116],
+        "397d6a422a364f11",
+    ),
+    (
+        {"window": 20_000, "lanes": 2},
+        [35138, 64599, 62674, 63703, 20350, 1432, 21322, 14298],
+        [67580, 39566, 45927, 1413, 36745],
+        "ecf27f1f06afb25c",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arrangement", "head", "seam", "digest"), MANY_VECTORS)
+def test_lwb2_is_frozen(arrangement, head, seam, digest):
+    """Not one id may change under this name; each of two epochs holds every sample once."""
+    order = Order(MANY, 7, **arrangement)
+    ids = order.ids(np.arange(2 * M))
+    assert ids[:8].tolist() == head
+    assert ids[M - 2 : M + 3].tolist() == seam
+    assert hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16] == digest
+    assert order.algorithm == order.describe()["algorithm"] == COMPUTED == "lwb2"
+    for epoch in np.split(ids, 2):
+        assert np.array_equal(np.sort(epoch), np.arange(M))
+
+
+def test_the_bijection_is_frozen():
+    """The building block, at powers of two, beside them, and far beyond any table."""
+    for n, expected in (
+        (65_536, [60234, 16969, 14885, 13388, 35033]),
+        (10**6, [228770, 15240, 632309, 675241, 405815]),
+        (10**9, [443133945, 391883218, 942999258, 121264922, 422625835]),
+        (2**40, [237149213927, 1034104442721, 450322905393, 419510641081, 894997186710]),
+    ):
+        places = np.array([0, 1, 2, n // 2, n - 1])
+        assert bijection.shuffled(places, n, "lwb2").tolist() == expected
+
+
+def test_an_order_of_a_billion_samples_needs_no_table():
+    """Any position at once: a few ids of epochs 0, 1 and 5, in less than 8 MiB."""
+    order = Order(np.full(100_000, 10_000), 7)
+    tracemalloc.start()
+    try:
+        ids = order.ids(np.array([0, 1, 10**9 - 1, 10**9, 5 * 10**9 + 3]))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert ids.tolist() == [116139011, 543334236, 617518233, 363845562, 240894879]
+    assert peak < 8 << 20
+
+
+@pytest.mark.parametrize("n", [65_536, 65_537, 70_001, 131_071, 131_072])
+def test_the_bijection_holds_each_number_once(n):
+    """Around powers of two, with even and odd numbers of bits, where none and half of them walk."""
+    found = bijection.shuffled(np.arange(n), n, f"key {n}")
+    assert found.dtype == np.int64
+    assert np.array_equal(np.sort(found), np.arange(n))
+
+
+def test_fewer_samples_and_blocks_keep_lwb1():
+    """One sample fewer than SMALLEST, or a block: sorted, with the ids of lwb1."""
+    small = Order([bijection.SMALLEST - 1], 7)
+    assert small.algorithm == Order(MANY, 7, block=2).algorithm == SORTED
+    assert Order([bijection.SMALLEST], 7).algorithm == COMPUTED
+    places = np.arange(100)
+    expected = permutation(bijection.SMALLEST - 1, "lwb1|7|0|blocks")[:100]
+    assert np.array_equal(small.ids(places), expected)
+
+
+def per_freedom(cells: np.ndarray, bins: int) -> float:
+    """Chi-squared per degree of freedom of counts that should all be alike."""
+    counts = np.bincount(cells, minlength=bins)
+    expected = len(cells) / bins
+    return float(((counts - expected) ** 2 / expected).sum() / (bins - 1))
+
+
+@pytest.mark.parametrize("n", [65_536, 70_001, 131_071])
+def test_the_bijection_looks_uniform(n):
+    """1024 cells of each: place and id, ids of neighbours, their difference, ids of a place in two
+    epochs. Chi-squared per degree of freedom is 1 with a deviation of 0.044; sums of three keys.
+    """
+    found = np.zeros(4)
+    for key in range(3):
+        ids, later = (bijection.shuffled(np.arange(n), n, f"key {k}") for k in (key, key + 1))
+        part, after = ids * 32 // n, later * 32 // n
+        cells = (
+            np.arange(n) * 32 // n * 32 + part,
+            part[:-1] * 32 + part[1:],
+            (ids[1:] - ids[:-1]) % n * 1024 // n,
+            part * 32 + after,
+        )
+        found += [per_freedom(one, 1024) / 3 for one in cells]
+    assert np.all(np.abs(found - 1) < 0.15), found
+
+
+def test_single_places_are_uniform_over_keys():
+    """The ids of four places, and the difference of the first two, over 4,000 keys: 64 cells."""
+    n, places = 70_001, np.array([0, 1, 35_000, 70_000])
+    ids = np.array([bijection.shuffled(places, n, f"place {k}") for k in range(4000)])
+    columns = [*ids.T, (ids[:, 1] - ids[:, 0]) % n]
+    assert max(per_freedom(one * 64 // n, 64) for one in columns) < 2  # its 1e-6 quantile
+    fixed = sum(
+        np.count_nonzero(bijection.shuffled(np.arange(n), n, f"fixed {k}") == np.arange(n))
+        for k in range(20)
+    )
+    assert 3 <= fixed <= 50  # a random permutation has one fixed place on average: 20 here
+
+
+def test_a_run_of_lwb1_goes_on_with_it_and_a_new_one_takes_lwb2(tmp_path):
+    """The newest checkpoint says which; a name that this version lacks is refused later, by name,
+    because the order does not take it.
+    """
+    index = SimpleNamespace(sizes=MANY)
+    folder = tmp_path / "run"
+    config = load_config(folder)
+    assert saved_order(config) is None
+    assert make_order(config, index).algorithm == "lwb2"
+    for step, name, kept in ((1, "lwb1", "lwb1"), (2, "lwb2", "lwb2"), (3, "lwb9", "lwb1")):
+        state = STATE | {"stream": {"algorithm": name}}
+        checkpoint.save(folder, step, {"G": torch.nn.Linear(1, 1)}, {}, state)
+        assert saved_order(config) == name
+        assert make_order(config, index, saved_order(config)).algorithm == kept
+        fork = load_config(tmp_path / "fork", fork=folder)
+        assert make_order(fork, index, saved_order(fork)).algorithm == kept
+
+
+def load_config(folder, fork=""):
+    return Config(run=RunConfig(dir=str(folder), fork=str(fork)))
