@@ -124,7 +124,9 @@ def worker(out: Path, run: Path, words: list[str]) -> None:
     began, clock = time.time(), time.perf_counter()
     candidate = candidates.find_in_run(run, config.eval.weights)[-1]
     G, model = candidates.open_generator(candidate, run, config.eval.weights, accelerator.device)
-    scores = evaluator.score(candidates.generated_images(G, model, config.eval.seed), "benchmark")
+    (scores,) = evaluator.score(
+        candidates.generated_images(G, model, config.eval.seed), "benchmark"
+    )
     seconds = time.perf_counter() - clock
     if accelerator.is_main_process:
         found = {"scores": scores, "seconds": seconds, "forward": forward[0], "began": began}

@@ -25,7 +25,8 @@ from pipeline.data.cache import Cache
 from pipeline.data.reader import Reader
 from pipeline.data.shards import Index, read_index
 from pipeline.evaluation.candidates import chosen_ids
-from pipeline.evaluation.extractors import MOST_FEATURES, Extractor, extract, load_extractor
+from pipeline.evaluation.extraction import extract
+from pipeline.evaluation.extractors import MOST_FEATURES, Extractor, load_extractor
 from pipeline.evaluation.metrics import compute_scores
 from pipeline.evaluation.moments import FeatureSet
 from pipeline.evaluation.protocol import make_protocol

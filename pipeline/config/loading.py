@@ -176,11 +176,16 @@ class _Draft:
         referring = {k: show(v) for k, v in self._written.items() if has_reference(v)}
         self.faults = rules.find_faults(config, referring)
         self._raise_faults()
-        name, (_, source) = config.eval.extractor, self._from["eval.extractor"]
-        if name in EXTRACTORS or not self.saved or source == COMMAND_LINE:
-            return config
-        unasked = dataclasses.replace(config.eval, extractor=Unasked(name, self.path))
-        return dataclasses.replace(config, eval=unasked)
+        first = self._as_asked("eval.extractor", [config.eval.extractor])[0]
+        more = self._as_asked("eval.more_extractors", config.eval.more_extractors)
+        asked = dataclasses.replace(config.eval, extractor=first, more_extractors=more)
+        return dataclasses.replace(config, eval=asked)
+
+    def _as_asked(self, key: str, names: list[str]) -> list[str]:
+        """Return extractors; mark modules that a file which came with a run names."""
+        if not self.saved or self._from[key][1] == COMMAND_LINE:
+            return names
+        return [name if name in EXTRACTORS else Unasked(name, self.path) for name in names]
 
     def _look_up(self, key: str) -> Value:
         """Return the value of a key, with references replaced and paths absolute."""

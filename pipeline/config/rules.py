@@ -19,6 +19,10 @@ def _is_extractor(name: str) -> bool:
     return name in EXTRACTORS or (custom and all(p.isidentifier() for p in module.split(".")))
 
 
+def _are_extractors(names: list[str]) -> bool:
+    return len(set(names)) == len(names) and all(map(_is_extractor, names))
+
+
 def _are_policies(names: list[str]) -> bool:
     return len(set(names)) == len(names) and set(names) <= set(POLICIES)
 
@@ -104,6 +108,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("at most 128 characters without / \\ # ? % :", is_wandb_project, "tracking.project"),
     ("of tags with 1 to 64 characters", are_wandb_tags, "tracking.tags"),
     (f"one of {', '.join(EXTRACTORS)} or module:Class", _is_extractor, "eval.extractor"),
+    ("of different extractors", _are_extractors, "eval.more_extractors"),
     ("a local file", lambda v: "://" not in v, "eval.extractor_weights eval.reference train.init"),
     ("between 1 and 86400", lambda v: 1 <= v <= 86400, "train.rank_timeout"),
     ("of different numbers between 0 and 2**63 - 1", _are_seeds, "eval.seeds"),

@@ -241,6 +241,8 @@ class EvalConfig:
     extractor_weights: str = _may_change("")
     """Local file with the extractor's weights, or a folder that has it; "" = in torch's hub cache,
     downloaded if missing, or those of the package."""
+    more_extractors: list[str] = field(default_factory=list, metadata={"may_change": True})
+    """Further extractors to score the same generated images with, each as if it were alone."""
     layer: str = _may_change("")
     """Feature layer to compare; "" = the extractor's default (2048 or 1280 features)."""
     metrics: list[str] = field(default_factory=list, metadata={"may_change": True})

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.config.schema import DataConfig, EvalConfig, ModelConfig
+from pipeline.config.schema import Config, DataConfig, EvalConfig, ModelConfig
 from pipeline.data.cache import Cache
 from pipeline.data.order import permutation
 from pipeline.data.reader import Reader
-from pipeline.data.shards import Index
+from pipeline.data.shards import Index, read_index
 from pipeline.evaluation.extractors import MOST_FEATURES
 from pipeline.evaluation.pictures import Pictures
 from pipeline.models.noise import z_rows
@@ -35,6 +36,7 @@ from pipeline.runtime.errors import (
     EvaluationError,
     RunFolderError,
 )
+from pipeline.runtime.ranks import on_every_rank
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,31 @@ def generated_images(
     return lambda start, stop: draw_images(
         G, z_rows(model, seed, PURPOSE, start, stop - start, classes)
     )
+
+
+def open_shards(config: Config, accelerator: Accelerator, field: str, location: str) -> Index:
+    """Read the index of shards with images of the shape of the model; called on all ranks."""
+
+    def read() -> Index:
+        model = config.model
+        options = f"--size {model.image_size} --channels {model.channels}"
+        index = read_index(location, options, field)
+        index.require_shape(model.image_shape, field)
+        return index
+
+    return on_every_rank(accelerator, read)
+
+
+def require_held_out(held_out: Index, training: Index | Pictures, field: str) -> Index:
+    """Return shards of held-out images; raise ``EvaluationError`` if they are the training ones."""
+    if held_out.fingerprint == training.fingerprint:
+        size, channels = training.shape[0], training.shape[2]
+        raise EvaluationError(
+            f"{field} ({held_out.location}): must not be data.shards, the training images. Prepare "
+            "held-out images, e.g. with: python -m pipeline.prepare fashion-mnist --split test "
+            f"--size {size} --channels {channels} --out data/held-out"
+        )
+    return held_out
 
 
 def class_labels(

@@ -21,7 +21,7 @@ import dataclasses
 import io
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,7 +31,6 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
 from pipeline.config.choices import OF_TORCH_FIDELITY
@@ -46,14 +45,12 @@ from pipeline.evaluation.pretrained import (
     published,
     read_verified,
 )
-from pipeline.models.sampling import Images
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import EvaluationError
 from pipeline.runtime.hardware import deterministic_fp32, native_bf16
 from pipeline.runtime.host import memory
 from pipeline.runtime.launch import require_equal_precision
 from pipeline.runtime.ranks import on_every_rank, run_on_selected_ranks
-from pipeline.runtime.signals import Agreement, received
 from pipeline.runtime.tensor_files import tensors_sha256
 
 SYNONYMS = {"inception-v3-compat": "inception"}
@@ -165,56 +162,6 @@ def load_extractor(config: EvalConfig, accelerator: Accelerator) -> Extractor:
     dim, classes = features[layer].shape[1], features[logits].shape[1] if logits else 0
     on_every_rank(accelerator, lambda: _require_memory(config, dim, classes))
     return dataclasses.replace(extractor, dim=dim, classes=classes)
-
-
-def extract(
-    images: Images,
-    count: int,
-    extractor: Extractor,
-    accelerator: Accelerator,
-    batch_size: int,
-    agreement: Agreement,
-    add: Callable[[dict[str, Tensor]], None],
-    advance: Callable[[int], None] = lambda _: None,
-) -> bool:
-    """Compute the features of images [0, count), in order, on all ranks together.
-
-    Batch k is images [kB, (k+1)B) for any number of ranks W, and rank k mod W computes it. After
-    each round of W batches the features are gathered. So the result does not depend on W.
-
-    Args:
-        images: the same set on every rank.
-        count: number of images.
-        extractor: of this rank.
-        accelerator: of this rank.
-        batch_size: B.
-        agreement: makes all ranks stop in the same round after a stop signal.
-        add: called on rank 0 with the features of each round, {layer: (n, D) float32 on the CPU},
-            in the order of the images.
-        advance: called after each round with the number of images of the round.
-
-    Returns:
-        False if a signal stopped the extraction.
-    """
-    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
-    for start in range(0, count, world * batch_size):
-        low = min(start + rank * batch_size, count)
-        high = min(low + batch_size, count)
-        # A rank without images in the last round computes one again, because all must gather.
-        rows = images(low, high) if high > low else images(count - 1, count)
-        features = extractor(rows, device)
-        if world > 1:
-            for layer, values in features.items():
-                padded = F.pad(values, (0, 0, 0, batch_size - len(values)))
-                features[layer] = accelerator.gather(padded)
-        if rank == 0:
-            # All batches but the last are full, so the padding is at the end.
-            add({layer: values[: count - start].cpu() for layer, values in features.items()})
-        advance(min(world * batch_size, count - start))
-        stop, _ = agreement.agree(received() is not None, False)
-        if stop:
-            return False
-    return True
 
 
 def slug(name: str) -> str:

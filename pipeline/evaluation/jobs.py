@@ -80,10 +80,13 @@ def score_run(
                 break
             scorer.wait(watch)
         if scorer.is_main:
-            rows = run_scores.rows()
-            first = best(rows)
-            text = table(rows, run_scores.protocol, first["step"] if first else None)
-            show(lines_of(run_dir.resolve().name, rows), text)
+            lines, tables = [], []
+            for each in (scorer, *scorer.others):
+                rows = run_scores.rows(each.protocol.id)
+                first = best(rows)
+                tables.append(table(rows, each.protocol, first["step"] if first else None))
+                lines += lines_of(run_dir.resolve().name, rows)
+            show(lines, "\n".join(tables))
         run_scores.raise_if_any_failed()
 
 
@@ -128,10 +131,12 @@ def _require_size(where: str, shape: tuple[int, int, int], scorer: Scorer) -> No
         )
 
 
-def _show_one(scorer: Scorer, scores: dict[str, float], name: str, show: Show) -> None:
+def _show_one(scorer: Scorer, found: list[dict[str, float]], name: str, show: Show) -> None:
     if scorer.is_main:
-        text = "\n".join(f"{name:<50} {value:.5g}" for name, value in scores.items())
-        show([Line(name, scorer.protocol.id, scores)], text)
+        each = zip((scorer, *scorer.others), found, strict=True)
+        lines = [Line(name, one.protocol.id, scores) for one, scores in each]
+        values = [pair for scores in found for pair in scores.items()]
+        show(lines, "\n".join(f"{name:<50} {value:.5g}" for name, value in values))
 
 
 def open_sets(

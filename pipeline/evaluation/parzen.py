@@ -178,7 +178,9 @@ class ParzenScorer(Scorer):
                 f"e.g. with: {make} --channels {trained_on.shape[2]} --out data/held-out. Then set "
                 "eval.parzen_shards=data/held-out."
             )
-        self.held_out = self._read_held_out("eval.parzen_shards", config.parzen_shards)
+        field, location = "eval.parzen_shards", config.parzen_shards
+        found = candidates.open_shards(self.config, self.accelerator, field, location)
+        self.held_out = candidates.require_held_out(found, trained_on, field)
         if self.held_out.num_samples < 2 * VALIDATION_SHARE:
             raise EvaluationError(
                 f"eval.parzen_shards ({config.parzen_shards}): has {self.held_out.num_samples} "

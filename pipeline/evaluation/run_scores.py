@@ -22,6 +22,7 @@ from pipeline.config.schema import ModelConfig
 from pipeline.data.codecs import encode
 from pipeline.evaluation import candidates
 from pipeline.evaluation.candidates import Candidate
+from pipeline.evaluation.protocol import Protocol
 from pipeline.evaluation.scorer import Scorer
 from pipeline.models.sampling import generator_id, sample_grid
 from pipeline.runs import checkpoint, identity
@@ -51,7 +52,7 @@ class RunScores:
 
     def __init__(self, scorer: Scorer, run_dir: Path) -> None:
         self.scorer, self.run_dir = scorer, run_dir
-        self.config, self.protocol = scorer.config, scorer.protocol
+        self.config, self.scorers = scorer.config, [scorer, *scorer.others]
         self._errors: dict[int, str] = {}  # by step; on rank 0, as is _gone
         self._gone: set[Path] = set()  # candidates that were removed before they were scored
         self.ledger: Ledger | None = None
@@ -75,9 +76,11 @@ class RunScores:
             Stopped: a stop signal came.
         """
         while True:
-            candidate, busy = on_rank_zero(self.scorer.accelerator, lambda: self._claim_one(find()))
+            candidate, which, busy = on_rank_zero(
+                self.scorer.accelerator, lambda: self._claim_one(find())
+            )
             if candidate is not None:
-                self._score_one(candidate)
+                self._score_one(candidate, [self.scorers[k] for k in which])
             elif busy:
                 reason = f"step {busy} is being scored by another process; waiting for it"
                 self.scorer.wait_for_other_process(reason)
@@ -99,57 +102,63 @@ class RunScores:
         marker = self.run_dir / "FINISHED"
         return on_rank_zero(self.scorer.accelerator, marker.is_file)
 
-    def rows(self) -> list[Row]:
-        """Return the rows of this protocol, by step. Rank 0 only."""
+    def rows(self, protocol: str) -> list[Row]:
+        """Return the rows of a protocol, by step. Rank 0 only."""
         assert self.ledger is not None
-        return self.ledger.rows(self.protocol.id)
+        return self.ledger.rows(protocol)
 
-    def key(self, candidate: Candidate) -> Key:
-        """Return the ledger key of a candidate under this protocol."""
-        return Key(candidate.step, self.protocol.weights, self.protocol.id, candidate.generator)
+    def key(self, candidate: Candidate, protocol: Protocol) -> Key:
+        """Return the ledger key of a candidate under a protocol."""
+        return Key(candidate.step, protocol.weights, protocol.id, candidate.generator)
 
-    def _claim_one(self, found: list[Candidate]) -> tuple[Candidate | None, int]:
+    def _claim_one(self, found: list[Candidate]) -> tuple[Candidate | None, list[int], int]:
         """Claim the first candidate that is neither scored nor claimed by another process.
 
         Returns:
-            the claimed candidate or None, and a step that another process is scoring or 0.
+            the claimed candidate or None, the numbers of the scorers whose scores it lacks, and a
+            step that another process is scoring or 0.
         """
         assert self.ledger is not None
         done = {key_of(row) for row in self.ledger.rows()}
         busy = 0
         for listed in found:
             candidate = candidates.with_generator(listed, self.run_dir, self.config.eval.weights)
-            key = self.key(candidate)
-            if key in done or candidate.step in self._errors or self.ledger.revive(key):
-                continue
-            if not self.ledger.claim(key):
-                busy = candidate.step
-            elif self.ledger.has(key):  # another process finished it after ``done`` was read
-                self.ledger.release(key)
-            else:
-                return candidate, 0
-        return None, busy
+            claimed = []
+            for k, scorer in enumerate(self.scorers):
+                key = self.key(candidate, scorer.protocol)
+                if key in done or candidate.step in self._errors or self.ledger.revive(key):
+                    continue
+                if not self.ledger.claim(key):
+                    busy = candidate.step
+                elif self.ledger.has(key):  # another process finished it after ``done`` was read
+                    self.ledger.release(key)
+                else:
+                    claimed.append(k)
+            if claimed:
+                return candidate, claimed, 0
+        return None, [], busy
 
-    def _score_one(self, candidate: Candidate) -> None:
+    def _score_one(self, candidate: Candidate, which: list[Scorer]) -> None:
         scorer, config, start = self.scorer, self.config, time.monotonic()
         try:
             G, model = on_every_rank(scorer.accelerator, lambda: self._open_generator(candidate))
-            scores = scorer.score_generator(G, model, f"step {candidate.step}")
-            on_rank_zero(
-                scorer.accelerator,
-                lambda: self._record(
-                    candidate,
-                    scores,
-                    generator_id(model, G.state_dict()),
-                    sample_grid(G, model, config.run.seed),
-                    time.monotonic() - start,
-                ),
-            )
+            scores = scorer.score_generator(G, model, f"step {candidate.step}", which)
+
+            def record() -> None:
+                generator = generator_id(model, G.state_dict())
+                grid = sample_grid(G, model, config.run.seed)
+                seconds = time.monotonic() - start
+                for one, values in zip(which, scores, strict=True):
+                    self._record(one, candidate, values, generator, grid, seconds)
+                self.log_to_wandb()
+
+            on_rank_zero(scorer.accelerator, record)
         except CheckpointError as error:  # of ``_open_generator``, hence on all ranks
             on_rank_zero(scorer.accelerator, partial(self._pass_over, candidate, error))
         finally:
             if self.ledger is not None:
-                self.ledger.release(self.key(candidate))
+                for one in which:
+                    self.ledger.release(self.key(candidate, one.protocol))
 
     def _pass_over(self, candidate: Candidate, error: CheckpointError) -> None:
         """Say why a candidate is not scored; set a damaged snapshot aside. Rank 0 only.
@@ -185,13 +194,14 @@ class RunScores:
 
     def _record(
         self,
+        scorer: Scorer,
         candidate: Candidate,
         scores: dict[str, float],
         generator: str,
         grid: NDArray[np.uint8],
         seconds: float,
     ) -> None:
-        """Write the grid of samples and the ledger row, then log the row to W&B; on rank 0."""
+        """Write the grid of samples and the ledger row; on rank 0."""
         assert self.ledger is not None
         path, nearest = self.grid_path(candidate.step), self.scorer.picture
         try:
@@ -205,20 +215,20 @@ class RunScores:
                 "permission, then run the same command again. Earlier scores are kept."
             ) from None
         step = candidate.step
-        row = self.key(replace(candidate, generator=generator))._asdict() | {
+        protocol = scorer.protocol
+        row = self.key(replace(candidate, generator=generator), protocol)._asdict() | {
             "scores": scores,
-            "headline": self.protocol.headline,
-            "higher_is_better": self.protocol.higher_is_better,
+            "headline": protocol.headline,
+            "higher_is_better": protocol.higher_is_better,
             "source": f"{candidate.path.parent.name}/{candidate.path.name}",
-            "settings": dataclasses.asdict(self.protocol),
+            "settings": dataclasses.asdict(protocol),
             "processes": self.scorer.accelerator.num_processes,
             "seconds": round(seconds, 3),
             "time": round(time.time(), 3),
         }
         self.ledger.append(row)
-        headline = self.protocol.headline
+        headline = protocol.headline
         say(f"step {step}: {headline} {scores[headline]:.5g}  ({seconds:.1f} s)")
-        self.log_to_wandb()
 
     def grid_path(self, step: int) -> Path:
         """Return the path of the grid of samples of a step."""
@@ -241,37 +251,44 @@ class RunScores:
             return
         if self._wandb is None and not self.ledger.acquire_sender_lock():
             return
-        unsent = [row for row in self.ledger.unsent() if row["protocol"] == self.protocol.id]
-        for row in [row for row in unsent if key_of(row) not in self._logged]:
-            if self._wandb is None:
-                self._wandb = self._open_wandb()
-            self._wandb.log(self._wandb_values(row))
-            self._logged.append(key_of(row))
+        for scorer in self.scorers:
+            unsent = [row for row in self.ledger.unsent() if row["protocol"] == scorer.protocol.id]
+            for row in [row for row in unsent if key_of(row) not in self._logged]:
+                if self._wandb is None:
+                    self._wandb = self._open_wandb(scorer.protocol)
+                self._wandb.log(self._wandb_values(row))
+                self._logged.append(key_of(row))
+            if len(self.scorers) > 1:  # each protocol has a W&B run of its own, one at a time
+                self._close_wandb()
 
     def close(self) -> None:
         """Log the remaining rows, close W&B and release all locks."""
         if self.ledger is not None:
             self.log_to_wandb()
-            if self._wandb is not None:
-                self._wandb.close()
-                with suppress(OSError):  # the rows are then logged again, with the same values
-                    self.ledger.mark_sent(self._logged)
+            self._close_wandb()
             self.ledger.close()
         self.scorer.close()
 
-    def _open_wandb(self) -> WandbLog:
+    def _close_wandb(self) -> None:
+        if self._wandb is not None and self.ledger is not None:
+            self._wandb.close()
+            with suppress(OSError):  # the rows are then logged again, with the same values
+                self.ledger.mark_sent(self._logged)
+            self._wandb, self._logged = None, []
+
+    def _open_wandb(self, protocol: Protocol) -> WandbLog:
         assert self.ledger is not None
         run_id = identity.settle(self.run_dir, checkpoint.newest_state(self.run_dir)).id
         # The first protocol has the W&B run <id>-eval; every other one has a W&B run of its own.
-        first = next((key.protocol for key in self.ledger.sent()), self.protocol.id)
-        job = "eval" if first == self.protocol.id else f"eval-{self.protocol.id}"
-        extra = {"protocol": self.protocol.id, "settings": dataclasses.asdict(self.protocol)}
+        first = next((key.protocol for key in self.ledger.sent()), protocol.id)
+        job = "eval" if first == protocol.id else f"eval-{protocol.id}"
+        extra = {"protocol": protocol.id, "settings": dataclasses.asdict(protocol)}
         return WandbLog(self.config, run_id, job, extra)
 
     def _wandb_values(self, row: Row) -> dict[str, Any]:
         """Return what is logged for a row: its scores, the best ones so far and the grid."""
         values: dict[str, Any] = {STEP_KEY: row["step"], **row["scores"]}
-        if (best_row := best(self.rows())) is not None:
+        if (best_row := best(self.rows(row["protocol"]))) is not None:
             headline = row["headline"]
             values[f"{headline}_best"] = best_row["scores"][headline]
             values[f"{headline}_best_step"] = best_row["step"]

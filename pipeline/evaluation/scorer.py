@@ -5,8 +5,8 @@ Every method of ``Scorer`` must be called on all ranks. Only rank 0 has features
 
 from __future__ import annotations
 
-import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,14 +14,14 @@ import numpy as np
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
-from tqdm import tqdm
 
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.data.cache import check_shards
-from pipeline.data.shards import Index, read_index
+from pipeline.data.shards import Index
 from pipeline.evaluation import candidates, memorization
 from pipeline.evaluation.catalogue import METRICS
-from pipeline.evaluation.extractors import MOST_FEATURES, extract, load_extractor
+from pipeline.evaluation.extraction import Part, extract_or_stop, of_each
+from pipeline.evaluation.extractors import MOST_FEATURES, load_extractor
 from pipeline.evaluation.metrics import Classes, compute_scores, over_seeds
 from pipeline.evaluation.moments import FeatureSet, npz_id
 from pipeline.evaluation.pictures import Pictures
@@ -67,37 +67,22 @@ class Scorer:
         self.picture: NDArray[np.uint8] | None = None
         """Of the last images, by ``memorization.picture``; on rank 0, if the metric is computed."""
         self._reason = ""  # of the last ``wait_for_other_process``
-        self.index = real or self._read_index("data.shards", config.data.shards)
+        self.index = real or candidates.open_shards(
+            config, accelerator, "data.shards", config.data.shards
+        )
+        self.others: list[Scorer] = []
+        """Of ``eval.more_extractors``: they score the same images in the same pass."""
         self._set_protocol()
-
-    def _read_index(self, field: str, location: str) -> Index:
-        def read() -> Index:
-            model = self.config.model
-            options = f"--size {model.image_size} --channels {model.channels}"
-            index = read_index(location, options, field)
-            index.require_shape(self.config.model.image_shape, field)
-            return index
-
-        return on_every_rank(self.accelerator, read)
-
-    def _read_held_out(self, field: str, location: str) -> Index:
-        """Read the index of held-out shards; refuse those that D was trained on."""
-        held_out = self._read_index(field, location)
-        if held_out.fingerprint == self.index.fingerprint:
-            size, channels = self.index.shape[0], self.index.shape[2]
-            raise EvaluationError(
-                f"{field} ({location}): must not be data.shards, the training images. Prepare "
-                "held-out images, e.g. with: python -m pipeline.prepare fashion-mnist --split test "
-                f"--size {size} --channels {channels} --out data/held-out"
-            )
-        return held_out
 
     def _set_protocol(self) -> None:
         """Set ``extractor`` and ``protocol``."""
         config, given = self.config.eval, Path(self.config.eval.reference)
         self.held_out: Index | None = None
         if config.held_out and "memorization" in config.metrics:
-            self.held_out = self._read_held_out("eval.held_out", config.held_out)
+            found = candidates.open_shards(
+                self.config, self.accelerator, "eval.held_out", config.held_out
+            )
+            self.held_out = candidates.require_held_out(found, self.index, "eval.held_out")
         classes, num_classes = None, self.config.model.num_classes
         if "class_fid" in config.metrics and num_classes:
             classes = candidates.class_labels(self.index, config, num_classes)
@@ -119,18 +104,21 @@ class Scorer:
             fewest,
         )
         self.reference: Reference | None = None  # set on rank 0 by ``load_reference``
+        for alone in of_each(self.config):
+            self.others.append(Scorer(alone, self.accelerator, self.index))
 
     def describe(self) -> str:
         """Return the protocol as text to print, with a line for each metric that is left out."""
-        return "\n".join(
-            [self.protocol.describe(), *(f"left out: {line}" for line in self._left_out)]
-        )
+        lines = [self.protocol.describe(), *(f"left out: {line}" for line in self._left_out)]
+        return "\n".join(lines + [other.describe() for other in self.others])
 
     def load_reference(self) -> None:
         """Set the reference: read it from ``eval.reference`` or the cache, or compute it.
 
         Only one process computes a reference that the cache lacks. Others wait for it.
         """
+        for other in self.others:
+            other.load_reference()
         protocol = self.protocol.reference
         if self.config.eval.reference:
             given = Path(self.config.eval.reference)
@@ -183,10 +171,22 @@ class Scorer:
             check = partial(check_shards, index, self.config.data.verify)
             run_on_selected_ranks(self.accelerator, self.is_main, check)
         images = candidates.real_images(index, self.config.data, count)
-        self._extract(images, count, name, found)
+        self._extract(images, count, name, [(self.extractor, found.add)])
 
-    def score_generator(self, G: nn.Module, model: ModelConfig, name: str) -> dict[str, float]:
+    def score_generator(
+        self,
+        G: nn.Module,
+        model: ModelConfig,
+        name: str,
+        which: Sequence[Scorer] | None = None,
+    ) -> list[dict[str, float]]:
         """Score the images that a generator makes of each seed; see ``score`` and ``over_seeds``.
+
+        Args:
+            G: as ``candidates.open_generator`` returns it.
+            model: its architecture.
+            name: for the progress bar.
+            which: whose scores; None = of this and all ``others``.
 
         Raises:
             EvaluationError: ``eval.labels`` is data, and the labels of the shards do not fit G.
@@ -197,19 +197,29 @@ class Scorer:
         found = []
         for seed in config.seeds or [config.seed]:
             images = candidates.generated_images(G, model, seed, classes)
-            found.append(self.score(images, f"{name}, seed {seed}", self.classes))
-        return over_seeds(found)
+            found.append(self.score(images, f"{name}, seed {seed}", self.classes, which))
+        return [over_seeds(list(of_one)) for of_one in zip(*found, strict=True)]
 
-    def score(self, images: Images, name: str, classes: Classes | None = None) -> dict[str, float]:
+    def score(
+        self,
+        images: Images,
+        name: str,
+        classes: Classes | None = None,
+        which: Sequence[Scorer] | None = None,
+    ) -> list[dict[str, float]]:
         """Score the first ``eval.num_images`` images; call ``load_reference`` before.
+
+        Each batch of images is made once and passes through all extractors, each time as if that
+        were the only one.
 
         Args:
             images: the same set on every rank.
             name: of the set, for the progress bar.
             classes: of the generated and the real images, if the images are of a G with classes.
+            which: whose scores; None = of this and all ``others``.
 
         Returns:
-            on rank 0 {metric key: score}, on other ranks {}.
+            for each extractor: on rank 0 {metric key: score}, on other ranks {}.
 
         Raises:
             EvaluationError: classes are compared, and the images have none.
@@ -219,14 +229,17 @@ class Scorer:
             raise EvaluationError(
                 f"eval.metrics (class_fid): the classes of {name} are unknown. Leave it out."
             )
-        found = self._new_set()
-        self._extract(images, self.protocol.num_images, name, found)
-        scores: dict[str, float] = {}
-        on_rank_zero(
-            self.accelerator,
-            lambda: scores.update(self._compute_scores(found, images, classes)),
-            lengthy=True,
-        )
+        scorers = [self, *self.others] if which is None else which
+        sets = [scorer._new_set() for scorer in scorers]
+        parts = [(s.extractor, found.add) for s, found in zip(scorers, sets, strict=True)]
+        self._extract(images, self.protocol.num_images, name, parts)
+        scores: list[dict[str, float]] = [{} for _ in scorers]
+
+        def compute() -> None:
+            for k, scorer in enumerate(scorers):
+                scores[k] = scorer._compute_scores(sets[k], images, classes)
+
+        on_rank_zero(self.accelerator, compute, lengthy=True)
         return scores
 
     def _new_set(self) -> FeatureSet:
@@ -251,7 +264,8 @@ class Scorer:
 
     def close(self) -> None:
         """Finish the pending exchange of stop requests."""
-        self._agreement.close()
+        for scorer in (self, *self.others):
+            scorer._agreement.close()
 
     def wait(self, seconds: float) -> None:
         """Sleep.
@@ -271,28 +285,9 @@ class Scorer:
         self._reason = reason
         self.wait(POLL_SECONDS)
 
-    def _extract(self, images: Images, count: int, name: str, found: FeatureSet) -> None:
-        """Call ``extract`` with a progress bar; raises Stopped after a stop signal."""
-        with tqdm(
-            total=count,
-            desc=name,
-            unit="img",
-            dynamic_ncols=True,
-            leave=False,
-            disable=not (self.is_main and sys.stderr.isatty()),
-        ) as bar:
-            finished = extract(
-                images,
-                count,
-                self.extractor,
-                self.accelerator,
-                self.config.eval.batch_size,
-                self._agreement,
-                found.add,
-                bar.update,
-            )
-        if not finished:
-            raise signals.Stopped
+    def _extract(self, images: Images, count: int, name: str, parts: Sequence[Part]) -> None:
+        batch_size, agreement = self.config.eval.batch_size, self._agreement
+        extract_or_stop(images, count, name, parts, self.accelerator, batch_size, agreement)
 
     def _read_reference(self, path: Path) -> None:
         self.reference = read_reference(path, self.protocol.reference, self.protocol.dim)

@@ -21,7 +21,8 @@ from pipeline.config.schema import EvalConfig
 from pipeline.data import remote
 from pipeline.evaluation import pretrained
 from pipeline.evaluation.efficientnet import EfficientNetLite0
-from pipeline.evaluation.extractors import extract, load_extractor, slug
+from pipeline.evaluation.extraction import extract
+from pipeline.evaluation.extractors import load_extractor, slug
 from pipeline.evaluation.moments import FeatureSet
 from pipeline.runtime.errors import EvaluationError
 from pipeline.runtime.hardware import native_bf16

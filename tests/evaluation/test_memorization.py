@@ -103,7 +103,7 @@ def test_a_set_of_training_images_is_flagged_and_shown_beside_its_originals(tmp_
         for index in (scorer.index, scorer.held_out):
             assert index is not None
             images = real_images(index, config.data, index.num_samples)
-            values.append(scorer.score(images, "test"))
+            values += scorer.score(images, "test")
             pictures.append(scorer.picture)
         scorer.close()
     copies, others = values[:2]

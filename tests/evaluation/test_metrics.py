@@ -19,7 +19,8 @@ from torch_fidelity import calculate_metrics
 from pipeline.config.schema import EvalConfig
 from pipeline.data.shards import Index
 from pipeline.evaluation.candidates import chosen_ids
-from pipeline.evaluation.extractors import MOST_FEATURES, Extractor, extract, load_extractor
+from pipeline.evaluation.extraction import extract
+from pipeline.evaluation.extractors import MOST_FEATURES, Extractor, load_extractor
 from pipeline.evaluation.metrics import compute_scores, table
 from pipeline.evaluation.moments import FeatureSet
 from pipeline.evaluation.protocol import Protocol, make_protocol
