@@ -101,11 +101,10 @@ def main() -> None:
         extract(
             lambda a, b: images[a:b],
             len(images),
-            widest,
+            [(widest, rounds.append)],
             accelerator,
             64,
             Agreement(1),
-            rounds.append,
         )
         return {layer: torch.cat([part[layer] for part in rounds]) for layer in rounds[0]}
 

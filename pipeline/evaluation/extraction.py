@@ -22,21 +22,6 @@ Part = tuple[Extractor, Callable[[dict[str, Tensor]], None]]
 """An extractor, and what is called on rank 0 with the features of each round."""
 
 
-def extract(
-    images: Images,
-    count: int,
-    extractor: Extractor,
-    accelerator: Accelerator,
-    batch_size: int,
-    agreement: Agreement,
-    add: Callable[[dict[str, Tensor]], None],
-    advance: Callable[[int], None] = lambda _: None,
-) -> bool:
-    """Compute the features of one extractor; see ``extract_together``."""
-    parts = [(extractor, add)]
-    return extract_together(images, count, parts, accelerator, batch_size, agreement, advance)
-
-
 def of_each(config: Config) -> list[Config]:
     """Return the configuration of each of ``eval.more_extractors``, as if it were alone.
 
@@ -52,7 +37,7 @@ def of_each(config: Config) -> list[Config]:
     ]
 
 
-def extract_together(
+def extract(
     images: Images,
     count: int,
     parts: Sequence[Part],
@@ -110,7 +95,7 @@ def extract_or_stop(
     batch_size: int,
     agreement: Agreement,
 ) -> None:
-    """Call ``extract_together`` with a progress bar of this name.
+    """Call ``extract`` with a progress bar of this name.
 
     Raises:
         Stopped: a stop signal came.
@@ -123,7 +108,5 @@ def extract_or_stop(
         leave=False,
         disable=not (accelerator.is_main_process and sys.stderr.isatty()),
     ) as bar:
-        if not extract_together(
-            images, count, parts, accelerator, batch_size, agreement, bar.update
-        ):
+        if not extract(images, count, parts, accelerator, batch_size, agreement, bar.update):
             raise Stopped

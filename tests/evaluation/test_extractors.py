@@ -367,11 +367,10 @@ def test_extract_keeps_the_order_and_counts(count: int, accelerator: Accelerator
     assert extract(
         lambda a, b: images[a:b],
         count,
-        extractor,
+        [(extractor, found.add)],
         accelerator,
         64,
         Agreement(1),
-        found.add,
         seen.append,
     )
     assert found.features.shape == (count, 16)

@@ -88,11 +88,10 @@ def set_of(
     assert extract(
         lambda a, b: images[a:b],
         len(images),
-        extractor,
+        [(extractor, found.add)],
         accelerator,
         BATCH,
         Agreement(1),
-        found.add,
     )
     return found
 
