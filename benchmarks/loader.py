@@ -205,13 +205,15 @@ def spread(values: list[float], form: str) -> str:
     return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-def pack_all(sets: dict[str, Index], folder: Path) -> tuple[list[Contender], dict[str, str]]:
+def pack_all(
+    names: list[str], sets: dict[str, Index], folder: Path
+) -> tuple[list[Contender], dict[str, str]]:
     """Pack the images for every peer that is installed; returns contenders and versions."""
     ours = [(name, kind) for name in ("ours", RAW) for kind in FORMATS]
     found = [Contender(name, kind, Path(sets[kind].location)) for name, kind in ours]
     files = {kind: as_files(sets[kind], folder / f"files_{kind}") for kind in FORMATS}
     shown: dict[str, str] = {}
-    for name in PEERS:
+    for name in names:
         for kind in FORMATS:
             place = folder / f"{name} {kind}"
             try:
@@ -248,7 +250,7 @@ def compare(options: argparse.Namespace, folder: Path) -> str:
     for kind in ("jpg", "png"):
         check_same_pixels(sets[kind])
     options.batches = sets["jpg"].num_samples // BATCH
-    contenders, shown_versions = pack_all(sets, folder)
+    contenders, shown_versions = pack_all(options.peers, sets, folder)
     limits = {kind: Contender(f"bare loops x {workers}", kind, folder) for kind in FORMATS}
     for number in range(options.rounds):
         for c in contenders:
@@ -301,6 +303,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data", help="a folder of shards instead of Fashion-MNIST")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, help="default: all")
     parser.add_argument("--one", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)  # the cores are the workers'
