@@ -59,7 +59,6 @@ from pipeline.runtime.files import exists
 if TYPE_CHECKING:
     from pipeline.evaluation.pictures import Pictures
     from pipeline.evaluation.scorer import Scorer
-    from pipeline.evaluation.survey import Asked
     from pipeline.runs.score_tables import Line
 
 
@@ -81,22 +80,21 @@ def evaluate(options: argparse.Namespace, config: Config) -> bool:
             _say_on_rank_0(scorer)
             scorer.write_reference(options.out)
         else:
-            from pipeline.evaluation import jobs
+            from pipeline.evaluation import jobs, own_extractors, survey
 
+            if options.metrics == "fidelity":
+                own_extractors.require_asked(config.eval.extractor)
+            channels = config.model.channels if options.metrics == "parzen" else 3
+            asked = survey.Asked(options.size, options.background, options.subfolders, channels)
             config, scored, real = jobs.open_sets(
-                options.images, options.against, _asked(options, config), config,
+                options.images, options.against, asked, config,
                 all_images=bool(options.against) and not _names(options, "eval.num_images"),
                 accelerator=accelerator,
             )  # fmt: skip
             opened = None
             if options.checkpoint and not options.run and scored is None:
-                from pipeline.runs.generators import open_generator
-                from pipeline.runtime.ranks import on_every_rank
-
-                where = str(options.checkpoint), options.weights, config.eval.weights
-                device = accelerator.device
-                opened = on_every_rank(accelerator, lambda: open_generator(*where, device))
-                config = dataclasses.replace(config, model=opened.model)
+                where = str(options.checkpoint), options.weights
+                config, opened = jobs.open_alone(*where, config, accelerator)
             scorer = _scorer_class(options.metrics)(config, accelerator, real)
             _say_on_rank_0(scorer)
             show = partial(_show, options, scorer, scored)
@@ -128,13 +126,6 @@ def _say_on_rank_0(scorer: Scorer) -> None:
         print(scorer.describe(), flush=True)
 
 
-def _asked(options: argparse.Namespace, config: Config) -> Asked:
-    from pipeline.evaluation.survey import Asked
-
-    channels = config.model.channels if options.metrics == "parzen" else 3
-    return Asked(options.size, options.background, options.subfolders, channels)
-
-
 def _names(options: argparse.Namespace, key: str) -> bool:
     return any(word.startswith(f"{key}=") for word in options.overrides)
 
@@ -162,7 +153,8 @@ def _show(
     facts = {"protocol": scorer.protocol.id, "settings": dataclasses.asdict(scorer.protocol)}
     if scored is not None:
         facts["images"] = about(scored)
-    facts["against"] = about(scorer.index)
+    real = scorer.held_out if options.metrics == "parzen" else scorer.index
+    facts["against"] = about(real or scorer.index)
     score_tables.show(lines, text, facts, as_json=options.json, csv_file=options.csv)
 
 
@@ -265,8 +257,7 @@ def parse(words: list[str]) -> argparse.Namespace:
             parents = Path(realpath(options.checkpoint)).parents
             if len(parents) > 1 and (parents[1] / "config.yaml").is_file():
                 options.run = parents[1]
-        needs_b = options.images and not (options.run or options.config or options.against)
-        if needs_b and not _names(options, "eval.reference"):
+        if options.images and not (options.run or options.config or options.against):
             score.error("--images A: give also --against B, --run DIR or --config FILE")
         if not (options.run or options.checkpoint or options.images or options.table):
             score.error("give --run DIR, --checkpoint DIR, or --images A with --against B")

@@ -29,10 +29,11 @@ from pipeline.evaluation.pictures import (
 from pipeline.evaluation.run_scores import RunScores
 from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.survey import Asked
-from pipeline.runs.generators import Opened
+from pipeline.runs.generators import Opened, open_generator
 from pipeline.runs.results import best
 from pipeline.runs.score_tables import Line, lines_of
 from pipeline.runtime.errors import EvaluationError
+from pipeline.runtime.ranks import on_every_rank
 
 Show = Callable[[list[Line], str], None]
 NO_SHAPE = (0, 0, 0)
@@ -137,6 +138,19 @@ def _show_one(scorer: Scorer, found: list[dict[str, float]], name: str, show: Sh
         lines = [Line(name, one.protocol.id, scores) for one, scores in each]
         values = [pair for scores in found for pair in scores.items()]
         show(lines, "\n".join(f"{name:<50} {value:.5g}" for name, value in values))
+
+
+def open_alone(
+    location: str, weights: str, config: Config, accelerator: Accelerator
+) -> tuple[Config, Opened]:
+    """Open a G that lies in no run folder; returns the configuration with its architecture, and G.
+
+    Raises:
+        UserError: see ``generators.open_generator``.
+    """
+    network, device = config.eval.weights, accelerator.device
+    opened = on_every_rank(accelerator, lambda: open_generator(location, weights, network, device))
+    return dataclasses.replace(config, model=opened.model), opened
 
 
 def open_sets(

@@ -16,8 +16,8 @@ from pipeline.runtime.errors import EvaluationError
 from pipeline.runtime.tensor_files import tensors_sha256
 
 
-def import_own(name: str) -> Any:
-    """Import and register the class ``module:Class``, if the user has asked for it."""
+def require_asked(name: str) -> None:
+    """Raise ``EvaluationError`` if only a file that came with a run asks for an extractor."""
     if isinstance(name, Unasked):
         raise EvaluationError(
             f"eval.extractor ({name}): {name.file} names it, but that file came with a run, and "
@@ -25,6 +25,11 @@ def import_own(name: str) -> Any:
             f"eval.extractor={name} to the command line; else use eval.extractor=inception or "
             "efficientnet-lite0."
         )
+
+
+def import_own(name: str) -> Any:
+    """Import and register the class ``module:Class``, if the user has asked for it."""
+    require_asked(name)
     module, _, attribute = name.partition(":")
     try:
         cls = getattr(importlib.import_module(module), attribute)
