@@ -275,7 +275,7 @@ def configuration(options: argparse.Namespace) -> Config:
         EvaluationError: the run folder has no configuration.
         ConfigError: a value is invalid.
     """
-    folder: Path | None = options.run or options.checkpoint
+    folder: Path | None = options.run or getattr(options, "checkpoint", None)
     if folder is not None and folder.suffix == ".safetensors":
         folder = folder.parent
     if options.config or folder is None or not (options.run or exists(folder / "config.yaml")):
