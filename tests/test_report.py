@@ -129,22 +129,22 @@ def test_curves_grids_and_events(trained: Path) -> None:
 
 
 def test_best_and_last_scores_by_protocol(runs: Path) -> None:
-    """Protocols have tables of their own, and a superseded row is not in them."""
+    """Protocols have tables of their own, best run first; a superseded row is not in them."""
     for step, fid in ((6, 40.0), (12, 30.5), (18, 35.25)):
         score(runs / "slow", step, fid)
     score(runs / "slow", 24, 1.5, superseded=True)
+    score(runs / "fast", 18, 20.0)
     score(runs / "fast", 24, 99.0, protocol="77770000")
     page = page_of(runs / "slow", runs / "fast")
     rows = Cells(page).rows
-    head = ["run", "", "step", "weights", "eval/fid_50k_full"]
+    head = ["run", "best eval/fid_50k_full", "at step", "last", "at step", "weights"]
     first = rows.index(head)
     assert rows[first + 1 : first + 3] == [
-        ["slow", "best", "12", "ema", "30.5"],
-        ["slow", "last", "18", "ema", "35.25"],
+        ["fast", "20", "18", "20", "18", "ema"],
+        ["slow", "30.5", "12", "35.25", "18", "ema"],
     ]
-    second = rows.index(head, first + 1)
-    assert rows[second + 1] == ["fast", "best", "24", "ema", "99"]
-    assert "Scores of protocol 77770000, best by eval/fid_50k_full" in page
+    assert rows[rows.index(head, first + 1) + 1] == ["fast", "99", "24", "99", "24", "ema"]
+    assert "Scores of protocol 77770000" in page
     assert data_of(page)["runs"][0]["curves"]["eval/fid_50k_full [5f0cabcd]"][1] == [
         40,
         30.5,

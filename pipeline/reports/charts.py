@@ -58,7 +58,7 @@ def panels(names: Sequence[str], count: int) -> tuple[str, list[str], list[dict[
         and of (source, line, dots) of each run.
     """
     from bokeh.embed import components
-    from bokeh.models import ColumnDataSource, DataRange1d, HoverTool
+    from bokeh.models import ColumnDataSource, DataRange1d, HoverTool, NumeralTickFormatter
     from bokeh.plotting import figure
 
     figures, ids = [], []
@@ -73,6 +73,7 @@ def panels(names: Sequence[str], count: int) -> tuple[str, list[str], list[dict[
             x_range=DataRange1d(only_visible=True),
             y_range=DataRange1d(only_visible=True),
         )
+        panel.xaxis[0].update(formatter=NumeralTickFormatter(format="0.[0000]a"))  # 20k, 0.25
         panel.toolbar.update(logo=None, autohide=True)
         for part in (*panel.grid, *panel.axis):
             part.update(**(GRID if part in panel.grid else AXIS))

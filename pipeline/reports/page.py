@@ -80,10 +80,10 @@ def _json(data: Any) -> str:
 
 
 def _order(keys: Iterable[str]) -> list[str]:
-    """Return the keys of curves: headline scores, what the panels show first, the others."""
-    ranks = {key: rank for rank, key in enumerate(FIRST)}
-    fids = ("eval/fid", "eval/fd", "eval/kid")
-    return sorted(keys, key=lambda key: (not key.startswith(fids), ranks.get(key, len(FIRST)), key))
+    """Return the keys of curves: two Frechet or kernel distances, then FIRST, then the others."""
+    known = sorted(keys)
+    scores = [key for key in known if key.startswith(("eval/fid", "eval/fd", "eval/k"))][:2]
+    return list(dict.fromkeys([*scores, *(key for key in FIRST if key in known), *known]))
 
 
 def _heading(runs: Sequence[RunFacts]) -> str:
@@ -141,33 +141,35 @@ def _runs_table(runs: Sequence[RunFacts]) -> str:
 
 
 def _score_tables(runs: Sequence[RunFacts]) -> Iterable[str]:
-    """Yield a heading and a table for each protocol: best and last scores of each run."""
+    """Yield a heading and a table for each protocol: best and last row of each run, best first."""
     protocols = dict.fromkeys(row["protocol"] for run in runs for row in run.scores)
     for protocol in protocols:
-        found: list[tuple[int, str, Row]] = []
+        found: list[tuple[int, Row, Row]] = []
         for n, run in enumerate(runs):
             rows = [row for row in run.scores if row["protocol"] == protocol]
             if (first := best(rows)) is not None:
-                found.append((n, "best", first))
-            found += [(n, "last", row) for row in rows[-1:]]
-        keys = list(dict.fromkeys(key for _, _, row in found for key in row["scores"]))
-        headlines = ", ".join(dict.fromkeys(row["headline"] for _, _, row in found))
-        heading = f"Scores of protocol {protocol}, best by {headlines}"
-        yield f"<h2>{html.escape(heading)}</h2>"
+                found.append((n, first, rows[-1]))
+        if not found:
+            continue
+        headline = found[0][1]["headline"]
+        sign = -1 if found[0][1].get("higher_is_better") else 1
+        found.sort(key=lambda entry: sign * float(entry[1]["scores"].get(headline) or 0))
+        keys = dict.fromkeys(key for _, first, _ in found for key in first["scores"])
+        others = [key for key in keys if key != headline]
+        yield f"<h2>{html.escape(f'Scores of protocol {protocol}')}</h2>"
         yield _table(
-            ["run", "", "step", "weights", *keys],
+            ["run", f"best {headline}", "at step", "last", "at step", "weights", *others],
             (
                 (
                     n,
                     [
                         runs[n].name,
-                        which,
-                        row["step"],
-                        row["weights"],
-                        *map(row["scores"].get, keys),
+                        *(first["scores"].get(headline), first["step"]),
+                        *(last["scores"].get(headline), last["step"]),
+                        *(first["weights"], *map(first["scores"].get, others)),
                     ],
                 )
-                for n, which, row in found
+                for n, first, last in found
             ),
         )
     if not protocols:
