@@ -4,6 +4,8 @@
     accelerate launch pipeline/train.py --config configs/dcgan_64.yaml run.dir=runs/b
     accelerate launch --multi_gpu --num_processes 8 pipeline/train.py --config configs/dcgan_64.yaml
 
+    python -m pipeline.train --config configs/photos_64.yaml --dry-run
+
 To resume, run the same command again. SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C save a checkpoint and
 leave. The state of a run is step + weights + optimizers; data order, noise and grids are functions
 of (seed, step), so a resumed run computes what the uninterrupted one would have.
@@ -24,11 +26,13 @@ if __name__ == "__main__":
 import argparse
 import logging
 import sys
+from collections.abc import Mapping
 from contextlib import closing
+from typing import TYPE_CHECKING
 
 from pipeline.config import keys
 from pipeline.config.hints import hint
-from pipeline.config.loading import load
+from pipeline.config.loading import dump, load
 from pipeline.config.schema import Config
 from pipeline.config.sizes import micro_batch_advice, micro_batching, require_memory
 from pipeline.runtime.arguments import HelpFormatter, plain_overrides
@@ -37,6 +41,27 @@ from pipeline.runtime.environment import world_size
 from pipeline.runtime.errors import exit_on_user_error
 from pipeline.runtime.host import memory
 from pipeline.runtime.log_file import Printable, Recorder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def _launch(config: Config) -> tuple[Accelerator, str, int, int]:
+    """Join the ranks; return (accelerator, precision, micro_batch, accumulation)."""
+    from pipeline.runs import run_folder
+    from pipeline.runtime import hardware, launch
+
+    precision = run_folder.saved_precision(config)
+    precision = precision or hardware.resolve_precision(config.train.precision)
+    accelerator = launch.make_accelerator(precision, config.train.rank_timeout)
+    launch.require_equal_precision(accelerator, precision)
+    launch.warn_about_missing_processes(accelerator)
+    kernels = config.train.deterministic, config.train.exact_sum
+    hardware.configure_kernels(accelerator.device, *kernels)
+    micro_batch, accumulation = micro_batching(config, accelerator.num_processes)
+    node = hardware.local_world_size(), memory()
+    require_memory(config, accelerator.num_processes, *node)
+    return accelerator, precision, micro_batch, accumulation
 
 
 def train(config: Config) -> bool:
@@ -47,22 +72,11 @@ def train(config: Config) -> bool:
     """
     # Imported here: torch takes seconds, and --help or a mistyped key must answer without it.
     from pipeline.data.loader import make_order, open_data
-    from pipeline.runs import run_folder
-    from pipeline.runtime import hardware, launch
     from pipeline.training.gan import GAN
     from pipeline.training.inputs import InputReader
     from pipeline.training.run import Run
 
-    precision = run_folder.saved_precision(config)
-    precision = precision or hardware.resolve_precision(config.train.precision)
-    accelerator = launch.make_accelerator(precision, config.train.rank_timeout)
-    launch.require_equal_precision(accelerator, precision)
-    launch.warn_about_missing_processes(accelerator)
-    kernels = config.train.deterministic, config.train.exact_sum
-    hardware.configure_kernels(accelerator.device, *kernels)
-    ranks = accelerator.num_processes
-    micro_batch, accumulation = micro_batching(config, ranks)
-    require_memory(config, ranks, hardware.local_world_size(), memory())
+    accelerator, precision, micro_batch, accumulation = _launch(config)
     d_steps, total_steps = config.optim.d_steps, config.train.total_steps
 
     run = Run(config, accelerator, precision)
@@ -110,6 +124,13 @@ def train(config: Config) -> bool:
     return step >= total_steps
 
 
+def dry_run(config: Config, origins: Mapping[str, str]) -> bool:
+    """Print what a run would take, without a file of it. Returns False if a signal stopped it."""
+    from pipeline.training.rehearsal import rehearse
+
+    return rehearse(config, origins, *_launch(config))
+
+
 def main() -> None:
     """Parse the command line and train; exit with code 2 on a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
@@ -122,6 +143,17 @@ def main() -> None:
         metavar="WORD",
         help="print the keys whose name has WORD, with type, default and meaning, and exit; if no "
         "name has it, those whose meaning has; without WORD all",
+    )
+    add(
+        "--print-config",
+        action="store_true",
+        help="print the configuration with all its keys as YAML, and exit",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print each value with its origin, check the data, time three steps, print how long "
+        "the run would take and what it needs, and exit; writes nothing",
     )
     add(
         "overrides",
@@ -145,9 +177,13 @@ def main() -> None:
         handler.setFormatter(Printable("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=handlers)
     with exit_on_user_error():
-        config = load(arguments.config, arguments.overrides)
+        origins: dict[str, str] = {}
+        config = load(arguments.config, arguments.overrides, origins=origins)
+    if arguments.print_config:
+        sys.stdout.write(dump(config))
+        sys.exit(0)
     with exit_on_user_error(micro_batch_advice(config, world_size())):
-        finished = train(config)
+        finished = dry_run(config, origins) if arguments.dry_run else train(config)
     sys.exit(signals.exit_code(finished))
 
 

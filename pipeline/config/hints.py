@@ -6,8 +6,15 @@ import dataclasses
 import difflib
 
 from pipeline.config.schema import Config
-from pipeline.config.values import types_of_keys
+from pipeline.config.values import show, types_of_keys
+from pipeline.config.yaml_file import Value
+from pipeline.runtime.text import printable
 
+REMOVED_KEYS = {
+    "train.cuda_graph": ("false", "set train.compile=true train.compile_mode=reduce-overhead"),
+    "model.spectral_norm": ("false", "set model.d_norm=spectral"),
+}
+"""Keys that old run folders still hold: the value that changes nothing, and what to set instead."""
 CLOSE = 0.75
 """Least similarity (difflib) of two names that may be one name mistyped."""
 LAUNCH = "accelerate launch --multi_gpu --num_processes N ... starts N processes"
@@ -62,6 +69,19 @@ SYNONYMS = {
 _ANSWERS = {word: answer for words, answer in SYNONYMS.items() for word in words.split()}
 
 
+def about_unknown(key: str, value: Value) -> str:
+    """Return what is wrong with a key that is none, and which one may be meant."""
+    known = list(types_of_keys())
+    shown = f"{printable(key[:100])} ({show(value)})"
+    if key in REMOVED_KEYS:
+        return f"{shown}: no longer exists; {REMOVED_KEYS[key][1]}"
+    if owner := next((k for k in known if key.startswith(f"{k}.")), None):
+        return f"{shown}: {owner} holds one value and no keys; write {owner}=VALUE"
+    if key in {k.partition(".")[0] for k in known}:
+        return f"{shown}: must hold keys; {_keys_of(key)}"
+    return f"{shown}: unknown key; {hint(key)}"
+
+
 def hint(key: str) -> str:
     """Return the answer to a key that does not exist: a guess if one is near, else what there is.
 
@@ -82,10 +102,10 @@ def hint(key: str) -> str:
     else:
         names = {k.partition(".")[2]: k for k in reversed(known)} | {k: k for k in known}
     near = difflib.get_close_matches(name if listed else wanted, names, n=1, cutoff=CLOSE)
-    return f"did you mean {names[near[0]]}?" if near else keys_of(section)
+    return f"did you mean {names[near[0]]}?" if near else _keys_of(section)
 
 
-def keys_of(section: str) -> str:
+def _keys_of(section: str) -> str:
     """Return the list of a section's keys, or of the sections if there is none of this name."""
     listed = [k.partition(".")[2] for k in types_of_keys() if k.startswith(f"{section}.")]
     if listed:

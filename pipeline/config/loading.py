@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 
 from pipeline.config import rules, yaml_file
 from pipeline.config.choices import EXTRACTORS
-from pipeline.config.hints import hint, keys_of
+from pipeline.config.hints import REMOVED_KEYS, about_unknown
 from pipeline.config.schema import Config, flatten, without_credentials
 from pipeline.config.values import (
     NULLS,
@@ -62,11 +62,6 @@ PATH_KEYS = (
 )
 SETS, JOINT = ("data.shards", "eval.held_out", "eval.parzen_shards"), "::"
 """Keys that may name several sets, as a list or joined by this."""
-REMOVED_KEYS = {
-    "train.cuda_graph": ("false", "set train.compile=true train.compile_mode=reduce-overhead"),
-    "model.spectral_norm": ("false", "set model.d_norm=spectral"),
-}
-"""Keys that old run folders still hold: the value that changes nothing, and what to set instead."""
 RENAMED = {("model.spectral_norm", "true"): ("model.d_norm", Plain("spectral"))}
 """Old keys with their values, and what they are called today; files that came with a run may have
 them."""
@@ -77,7 +72,13 @@ COMMAND_LINE = "command line"
 MOST_FAULTS = 40
 
 
-def load(path: str | Path | None, overrides: Sequence[str] = (), *, saved: bool = False) -> Config:
+def load(
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    saved: bool = False,
+    origins: dict[str, str] | None = None,
+) -> Config:
     """Load and check the configuration of a YAML file and ``section.key=value`` overrides.
 
     Args:
@@ -85,6 +86,8 @@ def load(path: str | Path | None, overrides: Sequence[str] = (), *, saved: bool 
         overrides: values of the command line.
         saved: the file came with a run, a snapshot or a folder of the Hub: the user may not have
             read it. A config.yaml that lies beside the other files of one is always treated so.
+
+        origins: filled with where each value comes from, by ``section.key``.
 
     Raises:
         ConfigError: a list of all faults, each with field, value, requirement and remedy.
@@ -104,12 +107,15 @@ def load(path: str | Path | None, overrides: Sequence[str] = (), *, saved: bool 
         _use_folder(tree, folder)
     draft = _Draft(path, saved=saved)
     for key, default in flatten(Config()).items():
-        draft.set(key, _as_text(escape(default)), Path.cwd(), "defaults")
+        draft.set(key, _as_text(escape(default)), Path.cwd(), "default")
     for key, value in _items(tree):
         draft.set(key, value, base_of_file, str(path))
     for key, value in _read_overrides(overrides, draft.faults):
         draft.set(key, value, Path.cwd(), COMMAND_LINE)
-    return draft.finish()
+    config = draft.finish()
+    if origins is not None:
+        origins.update(draft.origins())
+    return config
 
 
 def dump(config: Config, *, public: bool = False) -> str:
@@ -144,7 +150,7 @@ class _Draft:
         if key in REMOVED_KEYS and value == REMOVED_KEYS[key][0]:
             return
         if key not in types_of_keys():
-            self.faults.append(f"{_about_unknown(key, value)} [{source}]")
+            self.faults.append(f"{about_unknown(key, value)} [{source}]")
             return
         if source == COMMAND_LINE and value == "" and types_of_keys()[key] is str:
             value = ""  # section.key= is the empty text; in a file it is null
@@ -161,6 +167,10 @@ class _Draft:
                 )
         except Misfit as misfit:
             self.faults.append(f"{key} ({show(value)}): {misfit} [{source}]")
+
+    def origins(self) -> dict[str, str]:
+        """Return where each value comes from: "default", the file or "command line"."""
+        return {key: source for key, (_, source) in self._from.items()}
 
     def finish(self) -> Config:
         """Return the configuration; raise ``ConfigError`` for all faults so far, then of rules."""
@@ -310,16 +320,3 @@ def _make_absolute(value: str, base: Path) -> str:
         return str(base / Path(value).expanduser())
     except RuntimeError:  # no such ~user: a folder of that name, as in a shell
         return str(base / value)
-
-
-def _about_unknown(key: str, value: Value) -> str:
-    """Return what is wrong with a key that is none, and which one may be meant."""
-    known = list(types_of_keys())
-    shown = f"{printable(key[:100])} ({show(value)})"
-    if key in REMOVED_KEYS:
-        return f"{shown}: no longer exists; {REMOVED_KEYS[key][1]}"
-    if owner := next((k for k in known if key.startswith(f"{k}.")), None):
-        return f"{shown}: {owner} holds one value and no keys; write {owner}=VALUE"
-    if key in SECTIONS:
-        return f"{shown}: must hold keys; {keys_of(key)}"
-    return f"{shown}: unknown key; {hint(key)}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,6 +35,16 @@ def memory() -> int:
             if limit.is_file() and (text := limit.read_text().strip()) != "max":
                 found = min(found, int(text))
     return found
+
+
+def peak_memory() -> int:
+    """Return the most bytes of memory that this process has held; 0 if the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def raise_open_files() -> int:
