@@ -314,6 +314,8 @@ def main() -> None:
         except ImportError:
             raise SystemExit(NOT_INSTALLED) from None
         print(json.dumps(found), flush=True)
+        for worker in psutil.Process().children(recursive=True):
+            worker.kill()
         os._exit(0)  # some loaders' threads and workers outlive their loader
     with tempfile.TemporaryDirectory() as scratch:
         print(compare(options, Path(scratch)))
