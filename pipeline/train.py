@@ -72,6 +72,7 @@ def train(config: Config) -> bool:
     """
     # Imported here: torch takes seconds, and --help or a mistyped key must answer without it.
     from pipeline.data.loader import make_order, open_data
+    from pipeline.runs import run_folder
     from pipeline.training.gan import GAN
     from pipeline.training.inputs import InputReader
     from pipeline.training.run import Run
