@@ -19,6 +19,7 @@ from pipeline.config.yaml_file import Plain
 from pipeline.data.loader import make_order, open_data
 from pipeline.runs.announce import cautions
 from pipeline.runs.checkpoint import checkpoint_bytes
+from pipeline.runs.run_folder import saved_order
 from pipeline.runs.step_folders import CHECKPOINTS, committed, step_of
 from pipeline.runtime import signals
 from pipeline.runtime.files import nearest_existing
@@ -69,7 +70,7 @@ def rehearse(
         return False
     gan, meter = GAN(config, accelerator, accumulation), Meter(accelerator, config.images_per_step)
     inputs = InputReader(
-        *(config, index, make_order(config, index), accelerator),
+        *(config, index, make_order(config, index, saved_order(config)), accelerator),
         micro_batch=micro_batch,
         meter=meter,
         start=start * config.optim.d_steps,
