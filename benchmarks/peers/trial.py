@@ -28,7 +28,7 @@ from peers import Peer, Place
 BATCH, EPOCHS = 32, 2
 EVERY = 4  # steps between stored states
 STEP_SECONDS = 0.004  # a training step
-LIMIT = 30.0  # seconds without a step: it hangs
+LIMIT = 60.0  # seconds without a step: it hangs. States are converted meanwhile
 
 
 @dataclass(frozen=True)
