@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -30,12 +31,12 @@ EVIL = "</script><script>document.title='pwned'</script><img src=x onerror=docum
 def trained(
     tmp_path_factory: pytest.TempPathFactory, tiny_config: Path, training_settings: list[str]
 ) -> Path:
-    """A folder with two runs: `slow` has been resumed once, `fast` has another learning rate."""
+    """A folder with two runs: `slow` was resumed with another learning rate."""
     folder = tmp_path_factory.mktemp("runs")
     options = [*training_settings, "train.log_every=2", "train.sample_every=6"]
     for name, *own in (
-        ("slow", "train.total_steps=12"),
-        ("slow", "train.total_steps=24"),
+        ("slow", "train.total_steps=12", "optim.g_lr=2e-3"),
+        ("slow", "train.total_steps=24", "run.accept_changes=true"),
         ("fast", "optim.g_lr=4e-3"),
     ):
         train(1, tiny_config, *options, f"run.dir={folder / name}", *own)
@@ -112,7 +113,7 @@ def test_of_one_run_the_table_has_the_settings_other_than_the_default(trained: P
 
 
 def test_curves_grids_and_events(trained: Path) -> None:
-    """Each logged value is a curve over steps and hours; each grid is there; so is the resume."""
+    """Each logged value is a curve over steps and hours; grids, resume and change are there."""
     page = page_of(trained / "slow", trained / "fast")
     data = data_of(page)
     rows = [json.loads(line) for line in (trained / "slow/metrics.jsonl").read_text().splitlines()]
@@ -125,6 +126,7 @@ def test_curves_grids_and_events(trained: Path) -> None:
     assert data["steps"] == [6, 12, 18, 24] == [int(step) for step in data["grids"][1]]
     events = [row[2] for row in Cells(page).rows if row[0] == "slow" and len(row) == 3]
     assert any(re.fullmatch(r"resuming run \S+ in .* at step 12 of 24", e) for e in events)
+    assert any(e.endswith("changed from step 12 on:\n  optim.g_lr: 0.002 -> 0.001") for e in events)
     assert events[-1] == "finished at step 24"
 
 
@@ -183,6 +185,20 @@ def test_folders_of_others_are_left_out_with_a_message(
     assert f"left out: RUN ({runs / 'slow'}): its configuration cannot be used: " in said
     with pytest.raises(UserError, match=r"photos\): is not the folder of a run"):
         page_of(runs / "photos")
+
+
+def test_damaged_files_of_a_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows and pictures that are damaged are left out; so is a run with a FIFO."""
+    with (runs / "slow/metrics.jsonl").open("a") as file:
+        file.write('{"step": true}\n[1]\n{"step": 26, "loss/G": NaN, "check": "0"}\n')
+    (runs / "slow/samples/step_0000024.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99))
+    (runs / "slow/run.json").write_text("{")
+    (runs / "fast/log.txt").unlink()
+    os.mkfifo(runs / "fast/log.txt")
+    page = page_of(runs / "slow", runs / "fast")
+    assert Cells(page).rows[1][2] == "24 of 24"
+    assert list(data_of(page)["grids"][0]) == ["6", "12", "18"]
+    assert f"left out: {runs / 'fast/log.txt'}: is no regular file" in capsys.readouterr().err
 
 
 def test_the_command_ends_with_one_message(tmp_path: Path) -> None:
