@@ -72,6 +72,7 @@ def train(config: Config) -> bool:
     """
     # Imported here: torch takes seconds, and --help or a mistyped key must answer without it.
     from pipeline.data.loader import make_order, open_data
+    from pipeline.data.preview import write_reals
     from pipeline.runs import run_folder
     from pipeline.training.gan import GAN
     from pipeline.training.inputs import InputReader
@@ -96,6 +97,10 @@ def train(config: Config) -> bool:
     )
 
     with closing(inputs), run.start(step):
+        if run.is_main and step < total_steps:
+            write_reals(config, index, order)
+        if step == 0:
+            run.sample(step, gan)
         while step < total_steps and not run.stopping:
             step += 1
             # Update D: maximise log D(x) + log(1 - D(G(z))).

@@ -7,10 +7,14 @@ import math
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.config.schema import Config
 from pipeline.data.cache import Cache
+from pipeline.data.order import Order
 from pipeline.data.reader import Reader
+from pipeline.data.remote import Patience
 from pipeline.data.shards import INDEX_NAME, Index
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import DataError
@@ -34,12 +38,35 @@ def write_preview(index: Index, path: Path) -> None:
 
     A sample that cannot be read is named in a note, and there is no picture.
     """
-    height, width, channels = index.shape
+    height, width, _ = index.shape
     side = min(math.isqrt(TILES), math.isqrt(MOST_PIXELS // (height * width)) or 1)
     ids = np.linspace(0, index.num_samples - 1, min(side**2, index.num_samples)).astype(np.int64)
-    tiles = np.zeros((side, side, height, width, channels), np.uint8)
+    _write_grid(Reader(index, Cache(index, "")), ids, side, path)
+
+
+def write_reals(config: Config, index: Index, order: Order) -> None:
+    """Write samples/reals.png of a run, once: 8 x 8 images, the first of the data order.
+
+    It has the size and layout of the grids of G's samples, to be looked at beside them.
+    """
+    path = Path(config.run.dir).expanduser() / "samples" / "reals.png"
+    if path.exists():
+        return
+    cache = Cache(index, config.data.cache_dir, config.data.cache_gib, Patience())
+    ids = order.ids(np.arange(min(TILES, index.num_samples), dtype=np.int64))
     try:
-        Reader(index, Cache(index, "")).read(ids, tiles.reshape(-1, *index.shape)[: len(ids)])
+        path.parent.mkdir(exist_ok=True)
+        _write_grid(Reader(index, cache, config.data.skip_damaged), ids, math.isqrt(TILES), path)
+    except OSError as error:  # the run's own files will meet it, too
+        say(f"note: no {path.name}: {error.strerror}")
+
+
+def _write_grid(reader: Reader, ids: NDArray[np.int64], side: int, path: Path) -> None:
+    """Write a grid of side x side samples; with a note instead if one cannot be read."""
+    height, width, channels = shape = reader.index.shape
+    tiles = np.zeros((side, side, *shape), np.uint8)
+    try:
+        reader.read_intact(ids, tiles.reshape(-1, *shape)[: len(ids)])
     except DataError as error:
         say(f"note: no {path.name}: {error}")
         return

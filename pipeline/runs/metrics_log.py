@@ -34,6 +34,9 @@ from pipeline.runtime.errors import RunFolderError
 from pipeline.runtime.files import write_atomic
 from pipeline.runtime.log_file import open_to_append
 
+FIRST_LINE = 10.0
+"""Seconds after which a run without a terminal says how fast it is, if no row was due before."""
+
 
 class MetricsLog:
     """The log of a training run on rank 0; every method is cheap next to a training step.
@@ -66,7 +69,7 @@ class MetricsLog:
             self._last_step = _rewind(self._path, start_step)
             # Unbuffered: when log() returns, the kernel has the row and no kill can lose it.
             self._file = open_to_append(self._path)
-        self._began = time.monotonic()
+        self._began, self._may_tell = time.monotonic(), True
         self._bar: Any = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
@@ -86,7 +89,7 @@ class MetricsLog:
         row = {"step": step, **finite, "time": round(time.time(), 3)}
         with _raise_run_folder_error(self._path):
             append_rows(self._file, [row])
-        self._last_step = step
+        self._last_step, self._may_tell = step, False
         self._wandb.log({STEP_KEY: step, **numbers})
         self._print_progress(step, numbers)
 
@@ -112,9 +115,12 @@ class MetricsLog:
         return path
 
     def advance(self, step: int) -> None:
-        """Move the progress bar. No-op if stderr is not a terminal."""
+        """Move the progress bar; without a terminal, print one line before the first row is due."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
+        elif self._may_tell and time.monotonic() - self._began > FIRST_LINE:
+            self._may_tell = False
+            self._print_progress(step, {})
 
     def close(self, failed: bool = False) -> None:
         """Close the files and wait up to ``tracking.timeout`` seconds for W&B.
