@@ -128,10 +128,11 @@ def data_cautions(config: Config, images: int) -> list[str]:
             f"has some twice. Use {max(2, images // 2)} or less, or more images"
         )
     epochs = config.train.total_steps * config.images_per_step / images
+    remedy = "" if config.stability.augment else ", or set stability.augment"
     if epochs > MOST_EPOCHS:
         lines.append(
             f"train.total_steps ({config.train.total_steps}): {epochs:.0f} epochs of {images} "
-            "images; D learns so few by heart. Lower it, or set stability.augment and train.mirror"
+            f"images; D learns so few by heart. Lower it{remedy}"
         )
     return lines
 
