@@ -19,6 +19,7 @@ from pipeline.data.shards import INDEX_NAME, Index
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import DataError
 from pipeline.runtime.files import write_atomic
+from pipeline.runtime.signals import Stopped
 
 PREVIEW_NAME = "preview.png"
 TILES = 64
@@ -57,6 +58,8 @@ def write_reals(config: Config, index: Index, order: Order) -> None:
     try:
         path.parent.mkdir(exist_ok=True)
         _write_grid(Reader(index, cache, config.data.skip_damaged), ids, math.isqrt(TILES), path)
+    except Stopped:  # amid a wait for a shard; the loader ends the run
+        return
     except OSError as error:  # the run's own files will meet it, too
         say(f"note: no {path.name}: {error.strerror}")
 
