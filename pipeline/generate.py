@@ -38,17 +38,13 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline.runs.step_folders import SNAPSHOTS, committed
 from pipeline.runtime.arguments import HelpFormatter, file_ending_in, integer, number, seed
 from pipeline.runtime.errors import GenerationError, exit_on_user_error
 from pipeline.runtime.files import check_output_path
+from pipeline.runtime.work_folder import CONTINUE
 
-if TYPE_CHECKING:
-    pass
-
-CONTINUE = "Finished parts are kept; run the same command again to continue."
 MAX_IMAGES = 10**8  # file names have eight digits
 COMMANDS = {
     "images": "write a set of images as PNG files, npz or WebDataset shards, on all processes",
@@ -224,11 +220,7 @@ def main() -> None:
             try:
                 generate(options)
             except KeyboardInterrupt:  # the second SIGINT
-                print(
-                    "interrupted. Finished parts are kept; run the same command again to continue.",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                print(f"interrupted. {CONTINUE}", file=sys.stderr, flush=True)
                 sys.exit(128 + signal.SIGINT)
         else:
             with signals.exit_on_interrupt("interrupted: no file is incomplete"):

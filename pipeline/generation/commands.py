@@ -26,8 +26,7 @@ from pipeline.runtime.console import progress
 from pipeline.runtime.errors import GenerationError
 from pipeline.runtime.files import write_results
 from pipeline.runtime.tensor_files import tensors_sha256
-
-CONTINUE = "Finished parts are kept; run the same command again to continue."
+from pipeline.runtime.work_folder import CONTINUE
 
 
 def find_best(options: argparse.Namespace) -> str:

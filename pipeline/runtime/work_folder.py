@@ -27,6 +27,7 @@ from pipeline.runtime.host import remedy_of_file
 from pipeline.runtime.locks import FileLock
 
 Part = TypeVar("Part")
+CONTINUE = "Finished parts are kept; run the same command again to continue."
 SETTINGS_NAME = "settings.json"
 FileSum = list[Any]
 """Size in bytes and SHA-256 in hexadecimal of a file, as JSON keeps them."""
