@@ -123,7 +123,7 @@ def test_curves_grids_and_events(trained: Path) -> None:
     assert values == pytest.approx([row["loss/G"] for row in rows], rel=1e-3)
     assert hours == pytest.approx([(row["time"] - rows[0]["time"]) / 3600 for row in rows], rel=0.1)
     assert data["runs"][0]["images_per_step"] == 32
-    assert data["steps"] == [6, 12, 18, 24] == [int(step) for step in data["grids"][1]]
+    assert data["steps"] == [0, 6, 12, 18, 24] == [int(step) for step in data["grids"][1]]
     events = [row[2] for row in Cells(page).rows if row[0] == "slow" and len(row) == 3]
     assert any(re.fullmatch(r"resuming run \S+ in .* at step 12 of 24", e) for e in events)
     assert any(e.endswith("changed from step 12 on:\n  optim.g_lr: 0.002 -> 0.001") for e in events)
@@ -197,7 +197,7 @@ def test_damaged_files_of_a_run(runs: Path, capsys: pytest.CaptureFixture[str]) 
     os.mkfifo(runs / "fast/log.txt")
     page = page_of(runs / "slow", runs / "fast")
     assert Cells(page).rows[1][2] == "24 of 24"
-    assert list(data_of(page)["grids"][0]) == ["6", "12", "18"]
+    assert list(data_of(page)["grids"][0]) == ["0", "6", "12", "18"]
     assert f"left out: {runs / 'fast/log.txt'}: is no regular file" in capsys.readouterr().err
 
 
@@ -329,7 +329,7 @@ def test_in_a_browser(hostile: Path, browse: Callable[..., str]) -> None:
     assert found["panels"] == 6
     assert found["shown"]
     assert found["x"][:2] == [64, 128]
-    assert found["first"] == "step 6"
+    assert found["first"] == "step 0"
     assert found["hidden"] == [True, False]
     assert found["last"] > 1000
     assert found["loaded"] == []
