@@ -87,7 +87,8 @@ def measure(batches: Iterator[Any]) -> tuple[float, float, float]:
         assert 3 in (pixels.shape[1], pixels.shape[-1])
         images += BATCH
         spent = time.perf_counter() - began
-        if images % (8 * BATCH) == 0:  # not at the end, when the workers may be gone
+        # Not at the end, when the workers may be gone.
+        if images == BATCH or images % (8 * BATCH) == 0:
             counted, used = images, cpu_seconds(busy) - cpu
     return images / spent, used / counted * 1e6, mib
 

@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.energon import WorkerConfig, get_savable_loader, get_train_dataset
 from megatron.energon.task_encoder import DefaultTaskEncoder
@@ -58,7 +59,7 @@ class Feed:
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         found = iter(self.loader)
         while micro := list(islice(found, self.micro)):
-            images = torch.cat([torch.as_tensor(batch.image) for batch in micro])
+            images = torch.cat([torch.from_numpy(np.asarray(batch.image)) for batch in micro])
             if self.raw:
                 images = images.permute(0, 3, 1, 2).to(torch.float32).div_(255)
             yield images.mul(2).sub(1), torch.cat([torch.as_tensor(b.label) for b in micro])
