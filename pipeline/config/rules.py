@@ -31,6 +31,10 @@ def _are_seeds(seeds: list[int]) -> bool:
     return len(set(seeds)) == len(seeds) and all(0 <= seed < 2**63 for seed in seeds)
 
 
+def _are_steps(span: list[int]) -> bool:
+    return not span or (len(span) == 2 and 1 <= span[0] <= span[1] < span[0] + 100)
+
+
 def _are_metrics(names: list[str]) -> bool:
     return len(set(names)) == len(names) and set(names) <= set(METRICS)
 
@@ -102,6 +106,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("above 0 and at most 1", lambda v: 0 < v <= 1, "stability.penalty_share"),
     (f"any of {', '.join(POLICIES)}, each once", _are_policies, "stability.augment"),
     (f"any of {', '.join(METRICS)}, each once", _are_metrics, "eval.metrics"),
+    ("[] or [first,last], 1 to 100 steps, e.g. [20,22]", _are_steps, "train.profile_steps"),
     # The other ranks wait for rank 0 at the end: for ten minutes at most with NCCL.
     ("between 0 and 500", lambda v: 0 <= v <= 500, "tracking.timeout"),
     ("at most 128 characters", is_wandb_name, "tracking.name tracking.group"),

@@ -208,6 +208,9 @@ class TrainConfig:
     """Steps between sample grids from fixed z; 0 = only at the end."""
     log_every: int = _may_change(50)
     """Steps between rows of metrics.jsonl, at least 1. Only logging waits for the device."""
+    profile_steps: list[int] = field(default_factory=list, metadata={"may_change": True})
+    """First and last step, at most 100, of which rank 0 writes a trace and a table of operators to
+    profile/ in the run folder; [] = none."""
     rank_timeout: float = _may_change(600.0)
     """Seconds that ranks wait for one that is lost or hangs before they end, 1 to 86400. Writing a
     checkpoint and compiling must be faster."""

@@ -13,6 +13,42 @@ import torch
 
 from pipeline.runtime.host import cores
 
+PEAK_TFLOPS = {
+    ("B200",): (2250.0, 1120.0),
+    ("H200",): (989.0, 494.0),
+    ("H100", "NVL"): (835.0, 417.0),
+    ("H100", "PCIe"): (756.0, 378.0),
+    ("H100",): (989.0, 494.0),
+    ("A100",): (312.0, 156.0),
+    ("L40S",): (362.0, 183.0),
+    ("L4",): (121.0, 60.0),
+    ("V100",): (125.0, 15.7),
+    ("T4",): (65.0, 8.1),
+}
+"""TFLOP/s of NVIDIA's data sheets without sparsity, by words of a GPU's name: (bf16 or fp16, fp32).
+
+Where the sheet states the speed with sparsity alone, this is half of it. fp32 is TF32 since Ampere,
+as PyTorch computes convolutions.
+"""
+
+
+def peak_tflops(device: torch.device, precision: str) -> float | None:
+    """Return the TFLOP/s that a device can reach in ``fp32``, ``bf16`` or ``fp16``; None: unknown.
+
+    It is unknown for a CPU, a GPU that is not in ``PEAK_TFLOPS``, and a part of a GPU (MIG).
+    """
+    if device.type != "cuda":
+        return None
+    return peak_of(torch.cuda.get_device_name(device), precision)
+
+
+def peak_of(name: str, precision: str) -> float | None:
+    """Return ``peak_tflops`` of a GPU's name, e.g. ``NVIDIA A100-SXM4-80GB``."""
+    words = set(name.replace("-", " ").split())
+    known = (peaks for key, peaks in PEAK_TFLOPS.items() if words.issuperset(key))
+    peaks = None if "MIG" in words else next(known, None)
+    return peaks and peaks[precision == "fp32"]
+
 
 def resolve_precision(precision: str) -> str:
     """Return the precision; ``auto`` becomes bf16 where the hardware has it, else fp32."""

@@ -10,7 +10,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from pipeline.config.schema import Config
+from pipeline.runtime.hardware import peak_tflops
 from pipeline.runtime.ranks import mean_over_ranks
+from pipeline.training.flops import flop_per_image
 
 
 class Meter:
@@ -20,13 +23,21 @@ class Meter:
         accelerator: the ranks whose losses are averaged.
         images_per_step: real images that all ranks together see in one step.
         exact: the losses are means over all ranks already (``train.exact_sum``).
+        flop: floating-point operations per image, as ``flops.flop_per_image`` counts them.
+        peak: TFLOP/s that the devices of all ranks together can reach; None if unknown.
     """
 
     def __init__(
-        self, accelerator: Accelerator, images_per_step: int, *, exact: bool = False
+        self,
+        accelerator: Accelerator,
+        images_per_step: int,
+        *,
+        exact: bool = False,
+        flop: float = 0.0,
+        peak: float | None = None,
     ) -> None:
         self._accelerator, self._images_per_step = accelerator, images_per_step
-        self._exact = exact
+        self._exact, self._flop, self._peak = exact, flop, peak
         self.reset()
 
     def reset(self) -> None:
@@ -62,9 +73,10 @@ class Meter:
     def row(self, step: int) -> dict[str, float]:
         """Return the row of metrics and begin a new one. Waits for the device; all ranks call it.
 
-        Losses and scores are means over steps and ranks. ``perf/images_per_sec`` and
-        ``perf/data_wait`` (a share) are of the time without upkeep; ``perf/upkeep`` is a share of
-        all time. ``memory/peak_gib`` is of this rank since the last row.
+        Losses and scores are means over steps and ranks. ``perf/images_per_sec``,
+        ``perf/data_wait`` (a share) and ``perf/tflops`` (of all ranks) are of the time without
+        upkeep; ``perf/mfu`` is the share of ``peak``. ``perf/upkeep`` is a share of all time.
+        ``memory/peak_gib`` is of this rank since the last row.
         """
         means = self._sums / max(1, self._steps)
         if not self._exact:
@@ -74,13 +86,30 @@ class Meter:
         values = dict(
             zip(("loss/G", "loss/D", "scores/real", "scores/fake"), means.tolist(), strict=True)
         )
+        images_per_sec = self._steps * self._images_per_step / training
         values |= {
-            "perf/images_per_sec": self._steps * self._images_per_step / training,
+            "perf/images_per_sec": images_per_sec,
             "perf/data_wait": self._data_wait / training,
             "perf/upkeep": self._upkeep / elapsed,
             "progress/kimg": step * self._images_per_step / 1000,
         }
+        if self._flop:
+            values["perf/tflops"] = tflops = images_per_sec * self._flop / 1e12
+            if self._peak:
+                values["perf/mfu"] = tflops / self._peak
         if self._accelerator.device.type == "cuda":
             values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.reset()
         return values
+
+
+def meter_of_run(config: Config, accelerator: Accelerator, precision: str) -> Meter:
+    """Return the meter of a run in ``fp32``, ``bf16`` or ``fp16``, which knows FLOP and peak."""
+    peak = peak_tflops(accelerator.device, precision)
+    return Meter(
+        accelerator,
+        config.images_per_step,
+        exact=config.train.exact_sum,
+        flop=flop_per_image(config),
+        peak=peak and peak * accelerator.num_processes,
+    )

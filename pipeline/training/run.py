@@ -32,8 +32,9 @@ from pipeline.runtime.errors import CheckpointError
 from pipeline.runtime.ranks import on_every_rank, on_rank_zero, same_on_all_ranks
 from pipeline.training.finite_guard import require_finite_weights
 from pipeline.training.gan import GAN
-from pipeline.training.meter import Meter
+from pipeline.training.meter import meter_of_run
 from pipeline.training.origin import start_from_origin
+from pipeline.training.step_profile import StepProfile
 
 log = logging.getLogger("pipeline")
 
@@ -57,7 +58,7 @@ class Run:
         self.is_main = accelerator.is_main_process
         self.folder: RunFolder | None = None
         self.id = on_rank_zero(accelerator, self._open_folder)
-        self.meter = Meter(accelerator, config.images_per_step, exact=config.train.exact_sum)
+        self.meter = meter_of_run(config, accelerator, precision)
         limit = timedelta(seconds=config.train.rank_timeout)
         self._agreement = signals.Agreement(accelerator.num_processes, limit)
         self._stop, self._save_by_clock = False, False
@@ -115,9 +116,7 @@ class Run:
             )
         try:
             gan.load(found.weights, found.optimizers)
-        except (
-            ValueError
-        ) as error:  # on all ranks; checksums are right, so another program wrote it
+        except ValueError as error:  # on all ranks; checksums are right: another program wrote it
             raise CheckpointError(f"{path}: is of another run or program: {error}.") from None
         self._saved_step = int(found.state["step"])
         self._note_changes(found.state)
@@ -185,6 +184,7 @@ class Run:
         )
         self.meter.reset()
         self._saved_at = time.monotonic()
+        self._profile = StepProfile(self.config, self.accelerator, self.meter, step)
         return self
 
     def agree(self, step: int) -> None:
@@ -196,6 +196,7 @@ class Run:
         asked_at = step - 1 if self.accelerator.num_processes > 1 else step
         self._save_by_clock = late and self._saved_step < asked_at
         self.tracker.advance(step)
+        self._profile.advance(step, stopping=self._stop)
 
     @property
     def stopping(self) -> bool:
@@ -286,6 +287,7 @@ class Run:
         """Close the metrics log and W&B, however the loop ended; keep a traceback in log.txt."""
         if error is not None:
             log_file.write_line("".join(traceback.format_exception(error)).rstrip())
+        self._profile.close()
         self.tracker.close(failed=kind is not None)
 
     def finish(self, step: int) -> None:

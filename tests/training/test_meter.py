@@ -50,11 +50,24 @@ def test_a_row_holds_what_came_since_the_last_one() -> None:
     assert row["perf/upkeep"] == 0
 
 
+def test_flop_are_those_of_the_images_per_second() -> None:
+    """perf/tflops is images/s times FLOP per image, perf/mfu its share of the peak, if known."""
+    shares = {}
+    for peak in (None, 5.0):
+        meter = Meter(Accelerator(cpu=True), IMAGES, flop=3e9, peak=peak)
+        meter.add(torch.tensor(1.0), [torch.zeros(3)])
+        row = meter.row(1)
+        assert row["perf/tflops"] == pytest.approx(row["perf/images_per_sec"] * 3e-3)
+        shares[peak] = row.get("perf/mfu", 0) / row["perf/tflops"]
+    assert shares == {None: 0, 5.0: pytest.approx(0.2)}
+    assert "perf/tflops" not in Meter(Accelerator(cpu=True), IMAGES).row(1)
+
+
 @pytest.mark.slow
 def test_a_run_reports_its_upkeep(
     tiny_config: Path, training_settings: list[str], tmp_path: Path
 ) -> None:
-    """A grid before the first step, then a checkpoint and a grid at each: every row has seen some."""
+    """A grid before step 1, then a checkpoint and a grid at each: every row has seen some."""
     every = [f"train.{name}_every=1" for name in ("checkpoint", "sample", "log")]
     settings = [*training_settings, *every, "train.total_steps=3", f"run.dir={tmp_path}"]
     train(1, tiny_config, *settings)
