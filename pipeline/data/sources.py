@@ -22,6 +22,7 @@ from pipeline.data.idx_files import fashion_mnist, idx_file, idx_folder, read_id
 from pipeline.data.labels import NO_LABEL
 from pipeline.data.lmdb_store import FILE as LMDB_FILE
 from pipeline.data.lmdb_store import lmdb_folder
+from pipeline.data.mds import mds_folder
 from pipeline.data.pictures import (
     SUFFIXES,
     DecodeError,
@@ -41,8 +42,9 @@ from pipeline.runtime.errors import DataError
 from pipeline.runtime.files import exists
 
 GIVE = (
-    "Give a folder of images, of IDX files, of tars or of Parquet files; a zip archive, tar, .npy, "
-    ".npz, .h5 or .parquet file; hf://datasets/OWNER/NAME; or the word fashion-mnist."
+    "Give a folder of images, of IDX files, of tars, of Parquet files or of MDS shards; a zip "
+    "archive, tar, .npy, .npz, .h5 or .parquet file; hf://datasets/OWNER/NAME; or the word "
+    "fashion-mnist."
 )
 PACKED = (".zip", ".gz", ".tgz", ".tar", ".bz2", ".xz", ".zst")
 IN_MEMORY = ("idx", "cifar", "npz")
@@ -75,6 +77,9 @@ def _find(name: str, choice: Choice) -> Source:
         raise DataError(f"SOURCE ({name}): {found}. {GIVE}")
     if (path / LMDB_FILE).is_file():
         return lmdb_folder(path)
+    for place in (path, path / (choice.split or "train")):
+        if mds := mds_folder(place, choice):
+            return mds
     if batches := cifar_folder(path):
         return cifar(batches, choice, read_bytes)
     if idx := idx_folder(path, choice.image_field):

@@ -7,11 +7,13 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any
 
+import mds_sets
 import numpy as np
 import pytest
 from PIL import Image
@@ -226,6 +228,48 @@ def test_lsun(tmp_path: Path) -> None:
     assert "6 samples in 1 shards" in said
     (folder / "data.mdb").write_bytes(b"no store" * 1000)
     with pytest.raises(DataError, match=r"data\.mdb cannot be read"):
+        find(str(folder), CHOICE)
+
+
+@pytest.fixture
+def mds(tmp_path: Path) -> Path:
+    """The folder of the sets that mosaicml-streaming wrote."""
+    shutil.unpack_archive(Path(__file__).with_name("mds_sets.zip"), tmp_path / "mds")
+    return tmp_path / "mds"
+
+
+@pytest.mark.parametrize("name", mds_sets.SETS)
+def test_mds_shards_by_mosaicml_streaming(mds: Path, name: str) -> None:
+    """Each way to store an image and a label; several shards; a column that is a pickle is left."""
+    choice = Choice(label_field="a_label" if name == "ndarray" else None)
+    source = find(str(mds / name / "train"), choice)
+    assert source.classes == (("ant", "bee", "cat") if name == "pil" else ())
+    labels = [2, 0, 1] if name == "pil" else mds_sets.LABELS
+    assert source.labels.tolist() == ([NO_LABEL] * 3 if name == "ndarray_fixed" else labels)
+    read = reader(source, Square(8, 3))
+    assert np.array_equal(np.stack([read(row)[0] for row in range(3)]), mds_sets.PIXELS)
+    assert {one.partition("[")[0] for one in source.names} >= {"shard.00000.mds", "shard.00001.mds"}
+    assert find(str(mds / name), choice).names == source.names  # its split "train"
+
+
+def test_a_damaged_or_foreign_mds_set_is_one_message(mds: Path) -> None:
+    """A cut shard, one that is missing, a path in the index, two columns of images."""
+    folder = mds / "png" / "train"
+    with pytest.raises(DataError, match=r"--image-field \(label\): must be one column of images"):
+        find(str(folder), Choice(image_field="label"))
+    with pytest.raises(DataError, match=r"--label-field \(kind\): .* it has image, label"):
+        find(str(folder), Choice(label_field="kind"))
+    shard, index = folder / "shard.00000.mds", folder / "index.json"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(DataError, match=r"shard.00000.mds: is damaged: it is not as index.json"):
+        find(str(folder), CHOICE)
+    shard.unlink()
+    with pytest.raises(DataError, match=r"no such file, though index.json names it"):
+        find(str(folder), CHOICE)
+    (folder.parent / "shard.mds").write_bytes(content)
+    index.write_text(index.read_text().replace("shard.00000.mds", "../shard.mds"))
+    with pytest.raises(DataError, match=r"index.json is none of version 2 of MDS, or is damaged"):
         find(str(folder), CHOICE)
 
 
