@@ -25,7 +25,7 @@ export UV_COMPILE_BYTECODE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-faults faults-long coverage mutants check wings keys bench lock clean fashion-mnist test-cluster test-container \
+.PHONY: help setup demo test test-faults faults-long coverage mutants check wings keys docs bench lock clean fashion-mnist test-cluster test-container \
 	slurm-programs newer-slurm container-programs
 
 help:  ## This list
@@ -86,12 +86,20 @@ check: $(DEV_READY)  ## Format, lint, types, imports, dependencies, dead code, s
 	$(BIN)/check-jsonschema --quiet --default-filetype yaml \
 		--builtin-schema vendor.citation-file-format CITATION.cff
 	$(BIN)/kubernetes-validate --quiet --strict docker/kubernetes/*.yaml
+	$(MAKE) --no-print-directory docs
 
 wings: $(DEV_READY)  ## The table of pipeline/'s wings and their imports, in CONTRIBUTING.md
 	$(BIN)/python tests/wings.py
 
 keys: $(DEV_READY)  ## docs/configuration.md, from the dataclasses of the configuration
 	$(BIN)/python tests/key_page.py
+
+# Git's list: a file that is not committed is no page.
+docs: $(DEV_READY)  ## The pages as a site, build/site/index.html; a broken link is an error
+	rm -rf build/pages build/site
+	mkdir -p build/pages
+	git ls-files '*.md' '*.png' '*.gif' 'tests/faults/*.py' CITATION.cff | tar -cf - -T - | tar -xf - -C build/pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(DEV_READY)  ## Tables of benchmarks/: training, step, loader, order, scale, overheads, evaluation
 	$(BIN)/python benchmarks/training.py --rounds 1
@@ -105,7 +113,7 @@ bench: $(DEV_READY)  ## Tables of benchmarks/: training, step, loader, order, sc
 lock: | $(filter .venv-uv/%,$(UV))  ## requirements*.txt from pyproject.toml; pins change only where they must
 	$(PIP) compile --quiet $(LOCK) $(RUNTIME) -o requirements.txt pyproject.toml
 	$(PIP) compile --quiet $(LOCK) $(RUNTIME) -c requirements.txt --extra dev --extra cluster \
-		--extra probe --extra figures --extra onnx --extra report --extra sources -o requirements-dev.txt pyproject.toml
+		--extra docs --extra probe --extra figures --extra onnx --extra report --extra sources -o requirements-dev.txt pyproject.toml
 # A cluster's image cannot install what it lacks: shards from anywhere (86 MB of 6 GB) belong in.
 RUNTIME := --extra offline-eval --extra s3 --extra gs
 LOCK := --universal --generate-hashes --python-version 3.11 --no-header \

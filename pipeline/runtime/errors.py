@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipeline.runtime.help_links import link_of
 from pipeline.runtime.host import remedy_of_file
 from pipeline.runtime.log_file import write_line
 from pipeline.runtime.text import printable_lines
@@ -143,6 +144,7 @@ def _describe(error: OSError) -> str:
 
 
 def _tell(message: str) -> None:
+    message += link_of(message)
     write_line(f"error: {message}")
     print(f"error: {printable_lines(message)}", file=sys.stderr, flush=True)
 
@@ -194,7 +196,7 @@ def _report_lost_rank(error: BaseException) -> None:
         f"error: rank {rank} lost another rank, or waited for it for {rank_timeout}: {detail}. "
         "See the end of the other ranks' output, then run the same command again on all "
         "nodes: training resumes from its last checkpoint. If a rank is only slow, raise "
-        "train.rank_timeout.",
+        f"train.rank_timeout.{link_of('lost another rank')}",
         file=sys.stderr,
         flush=True,
     )

@@ -38,7 +38,7 @@ def test_out_of_memory_is_one_message(body: str, detail: str) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: out of memory: ")
     assert detail in done.stderr
-    assert done.stderr.endswith(" Lower it.\n")
+    assert done.stderr.endswith(" Lower it. (docs/troubleshooting.md#out-of-memory)\n")
     assert done.stderr.count("\n") == 1
 
 
