@@ -2,12 +2,17 @@
 
     python benchmarks/metrics.py                          # 50,000 against 50,000
     python benchmarks/metrics.py --num-images 2000 --random-features    # seconds
+    python benchmarks/metrics.py --random-features --layer 2048 --metrics fid kid mind
+    PYTHONPATH=/tmp/peers python benchmarks/metrics.py --num-images 2000 --random-features
 
 Images are squares of random position and size on noise of two strengths: the values mean nothing,
 but every computation takes as long as with other images. The features are those of
 EfficientNet-Lite0; with --random-features they are correlated normal numbers instead, drawn in no
-time. The second table compares a few hundred rows, in float64, with scipy, with torch-fidelity's
-own functions, and with prdc and pytorch-fid where they are installed.
+time. The memory is the largest resident size of the process during the step, with both sets of
+features in it. The second table compares a few hundred rows, in float64, with scipy, with
+torch-fidelity's own functions, and with prdc and pytorch-fid where they are installed:
+
+    pip install --no-deps --target /tmp/peers prdc pytorch-fid scikit-learn joblib threadpoolctl
 
 Prints Markdown for benchmarks/evaluation.md.
 """
@@ -15,11 +20,13 @@ Prints Markdown for benchmarks/evaluation.md.
 from __future__ import annotations
 
 import argparse
-import resource
+import re
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +51,7 @@ from pipeline.evaluation.moments import FeatureSet, frechet_distance, statistics
 from pipeline.runtime.signals import Agreement
 
 SIZE, COMPARED, BATCH = 32, 600, 64
+METRICS = ("fid", "kid", "prc", "mind", "memorization")
 Values = dict[str, float]
 
 
@@ -61,17 +69,23 @@ def images(seed: int, noise: int) -> Callable[[int, int], NDArray[np.uint8]]:
 
 
 class Clock:
-    """Seconds of each step, and the largest memory of the process so far."""
+    """Seconds of each step, and the largest memory of the process during it."""
 
     def __init__(self) -> None:
-        self.lines = ["| step | seconds | peak of the process, MiB |", "|---|---:|---:|"]
+        self.lines = [
+            "| step | seconds | CPU seconds | peak of the process, MiB |",
+            "|---|---:|---:|---:|",
+        ]
 
     def run(self, name: str, work: Callable[[], Any]) -> Any:
-        began = time.perf_counter()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        began, used = time.perf_counter(), time.process_time()
         found = work()
-        seconds = time.perf_counter() - began
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        self.lines.append(f"| {name} | {seconds:.1f} | {peak:.0f} |")
+        seconds, used = time.perf_counter() - began, time.process_time() - used
+        status = Path("/proc/self/status").read_text()
+        peak = int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) / 1024
+        self.lines.append(f"| {name} | {seconds:.1f} | {used:.1f} | {peak:.0f} |")
+        print(self.lines[-1], file=sys.stderr, flush=True)
         return found
 
 
@@ -84,7 +98,9 @@ def random_rows(seed: int, count: int, dim: int) -> dict[str, Tensor]:
     return {str(dim): torch.from_numpy(mixed / dim**0.5).float()}
 
 
-def time_all(count: int, layer: str, is_random: bool) -> tuple[list[str], Tensor, Tensor]:
+def time_all(
+    count: int, layer: str, is_random: bool, metrics: Sequence[str]
+) -> tuple[list[str], Tensor, Tensor]:
     """Run every step of an evaluation at ``count`` against ``count``; return also the features."""
     accelerator, clock = Accelerator(), Clock()
     device = accelerator.device
@@ -106,15 +122,20 @@ def time_all(count: int, layer: str, is_random: bool) -> tuple[list[str], Tensor
         sets.append(found)
     real, generated = sets[0].features, sets[1].features
     a, b = (found.statistics() for found in sets)
-    clock.run("`fid`", lambda: frechet_distance(a, b))
+    sets.clear()
+    if "fid" in metrics:
+        clock.run("`fid`", lambda: frechet_distance(a, b))
     size = min(1000, len(real) // 2)
-    clock.run("`kid`", lambda: kid(generated, real, size))
-    radii = clock.run("radii of the real images", lambda: neighbours.radii(real, device))
-    clock.run(
-        "`prc` and `density_coverage`", lambda: neighbours.compare(generated, real, radii, device)
-    )
-    clock.run("`mind`", lambda: mind(generated, real, device))
-    clock.run("`memorization`", lambda: memorization.nearest(generated, real, device))
+    if "kid" in metrics:
+        clock.run("`kid`", lambda: kid(generated, real, size))
+    if "prc" in metrics:
+        radii = clock.run("radii of the real images", lambda: neighbours.radii(real, device))
+        near = partial(neighbours.compare, generated, real, radii, device)
+        clock.run("`prc` and `density_coverage`", near)
+    if "mind" in metrics:
+        clock.run("`mind`", lambda: mind(generated, real, device))
+    if "memorization" in metrics:
+        clock.run("`memorization`", lambda: memorization.nearest(generated, real, device))
     return clock.lines, real, generated
 
 
@@ -204,12 +225,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--num-images", type=int, default=50_000, metavar="N", help="of each set")
-    parser.add_argument("--layer", default="320", choices=("320", "1280"))
+    layer = "number of features; 2048, as Inception's, with --random-features only"
+    parser.add_argument("--layer", default="320", choices=("320", "1280", "2048"), help=layer)
     random = "draw the features instead of extracting them"
     parser.add_argument("--random-features", action="store_true", help=random)
+    parser.add_argument("--metrics", nargs="+", default=METRICS, choices=METRICS)
     options = parser.parse_args()
-    lines, real, generated = time_all(options.num_images, options.layer, options.random_features)
-    print(machine(), f"{options.num_images} against {options.num_images}, layer {options.layer}.")
+    count, layer = options.num_images, options.layer
+    lines, real, generated = time_all(count, layer, options.random_features, options.metrics)
+    print(machine(), f"{count} against {count}, layer {layer}.")
     print("", *lines, "", sep="\n", flush=True)
     print(*compare(real[:COMPARED], generated[:COMPARED]), sep="\n")
 
