@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from tqdm import tqdm
 from pipeline.config.schema import Config
 from pipeline.evaluation.extractors import Extractor
 from pipeline.models.sampling import Images
+from pipeline.runtime.console import say
 from pipeline.runtime.signals import Agreement, Stopped, received
 
 Part = tuple[Extractor, Callable[[dict[str, Tensor]], None]]
 """An extractor, and what is called on rank 0 with the features of each round."""
+LINE_SECONDS = 60.0
+"""Between two lines of progress without a terminal."""
 
 
 def of_each(config: Config) -> list[Config]:
@@ -95,18 +99,28 @@ def extract_or_stop(
     batch_size: int,
     agreement: Agreement,
 ) -> None:
-    """Call ``extract`` with a progress bar of this name.
+    """Call ``extract`` with a progress bar of this name; without a terminal, a line each minute.
 
     Raises:
         Stopped: a stop signal came.
     """
+    is_main, done, due = accelerator.is_main_process, 0, time.monotonic() + LINE_SECONDS
+
+    def advance(images: int) -> None:
+        nonlocal done, due
+        done += images
+        bar.update(images)
+        if is_main and bar.disable and time.monotonic() > due:
+            say(f"{name}: {done} of {count}")
+            due = time.monotonic() + LINE_SECONDS
+
     with tqdm(
         total=count,
         desc=name,
         unit="img",
         dynamic_ncols=True,
         leave=False,
-        disable=not (accelerator.is_main_process and sys.stderr.isatty()),
+        disable=not (is_main and sys.stderr.isatty()),
     ) as bar:
-        if not extract(images, count, parts, accelerator, batch_size, agreement, bar.update):
+        if not extract(images, count, parts, accelerator, batch_size, agreement, advance):
             raise Stopped

@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +21,13 @@ from pipeline.config.schema import ModelConfig
 from pipeline.data.codecs import encode
 from pipeline.evaluation import candidates
 from pipeline.evaluation.candidates import Candidate
+from pipeline.evaluation.d_gap import GAP, MARGIN, d_gap, open_discriminator
 from pipeline.evaluation.protocol import Protocol
 from pipeline.evaluation.scorer import Scorer
+from pipeline.evaluation.wandb_scores import FINISHED, WandbScores, grid_path, nearest_path
 from pipeline.models.sampling import generator_id, sample_grid
-from pipeline.runs import checkpoint, identity
-from pipeline.runs.results import Key, Ledger, Row, best, key_of
+from pipeline.runs.results import Key, Ledger, Row, key_of
 from pipeline.runs.step_folders import SNAPSHOTS, committed, step_of
-from pipeline.runs.wandb_log import STEP_KEY, Picture, WandbLog, wandb_mode
 from pipeline.runtime.console import say
 from pipeline.runtime.documents import set_file_aside
 from pipeline.runtime.errors import CheckpointError, DamagedSnapshot, RunFolderError
@@ -56,12 +55,13 @@ class RunScores:
         self._errors: dict[int, str] = {}  # by step; on rank 0, as is _gone
         self._gone: set[Path] = set()  # candidates that were removed before they were scored
         self.ledger: Ledger | None = None
-        self._wandb: WandbLog | None = None
-        self._logged: list[Key] = []
+        self._wandb: WandbScores | None = None
         on_rank_zero(scorer.accelerator, self._open_ledger)
 
     def _open_ledger(self) -> None:
         self.ledger = Ledger(self.run_dir)
+        protocols = [scorer.protocol for scorer in self.scorers]
+        self._wandb = WandbScores(self.config, self.run_dir, self.ledger, protocols)
 
     def score_all(self, find: Callable[[], list[Candidate]]) -> None:
         """Score each candidate that has no row in the ledger yet.
@@ -99,7 +99,7 @@ class RunScores:
 
     def training_has_ended(self) -> bool:
         """Return whether the training reached its last step, so that no checkpoint will follow."""
-        marker = self.run_dir / "FINISHED"
+        marker = self.run_dir / FINISHED
         return on_rank_zero(self.scorer.accelerator, marker.is_file)
 
     def rows(self, protocol: str) -> list[Row]:
@@ -143,12 +143,18 @@ class RunScores:
         try:
             G, model = on_every_rank(scorer.accelerator, lambda: self._open_generator(candidate))
             scores = scorer.score_generator(G, model, f"step {candidate.step}", which)
+            of_d: dict[str, float] = {}
+            asked = ["memorization" in one.protocol.metrics for one in which]
+            if any(asked):
+                compare = partial(self._compare_with_held_out, candidate, G, model)
+                of_d = on_rank_zero(scorer.accelerator, compare, lengthy=True)
 
             def record() -> None:
                 generator = generator_id(model, G.state_dict())
                 grid = sample_grid(G, model, config.run.seed)
                 seconds = time.monotonic() - start
-                for one, values in zip(which, scores, strict=True):
+                for one, values, has_d in zip(which, scores, asked, strict=True):
+                    values |= of_d if has_d else {}
                     self._record(one, candidate, values, generator, grid, seconds)
                 self.log_to_wandb()
 
@@ -159,6 +165,29 @@ class RunScores:
             if self.ledger is not None:
                 for one in which:
                     self.ledger.release(self.key(candidate, one.protocol))
+
+    def _compare_with_held_out(
+        self, candidate: Candidate, G: nn.Module, model: ModelConfig
+    ) -> dict[str, float]:
+        """Return ``d_gap`` of the D beside a G; {} with a message if it cannot be computed."""
+        scorer, weights = self.scorer, self.config.eval.weights
+        assert scorer.held_out is not None
+        named, found = replace(candidate, generator=generator_id(model, G.state_dict())), {}
+        reason = "no checkpoint of this step has this G and its D (a snapshot has no D)"
+        try:
+            D = open_discriminator(named, model, self.run_dir, weights, scorer.accelerator.device)
+            if D is not None:
+                reason = "an image has no class, or a logit is NaN or infinite"
+                found = d_gap(D, G, model, self.config, scorer.index, scorer.held_out)
+        except CheckpointError as error:
+            reason = str(error)
+        if found:
+            gap, margin = found[GAP], found[MARGIN]
+            text = f"D's mean logit of training images is {gap:.4g} above that of held-out ones"
+            say(f"step {candidate.step}: {text}, {margin:.4g} above that of generated ones")
+        else:
+            say(f"step {candidate.step}: left out: {GAP}: {reason}")
+        return found
 
     def _pass_over(self, candidate: Candidate, error: CheckpointError) -> None:
         """Say why a candidate is not scored; set a damaged snapshot aside. Rank 0 only.
@@ -203,12 +232,12 @@ class RunScores:
     ) -> None:
         """Write the grid of samples and the ledger row; on rank 0."""
         assert self.ledger is not None
-        path, nearest = self.grid_path(candidate.step), self.scorer.picture
+        path, nearest = grid_path(self.run_dir, candidate.step), self.scorer.picture
         try:
             path.parent.mkdir(exist_ok=True)
             write_atomic(path, encode(grid, "png"))
             if nearest is not None:
-                write_atomic(self.nearest_path(candidate.step), encode(nearest, "png"))
+                write_atomic(nearest_path(self.run_dir, candidate.step), encode(nearest, "png"))
         except OSError as error:
             raise RunFolderError(
                 f"{path}: cannot be written: {error.strerror or error}. Free space or give write "
@@ -230,70 +259,15 @@ class RunScores:
         headline = protocol.headline
         say(f"step {step}: {headline} {scores[headline]:.5g}  ({seconds:.1f} s)")
 
-    def grid_path(self, step: int) -> Path:
-        """Return the path of the grid of samples of a step."""
-        return self.run_dir / "evaluations" / f"step_{step:08d}.png"
-
-    def nearest_path(self, step: int) -> Path:
-        """Return the path of the picture of a step by ``memorization.picture``."""
-        return self.run_dir / "evaluations" / f"step_{step:08d}_nearest.png"
-
-    # -- W&B --------------------------------------------------------------------------------
-
     def log_to_wandb(self) -> None:
-        """Log the rows of this protocol that W&B lacks, also those of other evaluations.
-
-        Only one process logs at a time, because W&B allows one writer per run. Rows count as sent
-        once W&B was closed without an error. After a crash they are logged again, with the same
-        values at the same ``train/step``.
-        """
-        if self.ledger is None or wandb_mode(self.config) == "disabled":
-            return
-        if self._wandb is None and not self.ledger.acquire_sender_lock():
-            return
-        for scorer in self.scorers:
-            unsent = [row for row in self.ledger.unsent() if row["protocol"] == scorer.protocol.id]
-            for row in [row for row in unsent if key_of(row) not in self._logged]:
-                if self._wandb is None:
-                    self._wandb = self._open_wandb(scorer.protocol)
-                self._wandb.log(self._wandb_values(row))
-                self._logged.append(key_of(row))
-            if len(self.scorers) > 1:  # each protocol has a W&B run of its own, one at a time
-                self._close_wandb()
+        """Log the rows that W&B lacks."""
+        if self._wandb is not None:
+            self._wandb.log()
 
     def close(self) -> None:
         """Log the remaining rows, close W&B and release all locks."""
+        if self._wandb is not None:
+            self._wandb.close()
         if self.ledger is not None:
-            self.log_to_wandb()
-            self._close_wandb()
             self.ledger.close()
         self.scorer.close()
-
-    def _close_wandb(self) -> None:
-        if self._wandb is not None and self.ledger is not None:
-            self._wandb.close()
-            with suppress(OSError):  # the rows are then logged again, with the same values
-                self.ledger.mark_sent(self._logged)
-            self._wandb, self._logged = None, []
-
-    def _open_wandb(self, protocol: Protocol) -> WandbLog:
-        assert self.ledger is not None
-        run_id = identity.settle(self.run_dir, checkpoint.newest_state(self.run_dir)).id
-        # The first protocol has the W&B run <id>-eval; every other one has a W&B run of its own.
-        first = next((key.protocol for key in self.ledger.sent()), protocol.id)
-        job = "eval" if first == protocol.id else f"eval-{protocol.id}"
-        extra = {"protocol": protocol.id, "settings": dataclasses.asdict(protocol)}
-        return WandbLog(self.config, run_id, job, extra)
-
-    def _wandb_values(self, row: Row) -> dict[str, Any]:
-        """Return what is logged for a row: its scores, the best ones so far and the grid."""
-        values: dict[str, Any] = {STEP_KEY: row["step"], **row["scores"]}
-        if (best_row := best(self.rows(row["protocol"]))) is not None:
-            headline = row["headline"]
-            values[f"{headline}_best"] = best_row["scores"][headline]
-            values[f"{headline}_best_step"] = best_row["step"]
-        if (path := self.grid_path(row["step"])).is_file():
-            values["samples/grid"] = Picture(path, f"step {row['step']}")
-        if (path := self.nearest_path(row["step"])).is_file():
-            values["samples/nearest"] = Picture(path, f"step {row['step']}")
-        return values

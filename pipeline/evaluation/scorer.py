@@ -149,12 +149,12 @@ class Scorer:
         protocol = self.protocol.reference
         count = protocol.reference_images
         found = FeatureSet(protocol.layer, protocol.kept_features, protocol.has_statistics)
-        self._extract_real(self.index, count, "reference", found)
+        self._extract_real(self.index, count, "real images", found)
         held_out = None
         if self.held_out is not None:
             held_out = FeatureSet(protocol.layer, MOST_FEATURES)
             few = min(self.held_out.num_samples, MOST_FEATURES)
-            self._extract_real(self.held_out, few, "held out", held_out)
+            self._extract_real(self.held_out, few, "held-out images", held_out)
 
         def make_and_write() -> None:
             self.reference = make_reference(protocol, found, self.accelerator.device, held_out)

@@ -40,6 +40,8 @@ from pipeline.runtime.log_file import open_to_append
 
 LEDGER_NAME = "evaluations.jsonl"
 SENT_NAME = ".evaluations.sent"
+OWN, TRAINING = "eval", "train"
+"""W&B runs that rows are sent to: the evaluation's own one, and that of the training."""
 APPEND, SENDER, FIRST_KEY = 0, 1, 2  # offsets of bytes in the lock file
 KEY_FIELDS: dict[str, type] = {"step": int, "weights": str, "protocol": str}
 FIELDS = KEY_FIELDS | {"scores": dict, "headline": str}
@@ -270,25 +272,26 @@ class Ledger:
         """Try to acquire the W&B sender lock. Returns False if another process holds it."""
         return self._lock.acquire(SENDER, wait=False)
 
-    def unsent(self) -> list[Row]:
-        """Return the rows not yet marked as sent to W&B, oldest first."""
-        sent = set(self.sent())
+    def unsent(self, run: str = OWN) -> list[Row]:
+        """Return the rows not yet marked as sent to a W&B run, oldest first."""
+        sent = set(self.sent(run))
         return [row for row in read_rows(self.run_dir) if key_of(row) not in sent]
 
-    def sent(self) -> list[Key]:
-        """Return the keys of the rows marked as sent to W&B, in order.
+    def sent(self, run: str = OWN) -> list[Key]:
+        """Return the keys of the rows marked as sent to a W&B run, in order.
 
         A row whose mark is damaged is sent again, with the same values.
         """
         rows, damaged = _read(self.run_dir / SENT_NAME, KEY_FIELDS)
         for error in damaged.values():
             _say_once(f"{error}; the row is sent to W&B again")
-        return [key_of(row) for row in rows]
+        return [key_of(row) for row in rows if row.get("run", OWN) == run]
 
-    def mark_sent(self, keys: Collection[Key]) -> None:
-        """Mark rows as sent to W&B, in a file of its own beside the ledger."""
+    def mark_sent(self, keys: Collection[Key], run: str = OWN) -> None:
+        """Mark rows as sent to a W&B run, in a file of its own beside the ledger."""
+        where = {} if run == OWN else {"run": run}
         with open_to_append(self.run_dir / SENT_NAME) as file:
-            append_rows(file, [key._asdict() for key in keys])
+            append_rows(file, [key._asdict() | where for key in keys])
 
     def close(self) -> None:
         """Release all locks."""

@@ -67,10 +67,11 @@ class WandbLog:
 
         Args:
             config: the whole configuration, which becomes the W&B config.
-            run_id: id of the training run. A job type other than ``train`` logs to the run
-                ``<run_id>-<job_type>`` in the same group, because two processes that write one
+            run_id: id of the training run. Job types other than ``train`` and ``scores`` log to the
+                run ``<run_id>-<job_type>`` in the same group, because two processes that write one
                 W&B run overwrite each other's rows.
-            job_type: ``train`` or, for evaluations, ``eval``.
+            job_type: ``train``; ``eval`` or the like for evaluations; or ``scores`` to add rows to
+                the run of a training that has ended.
             extra: more entries of the W&B config.
         """
         self._config, self._timeout = config, config.tracking.timeout
@@ -84,7 +85,7 @@ class WandbLog:
         if self._mode != "disabled":
             wandb_names.require_names()
             own = wandb_names.of_run(config, run_id, job_type)
-            wandb_names.own_environment(own["id"])
+            wandb_names.own_environment(own["id"], job_type)
             self._thread = threading.Thread(target=self._work, name="wandb-rows", daemon=True)
             self._thread.start()
 
@@ -202,16 +203,20 @@ def open_run(
         "init_timeout": max(1.0, tracking.timeout / 3),
         "finish_timeout": max(1.0, tracking.timeout / 2),
         "x_transaction_log_flush_interval": FLUSH_SECONDS,
-        "x_disable_stats": job_type != "train",
+        "x_disable_stats": job_type != wandb_names.TRAIN,
+        "x_primary": job_type != wandb_names.SCORES,  # the training's files and command line stay
     }
+    about: dict[str, Any] = {"job_type": wandb_names.TRAIN}  # the training's configuration stays
+    if job_type != wandb_names.SCORES:
+        values = {**dataclasses.asdict(config), "train_run_id": run_id, **extra}
+        about = {"job_type": job_type, "config": masked_tree(values)}
     known = {k: v for k, v in settings.items() if k in wandb.Settings.model_fields}
     wandb.setup(settings=wandb.Settings(silent=True))  # init() prints a line before its settings
     sys.argv[1:] = map(masked, sys.argv[1:])  # W&B keeps the command line, too
     run = wandb.init(
         **wandb_names.of_run(config, run_id, job_type),
-        job_type=job_type,
+        **about,
         dir=Path(config.run.dir).expanduser(),
-        config=masked_tree({**dataclasses.asdict(config), "train_run_id": run_id, **extra}),
         allow_val_change=True,  # a resume may change total_steps, for example
         resume="allow",  # offline too: otherwise `wandb sync` overwrites the first folder's rows
         reinit="create_new",

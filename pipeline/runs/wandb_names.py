@@ -27,6 +27,8 @@ MODES = {
 """Values of WANDB_MODE and what they mean here."""
 OWNED = ("WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM", "WANDB_DIR")
 """Variables that would let two run folders write one W&B run, or W&B's files lie elsewhere."""
+TRAIN, SCORES = "train", "scores"
+"""Job types that write the training's own W&B run: the training, and an evaluation after it."""
 
 
 def mode_of_environment() -> str:
@@ -63,9 +65,10 @@ def require_names() -> None:
 def of_run(config: Config, run_id: str, job_type: str) -> dict[str, Any]:
     """Return the arguments of ``wandb.init`` that name a run.
 
-    A job type other than ``train`` is a run of its own, ``<run_id>-<job_type>``, in the same group.
+    A job type other than ``TRAIN`` and ``SCORES`` is a run of its own, ``<run_id>-<job_type>``, in
+    the same group.
     """
-    tracking, suffix = config.tracking, "" if job_type == "train" else f"-{job_type}"
+    tracking, suffix = config.tracking, "" if job_type in (TRAIN, SCORES) else f"-{job_type}"
     name = tracking.name or os.environ.get("WANDB_NAME") or Path(config.run.dir).name
     group = tracking.group or os.environ.get("WANDB_RUN_GROUP") or run_id
     return {
@@ -78,13 +81,16 @@ def of_run(config: Config, run_id: str, job_type: str) -> dict[str, Any]:
     }
 
 
-def own_environment(run_id: str) -> None:
+def own_environment(run_id: str, job_type: str) -> None:
     """Take out of the environment what would give W&B another run than the run folder's.
 
-    In a sweep W&B takes the id from WANDB_RUN_ID alone.
+    In a sweep W&B takes the id from WANDB_RUN_ID alone. Only a training is a run of the sweep.
     """
     given = os.environ.get("WANDB_RUN_ID", "")
     unused = [name for name in OWNED if os.environ.pop(name, "")]
+    if job_type != TRAIN:
+        for name in ("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH"):
+            os.environ.pop(name, None)
     if given and not run_id.startswith(given):
         unused.insert(0, "WANDB_RUN_ID")
     if os.environ.get("WANDB_SWEEP_ID"):

@@ -93,7 +93,9 @@ def test_a_sweep_of_wandb(slurm: MiniSlurm, training_shards: Path, tmp_path: Pat
     (package / "__main__.py").write_text(AGENT)
     trial = [f"data.shards={training_shards}", "model.image_size=32", "model.channels=1"]
     trial += ["model.ngf=8", "model.ndf=8", "data.batch_size=32", "train.total_steps=2"]
-    trial += ["train.precision=fp32", "tracking.wandb=disabled"]
+    trial += ["train.precision=fp32", "tracking.wandb=disabled", "eval.metrics=[kid]"]
+    trial += ["eval.extractor=efficientnet-lite0", "eval.num_images=20", "eval.reference_images=20"]
+    trial += [f"eval.cache_dir={tmp_path / 'references'}"]
     env = {"SWEEP_ID": "me/dcgan/4f7c2a1b", "SWEEP_DIR": str(tmp_path / "sweep")}
     env |= {"PYTHONPATH": str(package.parent), "TRIAL": " ".join(trial)}
     job = slurm.submit(tmp_path / "%a.out", "--array=3-4", "slurm/sweep.sh", **env)
@@ -103,6 +105,7 @@ def test_a_sweep_of_wandb(slurm: MiniSlurm, training_shards: Path, tmp_path: Pat
     for task, text in said.items():
         assert "agent of: agent --count 1 me/dcgan/4f7c2a1b" in text
         assert (tmp_path / "sweep" / f"run{task}" / "FINISHED").exists(), text
+        assert (tmp_path / "sweep" / f"run{task}" / "evaluations.jsonl").exists(), text
 
 
 AGENT = """
