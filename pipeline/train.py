@@ -94,6 +94,7 @@ def train(config: Config) -> bool:
         micro_batch=micro_batch,
         meter=run.meter,
         start=step * d_steps,
+        noise=run.noise,
     )
 
     with closing(inputs), run.start(step):

@@ -19,6 +19,7 @@ from pipeline.config.changes import fixed_differences
 from pipeline.config.loading import dump, load
 from pipeline.config.recipe import ACCEPTABLE
 from pipeline.config.schema import Config, flatten
+from pipeline.models.noise import BY_BATCH, BY_ROW
 from pipeline.runs import checkpoint, wandb_names
 from pipeline.runs.identity import (
     damage_of,
@@ -55,6 +56,22 @@ def saved_order(config: Config) -> str | None:
     """Return the name of the data order of the newest checkpoint, None for a new run."""
     state = _state_to_resume(config)
     return None if state is None else str(state["stream"].get("algorithm"))
+
+
+def saved_noise(config: Config) -> str:
+    """Return the rule by which the newest checkpoint's run draws z; that of a new run without one.
+
+    Raises:
+        CheckpointError: this version does not know it.
+    """
+    state = _state_to_resume(config)
+    rule = BY_ROW if state is None else str(state["stream"].get("z", BY_BATCH))
+    if rule not in (BY_ROW, BY_BATCH):
+        raise CheckpointError(
+            f"run.dir ({config.run.dir}): its checkpoints are of a newer version, which draws z by "
+            f"the rule {rule!r}: resume with that version, or start a new run with run.dir=..."
+        )
+    return rule
 
 
 def _state_to_resume(config: Config) -> dict[str, Any] | None:

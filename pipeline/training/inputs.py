@@ -17,7 +17,7 @@ from pipeline.data.cache import hashed_later
 from pipeline.data.loader import Loader, normalise
 from pipeline.data.order import Order
 from pipeline.data.shards import Index
-from pipeline.models.noise import append_classes, draw_z, rng
+from pipeline.models.noise import BY_ROW, append_classes, rng, training_z
 from pipeline.runtime.documents import write_all
 from pipeline.runtime.log_file import open_to_append
 from pipeline.runtime.ranks import run_on_selected_ranks
@@ -41,10 +41,9 @@ class Inputs(NamedTuple):
 class InputReader(Iterator[Inputs]):
     """An endless iterator over ``Inputs``, from any update of D on.
 
-    Update u takes the images of global batch u of the data order, and z drawn for that whole batch
-    from ``rng(run.seed, "z", u)``. With ``train.mirror`` it mirrors the images that ``rng(run.seed,
-    "mirror", u)`` chooses. Each rank takes its rows, so the global batch is the same on any number
-    of ranks.
+    Update u takes the images of global batch u of the data order, and z of the same positions
+    (``training_z``). With ``train.mirror`` it mirrors the images that ``rng(run.seed, "mirror",
+    u)`` chooses. Each rank takes its rows, so the global batch is the same on any number of ranks.
 
     Args:
         config: the whole configuration.
@@ -54,6 +53,7 @@ class InputReader(Iterator[Inputs]):
         micro_batch: images per micro-batch.
         meter: counts the time that the loader was waited for.
         start: the first update of D, from 0. Nothing before it is read.
+        noise: the rule by which z are drawn, ``rows`` or ``batch``.
     """
 
     def __init__(
@@ -66,7 +66,9 @@ class InputReader(Iterator[Inputs]):
         micro_batch: int,
         meter: Meter,
         start: int = 0,
+        noise: str = BY_ROW,
     ) -> None:
+        self._noise = noise
         self._config, self._micro_batch, self._meter = config, micro_batch, meter
         rank, ranks, size = (
             accelerator.process_index,
@@ -91,8 +93,9 @@ class InputReader(Iterator[Inputs]):
             batch = next(self._batches)
         self._ids.write(self._update + 1, batch.ids.tolist())
         labels = torch.from_numpy(batch.labels)
-        generator = rng(config.run.seed, "z", self._update)
-        z = draw_z(config.model, config.data.batch_size, generator)[self._rows]
+        size, rows = config.data.batch_size, self._rows
+        place = self._update * size + rows.start, rows.stop - rows.start, size
+        z = training_z(config.model, config.run.seed, *place, self._noise)
         z = append_classes(config.model, z, labels)
         images, z, labels, flips = self._to_device(batch.images, z, labels, self._flips())
         if config.train.mirror:
@@ -147,15 +150,23 @@ class ToDevice:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        """Return the tensors on the device. On a GPU the originals may be overwritten at once."""
-        if self._copy_stream is None:
+        """Return the tensors on the device.
+
+        On a GPU a page-locked original, as a batch of the loader is one, may be overwritten after
+        the next call, others at once.
+        """
+        if self._copy_stream is None or self._copied is None:
             return [tensor.to(self._device) for tensor in tensors]
+        self._copied.synchronize()  # the copies of the last call: done since long before
         with torch.cuda.stream(self._copy_stream):
-            # Page-locked copies. The allocator keeps each until its transfer has ended.
+            # Page-locked tensors stay as they are; of others a copy is made, which the allocator
+            # keeps until its transfer has ended.
             pinned = [tensor.pin_memory() for tensor in tensors]
             moved = [tensor.to(self._device, non_blocking=True) for tensor in pinned]
+            self._copied.record()
         compute_stream = torch.cuda.current_stream(self._device)
         compute_stream.wait_stream(self._copy_stream)
         for tensor in moved:

@@ -19,7 +19,7 @@ from pipeline.config.yaml_file import Plain
 from pipeline.data.loader import make_order, open_data
 from pipeline.runs.announce import cautions
 from pipeline.runs.checkpoint import checkpoint_bytes
-from pipeline.runs.run_folder import saved_order
+from pipeline.runs.run_folder import saved_noise, saved_order
 from pipeline.runs.step_folders import CHECKPOINTS, committed, step_of
 from pipeline.runtime import signals
 from pipeline.runtime.files import nearest_existing
@@ -74,6 +74,7 @@ def rehearse(
         micro_batch=micro_batch,
         meter=meter,
         start=start * config.optim.d_steps,
+        noise=saved_noise(config),
     )
     with closing(inputs):
         seconds = _time_steps(config, gan, inputs, start)

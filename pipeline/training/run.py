@@ -24,7 +24,7 @@ from pipeline.models.sampling import generator_id, make_sampler, sample_grid
 from pipeline.runs import announce, checkpoint, snapshot
 from pipeline.runs.metrics_log import MetricsLog, NullMetricsLog
 from pipeline.runs.results import supersede_after
-from pipeline.runs.run_folder import RunFolder
+from pipeline.runs.run_folder import RunFolder, saved_noise
 from pipeline.runs.step_folders import SNAPSHOTS, committed, step_of
 from pipeline.runtime import log_file, signals
 from pipeline.runtime.documents import set_file_aside
@@ -84,9 +84,10 @@ class Run:
             micro_batch: images per BatchNorm group. A change is allowed, with a warning.
 
         Raises:
-            CheckpointError: every checkpoint is damaged, or it was trained on other data.
+            CheckpointError: all checkpoints are damaged, of other data or of a newer version.
         """
         self._data_identity = order.describe() | {"fingerprint": index.fingerprint}
+        self.noise = saved_noise(self.config)
         self._micro_batch = micro_batch
         path = on_rank_zero(self.accelerator, self._newest)
         if path is not None:
@@ -263,7 +264,7 @@ class Run:
             "config": flatten(without_credentials(self.config)),
             "events": self._events,
             "images_seen": images_seen,
-            "stream": self._data_identity | {"position": images_seen},
+            "stream": self._data_identity | {"position": images_seen, "z": self.noise},
             "micro_batch": self._micro_batch,
             "precision": self.precision,
             "world_size": self.accelerator.num_processes,
@@ -284,7 +285,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: object
     ) -> None:
-        """Close the metrics log and W&B, however the loop ended; keep a traceback in log.txt."""
+        """Close the metrics log and W&B; keep the traceback of an error in log.txt."""
         if error is not None:
             log_file.write_line("".join(traceback.format_exception(error)).rstrip())
         self._profile.close()

@@ -18,8 +18,10 @@ from pipeline.data import bijection
 from pipeline.data import order as order_module
 from pipeline.data.loader import make_order
 from pipeline.data.order import COMPUTED, SORTED, Order, permutation
+from pipeline.models.noise import BY_BATCH, BY_ROW
 from pipeline.runs import checkpoint
-from pipeline.runs.run_folder import saved_order
+from pipeline.runs.run_folder import saved_noise, saved_order
+from pipeline.runtime.errors import CheckpointError
 
 SIZES = [1, 17, 400, 3, 0, 211, 97, 268]  # 997, a prime, with an empty shard
 N = sum(SIZES)
@@ -489,6 +491,23 @@ def test_a_run_of_lwb1_goes_on_with_it_and_a_new_one_takes_lwb2(tmp_path):
         assert make_order(config, index, saved_order(config)).algorithm == kept
         fork = load_config(tmp_path / "fork", fork=folder)
         assert make_order(fork, index, saved_order(fork)).algorithm == kept
+
+
+def test_a_run_goes_on_with_the_rule_of_its_z(tmp_path):
+    """No rule in the newest checkpoint: it is from before there were two. An unknown one is
+    refused by name.
+    """
+    folder = tmp_path / "run"
+    config = load_config(folder)
+    assert saved_noise(config) == BY_ROW
+    for step, stream, kept in ((1, {}, BY_BATCH), (2, {"z": "rows"}, BY_ROW)):
+        checkpoint.save(folder, step, {"G": torch.nn.Linear(1, 1)}, {}, STATE | {"stream": stream})
+        assert saved_noise(config) == kept
+        assert saved_noise(load_config(tmp_path / "fork", fork=folder)) == kept
+    state = STATE | {"stream": {"z": "rows 9"}}
+    checkpoint.save(folder, 3, {"G": torch.nn.Linear(1, 1)}, {}, state)
+    with pytest.raises(CheckpointError, match=r"z by the rule 'rows 9': resume with that version"):
+        saved_noise(config)
 
 
 def load_config(folder, fork=""):

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.config.schema import ModelConfig
+from pipeline.models import noise
 from pipeline.models.dcgan import Discriminator, Generator, init_weights
-from pipeline.models.noise import BLOCK, draw_z, rng, z_rows
+from pipeline.models.noise import BLOCK, BY_BATCH, BY_ROW, draw_z, rng, training_z, z_rows
 from pipeline.models.sampling import (
     STATISTICS_BATCHES,
     draw_images,
@@ -54,7 +55,7 @@ def test_seeds_are_frozen() -> None:
 
 
 def test_uniform_noise_is_frozen() -> None:
-    """The z of a step and of the grids, bit for bit."""
+    """The z of a batch and of the grids, bit for bit."""
     drawn = [
         [-0.7045032978057861, 0.9257956743240356, 0.6431866884231567, 0.13144159317016602],
         [-0.2847813367843628, 0.3130662441253662, 0.9233884811401367, 0.25932300090789795],
@@ -93,12 +94,34 @@ def test_seed_purpose_and_index_all_matter() -> None:
 
 
 def test_a_batch_of_noise_cut_by_ranks_is_the_batch_of_one_process() -> None:
-    """As the loop does it: each rank draws the global z and takes its rows."""
-    complete = draw_z(MODEL, 24, rng(3, "z", 17))
-    for ranks in (2, 3, 4):
-        n = 24 // ranks
-        cut = [draw_z(MODEL, 24, rng(3, "z", 17))[r * n : (r + 1) * n] for r in range(ranks)]
-        assert torch.equal(torch.cat(cut), complete)
+    """As the loop does it: each rank draws the rows of its positions, by either rule."""
+    for rule in (BY_ROW, BY_BATCH):
+        complete = training_z(MODEL, 3, 17 * 240, 240, 240, rule)
+        for ranks in (2, 3, 4):
+            n = 240 // ranks
+            cut = [training_z(MODEL, 3, 17 * 240 + r * n, n, 240, rule) for r in range(ranks)]
+            assert torch.equal(torch.cat(cut), complete)
+
+
+def test_a_rank_draws_its_own_blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An eighth of 8192 rows costs sixteen blocks of 64; the older rule drew all rows."""
+    drawn = []
+    monkeypatch.setattr(noise, "draw_z", lambda *words: drawn.append(words[1]) or draw_z(*words))
+    for rule in (BY_ROW, BY_BATCH):
+        training_z(MODEL, 0, 3 * 8192 + 1024, 1024, 8192, rule)
+    assert drawn == [*[BLOCK] * 16, 8192]
+
+
+def test_the_noise_of_training_is_frozen() -> None:
+    """Positions 63 and 64, in two blocks; and position 2 of batch 5 of 3 by the older rule."""
+    rows = [
+        [0.44518065452575684, -0.07417690753936768, -0.4318079948425293, -0.9111365079879761],
+        [-0.9706686735153198, -0.4624830484390259, -0.4993596076965332, 0.2758007049560547],
+    ]
+    before = [[-0.8093656301498413, -0.5726418495178223, 0.4530766010284424, -0.5987865924835205]]
+    assert training_z(UNIFORM, 1, 63, 2, 32).tolist() == rows
+    assert training_z(UNIFORM, 0, 17, 1, 3, BY_BATCH).tolist() == before
+    assert rng(0, "z rows", 0).initial_seed() == 5376992202600717676
 
 
 @pytest.mark.parametrize("model", [UNIFORM, NORMAL], ids=["uniform", "normal"])

@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.config.schema import Config, DataConfig, ModelConfig, RunConfig
 from pipeline.data.loader import Loader, make_order, normalise
 from pipeline.data.shards import read_index
-from pipeline.models.noise import append_classes, draw_z, rng
+from pipeline.models.noise import BY_BATCH, append_classes, draw_z, rng, training_z
 from pipeline.training.inputs import InputReader, Inputs, ToDevice
 from pipeline.training.meter import Meter
 
@@ -31,7 +31,9 @@ def config_of(shards: Path, classes: int = 0) -> Config:
     )
 
 
-def read(config: Config, count: int, *, rank: int = 0, ranks: int = 1, start: int = 0) -> list[Any]:
+def read(
+    config: Config, count: int, *, rank: int = 0, ranks: int = 1, start: int = 0, **options: Any
+) -> list[Any]:
     """Inputs of ``count`` updates as one of several ranks, in micro-batches of two."""
     index = read_index(config.data.shards)
     place: Any = SimpleNamespace(process_index=rank, num_processes=ranks, device=CPU)
@@ -40,6 +42,7 @@ def read(config: Config, count: int, *, rank: int = 0, ranks: int = 1, start: in
         micro_batch=2,
         meter=Meter(Accelerator(cpu=True), 8),
         start=start,
+        **options,
     )
     with closing(reader):
         return [next(reader) for _ in range(count)]
@@ -53,13 +56,13 @@ def joined(parts: list[Inputs], name: str) -> Tensor:
 def test_an_update_gets_the_images_and_the_noise_of_its_number(
     training_shards: Path, classes: int
 ) -> None:
-    """Update 5 takes batch 5 of the loader and the z of ("z", 5), however one arrives there."""
+    """Update 5 takes batch 5 of the loader and rows 40 to 47 of z, however one arrives there."""
     config = config_of(training_shards, classes)
     index = read_index(config.data.shards)
     with closing(Loader(config, index, make_order(config, index)).batches(5)) as batches:
         batch = next(batches)
     labels = torch.from_numpy(batch.labels)
-    z = append_classes(config.model, draw_z(config.model, 8, rng(3, "z", 5)), labels)
+    z = append_classes(config.model, training_z(config.model, 3, 40, 8, 8), labels)
     for inputs in (read(config, 6)[-1], read(config, 1, start=5)[0]):
         assert [len(part) for part in inputs.real] == [2, 2, 2, 2]
         assert torch.equal(joined([inputs], "real"), normalise(batch.images, CPU))
@@ -78,6 +81,13 @@ def test_ranks_share_the_inputs_of_one(training_shards: Path) -> None:
     ):
         for name in Inputs._fields:
             assert torch.equal(joined(parts, name), joined([alone], name))
+
+
+def test_a_run_from_before_goes_on_with_its_z(training_shards: Path) -> None:
+    """By the rule ``batch`` update 5 takes the z of ("z", 5)."""
+    (inputs,) = read(config_of(training_shards), 1, rank=1, ranks=2, start=5, noise=BY_BATCH)
+    z = draw_z(config_of(training_shards).model, 8, rng(3, "z", 5))
+    assert torch.equal(joined([inputs], "z"), z[4:])
 
 
 def test_mirrored_images_depend_on_seed_and_place_alone(training_shards: Path) -> None:
