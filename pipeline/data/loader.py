@@ -40,6 +40,7 @@ from pipeline.data.remote import Patience, raise_on_stop
 from pipeline.data.shards import Index, read_index
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import DataError, UserError, as_user_error
+from pipeline.runtime.hardware import page_locked
 from pipeline.runtime.host import raise_open_files, remedy_for
 from pipeline.runtime.ranks import on_every_rank, run_on_selected_ranks
 from pipeline.runtime.signals import Stopped
@@ -49,7 +50,8 @@ class Batch(NamedTuple):
     """This rank's n rows of one global batch."""
 
     images: Tensor
-    """(n, H, W, C) uint8, a slot of the ring: overwritten when the second next batch is taken."""
+    """(n, H, W, C) uint8, a slot of the ring: overwritten when the second next batch is taken. With
+    a GPU in use it is page-locked."""
     labels: NDArray[np.int64]
     """(n,); -1 = no label."""
     ids: NDArray[np.int64]
@@ -205,20 +207,21 @@ class Loader:
 
     def _deliver(self, items: Iterator[Any], ring: _Ring) -> Generator[Batch, None, None]:
         try:
-            while True:
-                try:
-                    item = next(items)
-                except RuntimeError as error:  # DataLoader's word for a worker that has died
-                    if "DataLoader worker" not in str(error):
-                        raise
-                    raise self._killed() from None
-                if isinstance(item, UserError):
-                    raise item
-                if self._check is not None:
-                    self._check.raise_if_faulty()
-                labels, ids, wanted = ring.numbers[item].numpy().copy()
-                self._say_replaced(wanted[wanted != ids], ids[wanted != ids])
-                yield Batch(ring.images[item], labels, ids)
+            with page_locked(ring.images):  # after the fork: it is this process's lock
+                while True:
+                    try:
+                        item = next(items)
+                    except RuntimeError as error:  # DataLoader's word for a worker that has died
+                        if "DataLoader worker" not in str(error):
+                            raise
+                        raise self._killed() from None
+                    if isinstance(item, UserError):
+                        raise item
+                    if self._check is not None:
+                        self._check.raise_if_faulty()
+                    labels, ids, wanted = ring.numbers[item].numpy().copy()
+                    self._say_replaced(wanted[wanted != ids], ids[wanted != ids])
+                    yield Batch(ring.images[item], labels, ids)
         finally:
             del items  # the last reference: the workers end, even if a traceback holds the frame
             if self._check is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -121,6 +121,29 @@ def deterministic_fp32() -> Iterator[None]:
         cudnn.benchmark, cudnn.deterministic = benchmark, deterministic
         for operator, precision in zip(operators, before, strict=True):
             operator.fp32_precision = precision
+
+
+@contextmanager
+def page_locked(memory: torch.Tensor) -> Iterator[None]:
+    """Let the GPU of this process copy from host memory by itself; ``is_pinned`` is then True.
+
+    No-op before CUDA is in use, as on a CPU. If the driver refuses, the memory stays as it is.
+    """
+    runtime = torch.cuda.cudart() if torch.cuda.is_initialized() else None
+    if runtime is None:
+        yield
+        return
+    refused = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+    if refused != runtime.cudaError.success:
+        with suppress(RuntimeError):  # CUDA keeps an error for the next kernel, here this one
+            torch.zeros((), device="cuda")
+        yield
+        return
+    try:
+        yield
+    finally:
+        torch.cuda.synchronize()  # a copy may be under way
+        runtime.cudaHostUnregister(memory.data_ptr())
 
 
 def use_all_cores() -> None:
