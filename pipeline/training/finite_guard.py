@@ -10,7 +10,6 @@ from torch import Tensor, nn, optim
 
 from pipeline.runtime.errors import NonFiniteLoss
 
-NETWORKS = "DG"
 LIMIT = 2.0**13
 """Gradients and losses of a micro-batch must be below it to be summed as integers."""
 
@@ -38,10 +37,10 @@ class FiniteGuard:
         world_size: int,
     ) -> None:
         self.rank, self.world_size = rank, world_size
-        self._tripped = torch.zeros((), device=device)
-        # Of the first fault on this rank: 4 * step + 2 * (whether a gradient was too large) + index
-        # into NETWORKS; -1 before one.
-        self._first = torch.full((), -1, dtype=torch.int64, device=device)
+        # Whether this rank has had any fault, and one of a loss; and how many checks ago.
+        self._own, self._since = torch.zeros(2, 2, device=device)
+        self._tripped = self._own[0] if world_size == 1 else torch.zeros((), device=device)
+        self._checks: list[tuple[str, int]] = []
         for optimizer in optimizers:
             optimizer.found_inf = self._tripped  # type: ignore[attr-defined]
 
@@ -58,17 +57,17 @@ class FiniteGuard:
         Raises:
             NonFiniteLoss: on a CPU, see ``raise_if_tripped``.
         """
-        bad = ~torch.isfinite(loss.detach())
-        fault = 4 * step + NETWORKS.index(name) + torch.where(bad, 0, 2)
+        self._checks.append((name, step))
+        # 0, or NaN for a loss that is NaN or infinite; as a flag NaN is true. Few and small kernels
+        # in place, and nothing that waits for a GPU: the optimizers hold the flag.
+        broken = loss.detach() - loss.detach()
         if peak is not None:
-            bad = bad | ~(peak < LIMIT)  # also NaN
-        # In place, because the optimizers hold the flag; without a copy to the host, which would
-        # wait for the GPU.
-        self._first.copy_(torch.where(bad & (self._first < 0), fault, self._first))
-        self._tripped.copy_(torch.maximum(self._tripped, bad.float()))
+            broken = torch.stack([torch.where(peak < LIMIT, broken, 1), broken])  # NaN < LIMIT: no
+        self._since.add_(self._own.logical_or_(broken))
         if self.world_size > 1:
+            self._tripped.copy_(self._own[0])
             dist.all_reduce(self._tripped, dist.ReduceOp.MAX)
-        if bad.device.type == "cpu":
+        if self._tripped.device.type == "cpu":
             self.raise_if_tripped()
 
     def raise_if_tripped(self) -> None:
@@ -78,17 +77,17 @@ class FiniteGuard:
             NonFiniteLoss: the message names loss, step and rank of the first fault on this rank.
         """
         if not self._tripped.item():
+            self._checks.clear()
             return
-        step, kind = divmod(int(self._first.item()), 4)
-        name = f"loss/{NETWORKS[kind % 2]} became NaN or infinite"
-        if kind > 1:
-            name = f"loss/{NETWORKS[kind % 2]} or a gradient of it became NaN or reached {LIMIT:g}"
-            name += ", the most that train.exact_sum can add"
-        where = (
-            f"{name} at step {step} on rank {self.rank}"
-            if step >= 0
-            else "a loss became NaN or infinite on another rank"
-        )
+        since, of_loss = (int(count) for count in self._since.tolist())
+        where = "a loss became NaN or infinite on another rank"
+        if since:
+            network, step = self._checks[-since]
+            name = f"loss/{network} became NaN or infinite"
+            if of_loss < since:
+                name = f"loss/{network} or a gradient of it became NaN or reached {LIMIT:g}"
+                name += ", the most that train.exact_sum can add"
+            where = f"{name} at step {step} on rank {self.rank}"
         raise NonFiniteLoss(
             f"{where}; no optimizer step was taken with it and the last checkpoint is intact. "
             "Lower optim.d_lr and optim.g_lr, or try train.precision=fp32, in a new run.dir."

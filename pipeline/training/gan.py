@@ -98,6 +98,10 @@ class GAN:
         if config.train.compile:
             if line := compile_cache.use(Path(config.run.dir).expanduser(), node_name()):
                 log.warning(line)
+            # The networks, not their DDP wrappers: update_G and the penalties call the same graphs,
+            # and reduce-overhead replays each whole. Compiling the wrapper would cut a network at
+            # DDP's buckets. The price: gradients are sent after the backward pass, not during it
+            # (pytorch#109774).
             # Batches have one size. G and D share the code of Accelerate's wrapper, whose second
             # caller would be compiled for any batch, channels and size without dynamic=False.
             for network in (self.G, self.D):
@@ -154,14 +158,16 @@ class GAN:
             place = classes, generator, directions
             with self._mean_D.micro_batch(k):
                 # Two passes: BatchNorm must not mix the statistics of real and generated images.
-                real_logits, r1 = self._penalised(x, *place, r1_weight)
-                fake_logits, r2 = self._penalised(fake, *place, r2_weight)
+                # One block of autocast: it casts D's weights once for both.
+                with self.accelerator.autocast() if directions is None else nullcontext():
+                    real_logits, r1 = self._penalised(x, *place, r1_weight)
+                    fake_logits, r2 = self._penalised(fake, *place, r2_weight)
                 loss = self._loss_D(real_logits, fake_logits, stability.label_smoothing)
-                with torch.no_grad():
-                    scores = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
-                self._mean_D.backward(loss + r1 + r2, loss, *scores)
-        objective, terms, peak = self._mean_D.finish()
-        self.guard.check(objective, "D", step, peak)
+                scores = torch.stack([real_logits, fake_logits]).detach().sigmoid().mean(1)
+                objective = loss if directions is None else loss + r1 + r2
+                self._mean_D.backward(objective, loss.detach(), *scores)
+        mean, terms, peak = self._mean_D.finish()
+        self.guard.check(mean, "D", step, peak)
         if self.watch.due(step):
             self.watch.see_update("D", self.D)
             self.watch.see_images(real[-1], fake, (real_logits, fake_logits))
@@ -203,11 +209,11 @@ class GAN:
                 pair = (self._judge_real(real[k], classes, generator),) if self._is_paired else ()
                 fake = self._G(noise) if self._fake is None else self._fake
                 loss = self._loss_G(self._logits(self.D, fake, classes, generator), *pair)
-                self._mean_G.backward(loss, loss)
+                self._mean_G.backward(loss, loss.detach())
         self._fake = None
         self.D.requires_grad_(True)
-        objective, terms, peak = self._mean_G.finish()
-        self.guard.check(objective, "G", step, peak)
+        mean, terms, peak = self._mean_G.finish()
+        self.guard.check(mean, "G", step, peak)
         if self.watch.due(step):
             self.watch.see_update("G", self.G)
         self.schedules.set_rates(self.opt_G, "optim.g_lr", step)

@@ -39,13 +39,11 @@ class FloatMean:
         self, accelerator: Accelerator, network: nn.Module, accumulation: int, num_terms: int
     ) -> None:
         self._accelerator, self._network, self._accumulation = accelerator, network, accumulation
-        self._num_terms = num_terms
+        self._means = torch.zeros(1 + num_terms, device=accelerator.device)
 
     def micro_batch(self, k: int) -> AbstractContextManager[Any]:
         """Return the context for the passes of micro-batch k: DDP sends after the last one only."""
-        if k == 0:
-            self._objective = torch.zeros((), device=self._accelerator.device)
-            self._terms = torch.zeros(self._num_terms, device=self._accelerator.device)
+        self._k = k
         if k + 1 == self._accumulation:
             return nullcontext()
         context: AbstractContextManager[Any] = self._accelerator.no_sync(self._network)
@@ -58,9 +56,11 @@ class FloatMean:
             objective: float scalar.
             terms: ``num_terms`` float scalars.
         """
-        self._accelerator.backward(objective / self._accumulation)
-        self._objective += objective.detach() / self._accumulation
-        self._terms += torch.stack(terms).detach() / self._accumulation
+        values = torch.stack([objective.detach(), *terms])
+        if self._accumulation > 1:  # a kernel each that one micro-batch does not need
+            objective, values = objective / self._accumulation, values / self._accumulation
+        self._means = values if self._k == 0 else self._means + values
+        self._accelerator.backward(objective)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Leave the mean gradients in the parameters.
@@ -70,7 +70,7 @@ class FloatMean:
             terms: their means over the micro-batches of this rank, (num_terms,) float32.
             peak: None; ``ExactMean`` has one.
         """
-        return self._objective, self._terms, None
+        return self._means[0], self._means[1:], None
 
 
 @dataclass(eq=False)

@@ -66,8 +66,8 @@ class Meter:
 
     def add(self, loss_G: Tensor, d_terms: Sequence[Tensor]) -> None:
         """Add one step: G's loss (scalar), and ``update_D``'s result (3,) of each update of D."""
-        mean = sum(terms / len(d_terms) for terms in d_terms)
-        self._sums += torch.cat([loss_G[None], mean])  # type: ignore[list-item]
+        mean = d_terms[0] if len(d_terms) == 1 else torch.stack([*d_terms]).mean(0)
+        self._sums += torch.cat([loss_G[None], mean])
         self._steps += 1
 
     def row(self, step: int) -> dict[str, float]:
