@@ -23,13 +23,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import imagecodecs
 import numpy as np
 import peers
 import psutil
@@ -39,6 +38,7 @@ from pictures import FORMATS, as_files, check_same_pixels, fashion_mnist, payloa
 
 from pipeline.config.schema import Config, DataConfig
 from pipeline.data.loader import Loader, make_order, normalise
+from pipeline.data.pictures import decode_png
 from pipeline.data.shards import Index, read_index
 
 BATCH = 128
@@ -142,7 +142,7 @@ def decode_for(seconds: float, kind: str, stored: list[bytes], out: np.ndarray, 
     decode: dict[str, Callable[[bytes], Any]] = {
         "npy": lambda b: np.copyto(flat, np.frombuffer(b, np.uint8, offset=len(b) - len(flat))),
         "jpg": lambda b: simplejpeg.decode_jpeg(b, "RGB", buffer=out),
-        "png": imagecodecs.png_decode,
+        "png": decode_png,
     }
     one, done, began, cpu = decode[kind], 0, time.perf_counter(), time.process_time()
     while (spent := time.perf_counter() - began) < seconds:
@@ -195,11 +195,19 @@ def machine() -> str:
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     packages = ("torch", "torchvision", "webdataset", "pillow", "simplejpeg", "imagecodecs")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    versions = []
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{name} {importlib.metadata.version(name)}")
     return (
         f"{names[0] if names else 'unknown CPU'}, {len(os.sched_getaffinity(0))} cores; "
-        f"Python {sys.version.split()[0]}, {versions}; commit {commit}."
+        f"Python {sys.version.split()[0]}, {', '.join(versions)}; commit {commit}."
     )
+
+
+def workers() -> int:
+    """Return the number of data workers for this machine: its cores, two to eight."""
+    return min(8, max(2, len(os.sched_getaffinity(0))))
 
 
 def spread(values: list[float], form: str) -> str:

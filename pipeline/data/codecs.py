@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-from imagecodecs import png_decode
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -26,6 +25,7 @@ from pipeline.data.pictures import (
     DecodeError,
     Pixels,
     WrongShape,
+    decode_png,
     flatten,
     open_pillow,
     reason,
@@ -114,14 +114,14 @@ def decoder(field: str, shape: tuple[int, int, int]) -> Callable[[memoryview, Pi
             if found != shape:
                 _refuse_shape(found, shape)
 
-    def decode_png(payload: memoryview, out: Pixels) -> None:
+    def read_png(payload: memoryview, out: Pixels) -> None:
         # Its header has the size: a small file may unpack to more than memory.
         width, height = int.from_bytes(payload[16:20]), int.from_bytes(payload[20:24])
         if len(payload) > 24 and (height, width) != shape[:2]:
             _decode_pillow(payload, out)  # which says what is wrong
             return
         try:
-            pixels = png_decode(bytes(payload))
+            pixels = decode_png(payload)
         except Exception as error:  # the codec has no public base class of its errors
             raise DecodeError(f"not a readable PNG: {error}") from None
         if pixels.dtype == np.uint8 and (pixels.ndim == 2 or pixels.shape[2] == shape[2]):
@@ -133,7 +133,7 @@ def decoder(field: str, shape: tuple[int, int, int]) -> Callable[[memoryview, Pi
         if payload[:3] == JPEG:
             decode_jpg(payload, out)
         elif payload[:8] == PNG:
-            decode_png(payload, out)
+            read_png(payload, out)
         elif field == MIXED and payload[:6] == NPY:
             decode_npy(payload, out)
         else:

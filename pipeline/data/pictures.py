@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-from imagecodecs import png_decode
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -169,12 +168,19 @@ def require_intact(payload: memoryview, image: Image.Image) -> list[str]:
         return _require_jpeg(payload)
     if payload[:8] == PNG:
         try:
-            png_decode(bytes(payload))
+            decode_png(payload)
         except Exception as error:  # the codec has no public base class of its errors
             raise DecodeError(f"damaged PNG: {reason(error)}") from None
     elif image.format == "TIFF" and image.tag_v2.get(COMPRESSION) in DEFLATE:  # type: ignore[attr-defined]
         _require_strips(payload, image)
     return []
+
+
+def decode_png(payload: memoryview) -> Any:
+    """Return the pixels of a PNG, (H, W) or (H, W, C) uint8 or uint16. Any error: it is damaged."""
+    from imagecodecs import png_decode  # a machine with JPEG or npy images alone may lack it
+
+    return png_decode(bytes(payload))
 
 
 def _require_jpeg(payload: memoryview) -> list[str]:
