@@ -25,7 +25,7 @@ export UV_COMPILE_BYTECODE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-faults faults-long coverage mutants check wings keys docs bench lock clean fashion-mnist test-cluster test-container \
+.PHONY: help setup demo test test-faults faults-long coverage mutants check wings keys docs bench test-gpu bench-gpu lock clean fashion-mnist test-cluster test-container \
 	slurm-programs newer-slurm container-programs
 
 help:  ## This list
@@ -42,7 +42,7 @@ demo: $(RUN_READY)  ## Prepare Fashion-MNIST, train a small DCGAN on this machin
 	@echo "samples: $$(ls -t $(DEMO_RUN)/samples/*.png | head -n 1)"
 
 test: $(DEV_READY)  ## Every test that needs neither a cluster nor the network nor damage on purpose
-	$(BIN)/python -m pytest -m "not cluster and not container and not faults"
+	$(BIN)/python -m pytest -m "not cluster and not container and not faults and not gpu"
 
 test-faults: $(DEV_READY)  ## Damaged and hostile files, full disks, kills: a sample of tests/faults, and more
 	$(BIN)/python -m pytest -m faults
@@ -109,6 +109,17 @@ bench: $(DEV_READY)  ## Tables of benchmarks/: training, step, loader, order, sc
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/overheads.py --rounds 2
 	$(BIN)/python benchmarks/evaluation.py
+
+# An interpreter that has all packages, where nothing can be installed: make test-gpu GPU_PYTHON=python3.
+GPU_PYTHON ?= $(BIN)/python
+GPU_READY := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(DEV_READY))
+ON_GPU := PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON)
+
+test-gpu: $(GPU_READY)  ## What only a GPU shows: compiled steps, waits, memory, kills, scores (3 minutes)
+	$(ON_GPU) -m pytest tests/test_gpu.py -m gpu --durations=10 $(TESTS)
+
+bench-gpu: $(GPU_READY)  ## Speed on a GPU: shares of the card's own limits, in runs/bench-gpu (5 minutes)
+	$(ON_GPU) benchmarks/gpu.py --out $(or $(OUT),runs/bench-gpu) --seconds $(or $(SECONDS),240)
 
 lock: | $(filter .venv-uv/%,$(UV))  ## requirements*.txt from pyproject.toml; pins change only where they must
 	$(PIP) compile --quiet $(LOCK) $(RUNTIME) -o requirements.txt pyproject.toml
