@@ -14,7 +14,7 @@ import argparse
 import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from statistics import median
@@ -22,7 +22,7 @@ from time import perf_counter
 
 import torch
 from accelerate import Accelerator
-from loader import machine
+from loader import machine, workers
 from pictures import fashion_mnist, prepare
 from step import ceiling, operations, update, wait
 from torch import Tensor
@@ -30,7 +30,7 @@ from torch import Tensor
 from pipeline.config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from pipeline.data.loader import Loader, make_order, normalise
 from pipeline.data.shards import Index
-from pipeline.models.noise import draw_z, rng
+from pipeline.models.noise import draw_z, rng, training_z
 from pipeline.runtime import hardware, launch
 from pipeline.training.gan import GAN
 from pipeline.training.inputs import ToDevice
@@ -54,7 +54,8 @@ def from_shards(
     to_device = ToDevice(device)
     with closing(Loader(config, index, make_order(config, index)).batches()) as batches:
         for number, batch in enumerate(batches):
-            z = draw_z(config.model, config.data.batch_size, rng(0, "z", number))
+            size = config.data.batch_size
+            z = training_z(config.model, 0, number * size, size, size)
             images, z = to_device(batch.images, z)
             yield normalise(images, device), z
 
@@ -69,26 +70,56 @@ def per_step(gan: GAN, feed: Iterator[Inputs], steps: int) -> float:
     return (perf_counter() - began) / steps
 
 
-def row(config: Config, index: Index, accelerator: Accelerator, steps: int, best: float) -> str:
-    """Measure rates, share of the ceiling and memory of one configuration."""
-    batch, device = config.data.batch_size, accelerator.device
-    on_cuda = device.type == "cuda"
-    gan = GAN(config, accelerator, 1)
+@dataclass(frozen=True)
+class Measured:
+    """What a step of one configuration takes."""
 
-    memory = from_memory(config, device)
-    flops = operations(lambda: update(gan, *next(memory)))  # the first call is not yet a CUDA graph
+    in_memory: float
+    """Seconds from memory, the median of the rounds."""
+    spread: tuple[float, float]
+    """The fastest and the slowest round from memory."""
+    on_disk: float
+    """Seconds from shards."""
+    share: float
+    """Of the speed from memory that is left from shards."""
+    tflop: float
+    peak_gib: float | None
+    """Of the memory of a GPU."""
+
+
+def measure(config: Config, index: Index, accelerator: Accelerator, steps: int) -> Measured:
+    """Measure one configuration, compiled anew if it is compiled, after graphs were captured."""
+    torch.compiler.reset()
+    device = accelerator.device
+    on_cuda = device.type == "cuda"
     if on_cuda:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    gan = GAN(config, accelerator, 1)
+    memory = from_memory(config, device)
+    tflop = operations(lambda: update(gan, *next(memory)))  # the first call is not yet a CUDA graph
     with closing(from_shards(config, index, device)) as shards:
         for feed in (memory, shards):
             per_step(gan, feed, 20 if on_cuda else 2)  # compile, capture graphs, fill the queues
         spent = [[per_step(gan, feed, steps) for feed in (memory, shards)] for _ in range(ROUNDS)]
-    in_memory, on_disk = (median(times) for times in zip(*spent, strict=True))
-    share = median(a / b for a, b in spent)
-    peak = f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if on_cuda else "not measured"
+    in_memory, on_disk = zip(*spent, strict=True)
+    return Measured(
+        in_memory=median(in_memory),
+        spread=(min(in_memory), max(in_memory)),
+        on_disk=median(on_disk),
+        share=median(a / b for a, b in spent),
+        tflop=tflop,
+        peak_gib=torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None,
+    )
+
+
+def row(batch: int, found: Measured, best: float) -> str:
+    """Show rates, share of the ceiling and memory of one configuration."""
+    rate = found.tflop / found.in_memory
+    peak = "not measured" if found.peak_gib is None else f"{found.peak_gib:.2f} GiB"
     return (
-        f"{batch / in_memory:,.0f} | {batch / on_disk:,.0f} | {share:.1%} "
-        f"| {flops / in_memory:.3f} | {flops / in_memory / best:.0%} | {peak} |"
+        f"{batch / found.in_memory:,.0f} | {batch / found.on_disk:,.0f} | {found.share:.1%} "
+        f"| {rate:.3f} | {rate / best:.0%} | {peak} |"
     )
 
 
@@ -99,7 +130,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--steps", type=int, default=50, help="steps of each of three rounds")
     parser.add_argument("--width", type=int, default=64, help="ngf and ndf")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=workers())
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     options = parser.parse_args()
     precision = hardware.resolve_precision(options.precision)
@@ -131,7 +162,7 @@ def main() -> None:
                     train=replace(train, micro_batch=batch),
                 )
                 try:
-                    shown = row(config, index, accelerator, options.steps, best)
+                    shown = row(batch, measure(config, index, accelerator, options.steps), best)
                 except torch.OutOfMemoryError:
                     shown = "does not fit | | | | | |"
                 print(f"| {title} | {batch} | {shown}", flush=True)

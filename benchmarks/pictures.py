@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.data.cache import Cache
@@ -35,7 +36,17 @@ def fashion_mnist(images: int, folder: Path) -> list[str]:
     source = find("fashion-mnist", Choice())
     read = source.opener()
     pixels = np.stack([np.asarray(read(row)) for row in range(min(images, len(source.names)))])
-    labels = source.labels[:images].astype(np.uint8)
+    return _as_idx(pixels, source.labels[:images].astype(np.uint8), folder)
+
+
+def synthetic(images: int, folder: Path) -> list[str]:
+    """Write smooth random images of 28x28 as IDX files, where Fashion-MNIST is not at hand."""
+    coarse = np.random.default_rng(0).integers(0, 256, (images, 7, 7), np.uint8)
+    pixels = np.stack([np.asarray(Image.fromarray(one).resize((28, 28))) for one in coarse])
+    return _as_idx(pixels, (np.arange(images) % 10).astype(np.uint8), folder)
+
+
+def _as_idx(pixels: NDArray[np.uint8], labels: NDArray[np.uint8], folder: Path) -> list[str]:
     folder.mkdir()
     for name, array in (("images-idx3", pixels), ("labels-idx1", labels)):
         head = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()

@@ -2,6 +2,7 @@
 
     python benchmarks/training.py                    # on the CPU about six minutes
     python benchmarks/training.py --batch 64 --rounds 5
+    python benchmarks/training.py --synthetic        # where Fashion-MNIST is not at hand
 
 All train the same DCGAN (64x64x3, ngf = ndf = 64) on the same Fashion-MNIST images from disk with
 the same batch size and number of workers. Each measurement is a separate process, rounds alternate,
@@ -10,7 +11,8 @@ and each ratio is of one round. Prints Markdown for benchmarks/README.md.
 * ours: `pipeline/train.py --config configs/dcgan_64.yaml` with npy shards, the complete command
   with decoding, metrics, data order and guard.
 * reference loop: the published recipe, with ImageFolder, ToTensor, Normalize; float32; BCELoss on
-  a sigmoid; D's weight gradients computed in G's step too; three `.item()` a step.
+  a sigmoid; D's weight gradients computed in G's step too; three `.item()` a step; on a GPU
+  `cudnn.benchmark` and its TF32 convolutions, as there.
 * webdataset: the same loop behind `shuffle(1000).decode("pil")` and a WebLoader.
 * Accelerate: the same loop and images as the reference, `prepare` and `backward`, no option set.
 """
@@ -31,13 +33,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from loader import machine, spread
+from loader import machine, spread, workers
 from peers import Place, image_folder, stock_webdataset
-from pictures import as_files, fashion_mnist, prepare
+from pictures import as_files, fashion_mnist, prepare, synthetic
 from torch import Tensor, nn
 
 Z, WIDTH = 100, 64
-WARM_UP = 3  # steps in which kernels are chosen, buffers allocated and queues filled
+ON_CUDA = torch.cuda.is_available()
+WARM_UP = 20 if ON_CUDA else 3  # kernels are chosen, buffers allocated, graphs made, queues filled
 REPO = Path(__file__).resolve().parents[1]
 
 
@@ -76,6 +79,7 @@ def reference_networks() -> tuple[nn.Module, nn.Module]:
 def reference_steps(images: Iterable[Tensor], accelerator: Accelerator | None) -> Iterator[None]:
     """Train by the recipe and yield after each step; an Accelerator prepares and scales."""
     device = accelerator.device if accelerator else pick_device()
+    torch.backends.cudnn.benchmark = True
     G, D = (network.to(device) for network in reference_networks())
     opt_G, opt_D = (
         torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999)) for network in (G, D)
@@ -106,7 +110,7 @@ def reference_steps(images: Iterable[Tensor], accelerator: Accelerator | None) -
 
 
 def pick_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if ON_CUDA else "cpu")
 
 
 def endless(make: Callable[[], Iterable[Any]]) -> Iterator[Tensor]:
@@ -127,10 +131,12 @@ def measure_reference(name: str, folder: Path, batch: int, steps: int, workers: 
     done = reference_steps(images, Accelerator() if name == "Accelerate" else None)
     for _ in range(WARM_UP):
         next(done)
+    if ON_CUDA:
+        torch.cuda.synchronize()
     began = time.perf_counter()
     for _ in range(steps):
         next(done)
-    if torch.cuda.is_available():
+    if ON_CUDA:
         torch.cuda.synchronize()
     return steps * batch / (time.perf_counter() - began)
 
@@ -139,7 +145,10 @@ def measure_reference(name: str, folder: Path, batch: int, steps: int, workers: 
 
 
 def measure_ours(folder: Path, batch: int, steps: int, workers: int, *overrides: str) -> float:
-    """Measure the images per second of the training command between its first two rows."""
+    """Measure the images per second of the training command in its last row but for the first.
+
+    Rows are ``steps`` long: whatever is compiled and captured is so in the first.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
         settings = [f"data.shards={folder / 'npy'}", f"data.batch_size={batch}", f"run.dir={run}"]
@@ -157,13 +166,14 @@ OURS: dict[str, list[str]] = {
     "ours": [],
     "ours, fp32": ["train.precision=fp32"],
 }
-if torch.cuda.is_available():
+if ON_CUDA:
+    OURS["ours, compiled"] = ["train.compile=true"]
     OURS["ours, CUDA graphs"] = ["train.compile=true", "train.compile_mode=reduce-overhead"]
 BASELINES = {"reference loop": "png", "webdataset": "jpg", "Accelerate": "png"}
 
 
 def compare(options: argparse.Namespace, folder: Path) -> str:
-    source = fashion_mnist(options.images, folder / "raw")
+    source = (synthetic if options.synthetic else fashion_mnist)(options.images, folder / "raw")
     sets = {kind: prepare(source, folder / kind, 64, kind) for kind in ("npy", "jpg", "png")}
     as_files(sets["png"], folder / "files")
     sizes = (options.batch, options.steps, options.workers)
@@ -203,12 +213,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--images", type=int, default=6_400, help="number of images of Fashion-MNIST"
-    )
+    parser.add_argument("--images", type=int, default=6_400, help="number of images")
+    parser.add_argument("--synthetic", action="store_true", help="random images")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=8, help="measured steps, after the warm-up")
-    parser.add_argument("--workers", type=int, default=2)
+    steps = 200 if ON_CUDA else 8
+    parser.add_argument(
+        "--steps", type=int, default=steps, help="measured steps, after the warm-up"
+    )
+    parser.add_argument("--workers", type=int, default=workers())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--baseline", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
