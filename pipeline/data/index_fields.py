@@ -57,8 +57,6 @@ def parsed(content: bytes, kind: str) -> dict[str, Any]:
     entries = [_shard(one, f"shardlist[{k}]") for k, one in enumerate(_list(document, "shardlist"))]
     if (count := sum(entry["nsamples"] for entry in entries)) > MOST_SAMPLES:
         raise ValueError(f"its shards have {count} samples, at most {MOST_SAMPLES} are read")
-    if not isinstance(made_by := document.get("made_by", {}), dict):
-        raise ValueError(f"made_by is {_shown(made_by)}, must be an object")
     if not isinstance(at := document.get("shards_at", ""), str) or "::" in at or not _plain(at):
         raise ValueError(f"shards_at is {_shown(at)}, must be a folder or a URL")
     return {
@@ -66,9 +64,51 @@ def parsed(content: bytes, kind: str) -> dict[str, Any]:
         "shape": shape,
         "field": field,
         "samples_sha256": _digest(document.get("samples_sha256"), "samples_sha256"),
-        "made_by": made_by,
+        "made_by": _made_by(document.get("made_by", {})),
         "shardlist": entries,
     }
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_NUMBER
+
+
+def _are_counts(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_count, value.values()))
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _are_records(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, dict)
+        and set(one) in (set(), {"times", "contents"})
+        and _are_texts([*one.values()])
+        for one in value
+    )
+
+
+USED = {
+    "skipped": (_is_count, "a number of images"),
+    "skipped_sha256": (lambda value: value is None or isinstance(value, str), "a text or null"),
+    "done": (_are_counts, "an object of numbers"),
+    "left_out": (_are_counts, "an object of numbers"),
+    "said": (_are_texts, "a list of texts"),
+    "classes": (_are_texts, "a list of names"),
+    "source_files": (_are_records, "a list of records with times and contents"),
+}
+"""The fields of ``made_by`` that are used later: what each must be."""
+
+
+def _made_by(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"made_by is {_shown(value)}, must be an object")
+    for name, (fits, wanted) in USED.items():
+        if name in value and not fits(value[name]):
+            raise ValueError(f"made_by.{name} is {_shown(value[name])}, must be {wanted}")
+    return value
 
 
 def _plain(text: str) -> bool:

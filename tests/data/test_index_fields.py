@@ -57,6 +57,15 @@ FIELDS: dict[str, Callable[[dict[str, Any]], object]] = {
     "shape[1] is 8.0": lambda d: d.update(shape=[8, 8.0, 3]),
     "shape[1] is True": lambda d: d.update(shape=[8, True, 3]),
     "shape[0] is -8": lambda d: d.update(shape=[-8, 8, 3]),
+    "made_by.skipped is 'x'": lambda d: d["made_by"].update(skipped="x"),
+    "made_by.done is None": lambda d: d["made_by"].update(done=None),
+    "made_by.left_out is [1]": lambda d: d["made_by"].update(left_out=[1]),
+    "made_by.left_out is {'.txt': True}": lambda d: d["made_by"].update(left_out={".txt": True}),
+    "made_by.said is 'text'": lambda d: d["made_by"].update(said="text"),
+    "made_by.classes is [['a']]": lambda d: d["made_by"].update(classes=[["a"]]),
+    "made_by.source_files is [{'times': 'x'}]": lambda d: d["made_by"].update(
+        source_files=[{"times": "x"}]
+    ),
     "shape[2] is inf": lambda d: d.update(shape=[8, 8, float("inf")]),
     "shape[0] is nan": lambda d: d.update(shape=[float("nan"), 8, 3]),
     "shape[0] is 4294967296": lambda d: d.update(shape=[2**32, 8, 3]),
