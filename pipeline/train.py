@@ -88,47 +88,51 @@ def train(config: Config) -> bool:
         return run.leave_early()
     order = make_order(config, index, run_folder.saved_order(config))
     gan = GAN(config, accelerator, accumulation)
-    step = run.resume(gan, index, order, micro_batch)
-    inputs = InputReader(
-        *(config, index, order, accelerator),
-        micro_batch=micro_batch,
-        meter=run.meter,
-        start=step * d_steps,
-        noise=run.noise,
-    )
+    while True:
+        step = run.resume(gan, index, order, micro_batch)
+        inputs = InputReader(
+            *(config, index, order, accelerator),
+            micro_batch=micro_batch,
+            meter=run.meter,
+            start=step * d_steps,
+            noise=run.noise,
+        )
 
-    with closing(inputs), run.start(step):
-        if run.is_main and step < total_steps:
-            write_reals(config, index, order)
-        if step == 0:
-            run.sample(step, gan)
-        while step < total_steps and not run.stopping:
-            step += 1
-            # Update D: maximise log D(x) + log(1 - D(G(z))).
-            d_terms = []
-            for turn in range(d_steps):
-                real, z, y = next(inputs)
-                d_terms.append(gan.update_D(real, z, step, y, turn))
-            # Update G: maximise log D(G(z)).
-            loss_G = gan.update_G(z, step, y, real)
-            gan.update_average(step)
-            run.meter.add(loss_G, d_terms)
-
-            # All ranks agree on stop requests here, so that they do the same below.
-            run.agree(step)
-            if run.due(step, config.train.log_every):
-                run.log(step, gan)
-            if run.due(step, config.train.sample_every):
+        with closing(inputs), run.start(step):
+            if run.is_main and step < total_steps:
+                write_reals(config, index, order)
+            if step == 0:
                 run.sample(step, gan)
-            if step == total_steps:
-                inputs.finish_check()
-            if run.save_due(step):
-                run.save(step, gan)
-        run.finish(step)
+            while step < total_steps and not run.leaving:
+                step += 1
+                # Update D: maximise log D(x) + log(1 - D(G(z))).
+                d_terms = []
+                for turn in range(d_steps):
+                    real, z, y = next(inputs)
+                    d_terms.append(gan.update_D(real, z, step, y, turn))
+                # Update G: maximise log D(G(z)).
+                loss_G = gan.update_G(z, step, y, real)
+                gan.update_average(step)
+                run.meter.add(loss_G, d_terms)
+
+                # All ranks agree on stop requests here, so that they do the same below.
+                run.agree(step)
+                if run.due(step, config.train.log_every):
+                    run.log(step, gan)
+                if run.due(step, config.train.sample_every):
+                    run.sample(step, gan)
+                if step == total_steps:
+                    inputs.finish_check()
+                if run.save_due(step):
+                    run.save(step, gan)
+            finished = run.finish(step)
+        if not run.healing:
+            break
     # A launcher kills the other ranks as soon as one has left with an exit code other than 0.
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return step >= total_steps
+    run.collapse.raise_if_stopped()
+    return finished
 
 
 def dry_run(config: Config, origins: Mapping[str, str]) -> bool:
@@ -139,7 +143,7 @@ def dry_run(config: Config, origins: Mapping[str, str]) -> bool:
 
 
 def main() -> None:
-    """Parse the command line and train; exit with code 2 on a user's mistake."""
+    """Parse the command line and train; exit with code 2 on a user's mistake, 3 on a collapse."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--config", metavar="FILE", help="YAML file with the configuration; configs/ has some")

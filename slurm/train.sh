@@ -79,13 +79,15 @@ say "restart $restarts of job $job: $WORLD process(es) on $SLURM_JOB_NODELIST," 
 attempt=0
 while :; do
   # Markers of an earlier attempt must not decide about this one.
-  rm -f "$run_dir/FINISHED" "$run_dir/PREEMPTED"
+  rm -f "$run_dir/FINISHED" "$run_dir/PREEMPTED" "$run_dir/COLLAPSED"
   before=$(progress)
   launch "$attempt" pipeline.train "$@"
   status=$? now=$(state) after=$(progress)
   say "srun ended with $status, job $now, step $before -> $after"
   # A launcher makes 0 or 1 of every exit code. Rank 0 writes the markers after the checkpoint.
   [ ! -e "$run_dir/FINISHED" ] || { say "finished"; exit 0; }
+  # A requeue would come to the same collapse.
+  [ ! -e "$run_dir/COLLAPSED" ] || { say "ended by train.watch; see the last lines above"; exit 3; }
   [ "$now" = RUNNING ] || { say "the job is no longer RUNNING: not requeued by this script"; exit 1; }
   [ "$after" -le "$before" ] || { failures=0; rm -f "$count"; }
   [ ! -e "$run_dir/PREEMPTED" ] || requeue 50 "step $after"

@@ -19,6 +19,7 @@ from launching import REPO, environment, train
 from PIL import Image
 
 from pipeline.report import report
+from pipeline.runs.alarms import Alarm, record
 from pipeline.runs.results import Ledger
 from pipeline.runtime.documents import append_rows
 from pipeline.runtime.errors import UserError
@@ -110,6 +111,18 @@ def test_of_one_run_the_table_has_the_settings_other_than_the_default(trained: P
     head = Cells(page_of(trained / "fast")).rows[0]
     assert "optim.g_lr" in head
     assert "optim.beta1" not in head
+
+
+def test_a_run_that_train_watch_ended_says_so(runs: Path) -> None:
+    """State and alarm in the first table; the line of the log among the events."""
+    alarm = Alarm(20, 10, "watch/diversity", 0.01, "stop")
+    record(runs / "fast", alarm)
+    (runs / "fast/FINISHED").rename(runs / "fast/COLLAPSED")
+    with (runs / "fast/log.txt").open("a") as log:
+        log.write(f"2026-11-30 12:00:00  {alarm.text}\n")
+    rows = Cells(page_of(runs / "fast")).rows
+    assert rows[1][1] == "collapsed; G makes almost one image (step 20, stopped)"
+    assert rows[-1] == ["fast", "2026-11-30 12:00:00", alarm.text]
 
 
 def test_curves_grids_and_events(trained: Path) -> None:

@@ -60,10 +60,11 @@ def are_wandb_tags(tags: list[str]) -> bool:
 
 AT_LEAST_1 = """
 model.z_dim model.ngf model.ndf data.batch_size data.prefetch data.block data.lanes optim.d_steps
-train.total_steps train.keep train.log_every stability.r1_every eval.batch_size"""
+train.total_steps train.keep train.log_every train.watch_steps stability.r1_every
+eval.batch_size"""
 AT_LEAST_0 = """
 data.workers data.window data.cache_gib data.skip_damaged train.checkpoint_every
-train.checkpoint_minutes train.keep_every train.sample_every stability.r1_gamma
+train.checkpoint_minutes train.keep_every train.sample_every train.watch_healings stability.r1_gamma
 stability.r2_gamma schedule.start schedule.end schedule.warmup"""
 URLS = "data.shards eval.held_out eval.parzen_shards"
 NETRC = "for http(s) put them into ~/.netrc (machine HOST login USER password PASSWORD)"
@@ -200,6 +201,11 @@ def _conflicts(config: Config) -> list[str]:
             "is none or spectral: BatchNorm needs the whole micro-batch",
         ),
         *_exact_sum_conflicts(train),
+        (
+            train.watch == "heal" and not train.checkpoint_every,
+            "train.checkpoint_every (0): must be above 0 with train.watch=heal, which goes back to "
+            "such a checkpoint",
+        ),
         (
             train.init and config.run.fork,
             f"train.init ({show(train.init)}): must be empty with run.fork, which keeps the step",

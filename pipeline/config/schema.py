@@ -208,6 +208,15 @@ class TrainConfig:
     """Steps between sample grids from fixed z; 0 = only at the end."""
     log_every: int = _may_change(50)
     """Steps between rows of metrics.jsonl, at least 1. Only logging waits for the device."""
+    watch: Literal["off", "warn", "stop", "heal"] = _may_change("warn")
+    """What to do once rows have shown a collapse for watch_steps: D has won, or G makes almost one
+    image. warn = say it once. stop = end the run with exit code 3. heal = go back to a checkpoint
+    from before it, multiply gamma of R1 and R2 by 4, or without them D's learning rate by 1/4, and
+    train on; stop when that has not helped watch_healings times."""
+    watch_steps: int = _may_change(500)
+    """Steps that a sign of a collapse must last, at least 1."""
+    watch_healings: int = _may_change(3)
+    """Number of times that watch=heal goes back in a run, 0 or more."""
     profile_steps: list[int] = field(default_factory=list, metadata={"may_change": True})
     """First and last step, at most 100, of which rank 0 writes a trace and a table of operators to
     profile/ in the run folder; [] = none."""

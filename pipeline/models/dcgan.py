@@ -101,6 +101,11 @@ class Discriminator(nn.Module):
         logits = outputs[:, 0]
         return logits if y is None else logits + outputs.gather(1, 1 + y[:, None])[:, 0]
 
+    def features(self, images: Tensor, _y: Tensor | None = None) -> Tensor:
+        """Return the last feature map, (N, C', 4, 4) float; it does not depend on classes."""
+        maps: Tensor = self.layers[:-1](images)
+        return maps
+
 
 def make_generator(config: ModelConfig, *, running_stats: bool = False) -> nn.Module:
     """Return G of ``config.architecture``. The MLP has no BatchNorm: no ``running_stats``."""

@@ -71,6 +71,13 @@ class MLPDiscriminator(nn.Module):
         ``y`` (N,) int64 are classes, appended to the pixels as one-hot numbers. ``generator``, of
         the CPU, draws the dropout masks; None: no dropout.
         """
+        logits: Tensor = self.to_logit(self.features(images, y, generator))
+        return logits.reshape(-1)
+
+    def features(
+        self, images: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return the last hidden units, (N, ndf) float; arguments as those of ``forward``."""
         h = images.flatten(1)
         if y is not None:
             h = torch.cat([h, one_hot(y, self.config.num_classes).to(h.dtype)], 1)
@@ -79,8 +86,7 @@ class MLPDiscriminator(nn.Module):
             h = h.unflatten(1, (self.config.ndf, -1)).amax(2) if self.config.maxout else h.relu()
             if generator is not None and self.config.dropout:
                 h = dropout(h, self.config.dropout, generator)
-        logits: Tensor = self.to_logit(h)
-        return logits.reshape(-1)
+        return h
 
 
 def dropout(h: Tensor, share: float, generator: torch.Generator) -> Tensor:

@@ -133,6 +133,7 @@ def _runs_table(runs: Sequence[RunFacts]) -> str:
     rows = []
     for n, run in enumerate(runs):
         state = run.status or f"unfinished; last row {written_at(run) or 'none'}"
+        state = "; ".join([state, *run.alarms])
         values = [keys[key][n] for key in keys]
         steps, speed = f"{run.step} of {run.config.train.total_steps}", run.throughput()
         shown = None if speed is None else f"{speed:.0f}"

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.config.loading import load
 from pipeline.config.schema import Config, flatten
+from pipeline.runs.alarms import ENDS, read_alarms
 from pipeline.runs.identity import read_identity
 from pipeline.runs.results import Row, read_rows
 from pipeline.runtime.documents import DamagedFile, parse_rows, read_bytes
@@ -48,11 +49,13 @@ class RunFacts:
         name: what the report calls it.
         path: the folder.
         config: the configuration.
-        status: ``finished``, ``preempted`` or "", in which case it runs or was killed.
+        status: ``finished``, ``preempted``, ``collapsed`` or "", in which case it runs or was
+            killed.
         rows: the rows of metrics.jsonl by step, without damaged ones.
         scores: the rows of evaluations.jsonl that count, by step.
         hardware: devices and ranks of the last start; "" = unknown.
         events: (time, text) of starts, resumes, accepted changes, damage, errors, ends.
+        alarms: of ``train.watch``, each in a few words.
     """
 
     name: str
@@ -63,6 +66,7 @@ class RunFacts:
     scores: list[Row]
     hardware: str
     events: list[tuple[str, str]] = field(default_factory=list)
+    alarms: list[str] = field(default_factory=list)
 
     @property
     def step(self) -> int:
@@ -127,7 +131,8 @@ def read_run(path: Path, name: str) -> RunFacts:
             )
         rows = _metrics(path / "metrics.jsonl")
         events, hardware = _read_log(path / "log.txt")
-        marks = [mark for mark in ("FINISHED", "PREEMPTED") if (path / mark).exists()]
+        marks = [mark for mark in ENDS if (path / mark).exists()]
+        alarms = [alarm.title for alarm in read_alarms(path)]
     except OSError as error:
         raise RunFolderError(
             f"RUN ({path}): cannot be read: {error.strerror or error}. Give read permission."
@@ -150,6 +155,7 @@ def read_run(path: Path, name: str) -> RunFacts:
         scores=sorted(read_rows(path), key=lambda row: int(row["step"])),
         hardware=hardware,
         events=events,
+        alarms=alarms,
     )
 
 

@@ -79,6 +79,14 @@ def say_start(
         say(f"  {line}")
 
 
+def warn_of_groups(before: int, now: int, ranks: int) -> None:
+    """Say that the images per BatchNorm group, ``before`` the resume, are others now."""
+    say(
+        f"micro-batch was {before}, is {now} on {ranks} process(es): BatchNorm groups change from "
+        f"here on. Set train.micro_batch={before} to keep the computation the same."
+    )
+
+
 def cautions(config: Config) -> list[str]:
     """Return a line for every combination of values that is allowed but rarely meant."""
     stability, batch = config.stability, config.data.batch_size

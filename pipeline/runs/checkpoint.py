@@ -29,8 +29,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.config.schema import Config
-from pipeline.models.dcgan import make_discriminator, make_generator
 from pipeline.runs.results import kept_steps
 from pipeline.runs.step_folders import CHECKPOINTS, SNAPSHOTS, committed, folder_of, step_of
 from pipeline.runtime.documents import DamagedFile, read_document, sealed
@@ -197,7 +195,14 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(path, state, weights, optimizers)
 
 
-def prune(run_dir: Path, saved: int, keep: int, keep_every: int, keep_best: bool = False) -> None:
+def prune(
+    run_dir: Path,
+    saved: int,
+    keep: int,
+    keep_every: int,
+    keep_best: bool = False,
+    also: Collection[int] = (),
+) -> None:
     """Remove old checkpoints, but never the one that was just saved.
 
     Args:
@@ -206,17 +211,22 @@ def prune(run_dir: Path, saved: int, keep: int, keep_every: int, keep_best: bool
         keep: number of newest checkpoints to keep, at least 1.
         keep_every: also keep multiples of this many steps; 0 = none.
         keep_best: also keep the best checkpoint by each protocol, and all not yet evaluated.
+        also: more steps to keep.
     """
     folders = [path for path in committed(run_dir) if step_of(path) <= saved]
     kept = kept_steps(run_dir, dict(map(_generators, folders))) if keep_best else set()
     for path in folders[:-keep]:
         step = step_of(path)
-        if step not in kept and (not keep_every or step % keep_every):
-            # Rename first: after a kill no half-removed folder looks complete.
-            doomed = path.with_name(f"{path.name}.tmp")
+        if step not in {*kept, *also} and (not keep_every or step % keep_every):
             with suppress(OSError):
-                path.rename(doomed)
-                shutil.rmtree(doomed)
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint. It is renamed first: after a kill no half of it looks complete."""
+    doomed = path.with_name(f"{path.name}.tmp")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _generators(path: Path) -> tuple[int, Collection[str]]:
@@ -300,23 +310,3 @@ def _unwritable(path: Path, error: Exception) -> RunFolderError:
         f"{path}: could not be written: {reason}. Earlier checkpoints are intact; free space or "
         "fix the folder, then run the same command again."
     )
-
-
-def checkpoint_bytes(config: Config) -> tuple[int, int]:
-    """Estimate bytes of tensors: (all checkpoints and snapshots of a run, one checkpoint)."""
-    with torch.device("meta"):
-        g, d = (
-            sum(p.numel() for p in network.parameters())
-            for network in (make_generator(config.model), make_discriminator(config.model))
-        )
-    one = 4 * (2 * g + d) + 8 * (g + d)  # fp32: G, G_ema, D; Adam's two moments of G and D
-    train = config.train
-    kept = train.keep + (train.total_steps // train.keep_every if train.keep_every else 0)
-    snapshots = train.total_steps // train.checkpoint_every if train.checkpoint_every else 1
-    return kept * one + snapshots * 4 * g, one
-
-
-def written_bytes(run_dir: Path) -> int:
-    """Return the bytes of the checkpoints and snapshots that a run has written."""
-    files = (path for kind in (CHECKPOINTS, SNAPSHOTS) for path in run_dir.glob(f"{kind}/*/*"))
-    return sum(path.stat().st_size for path in files if path.is_file())

@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline.config.schema import Config
-from pipeline.runs.wandb_log import STEP_KEY, Picture, WandbLog
+from pipeline.runs.wandb_log import STEP_KEY, Alert, Picture, WandbLog
 from pipeline.runtime.console import say
 from pipeline.runtime.documents import (
     DamagedFile,
@@ -114,6 +114,10 @@ class MetricsLog:
         self._wandb.log({STEP_KEY: step, "samples/grid": Picture(path, f"step {step}")})
         return path
 
+    def alert(self, step: int, title: str, text: str) -> None:
+        """Send an alert to W&B, which mails it or posts it where its user wants that."""
+        self._wandb.log({STEP_KEY: step, "watch/alert": Alert(title, text)})
+
     def advance(self, step: int) -> None:
         """Move the progress bar; without a terminal, print one line before the first row is due."""
         if self._bar is not None:
@@ -164,6 +168,8 @@ class NullMetricsLog(MetricsLog):
 
     def images(self, step: int, grid: NDArray[np.uint8]) -> Path:
         return self.run_dir / "samples" / f"step_{step:07d}.png"
+
+    def alert(self, step: int, title: str, text: str) -> None: ...
 
     def advance(self, step: int) -> None: ...
 

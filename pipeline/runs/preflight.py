@@ -28,7 +28,7 @@ from pipeline.config.sizes import micro_batching, require_memory
 from pipeline.data.cache import Cache
 from pipeline.data.loader import checked_index
 from pipeline.data.shards import Index
-from pipeline.runs.checkpoint import checkpoint_bytes, written_bytes
+from pipeline.runs.disk_use import checkpoint_bytes, written_bytes
 from pipeline.runs.wandb_log import wandb_mode
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import exists, nearest_existing, sha256_of

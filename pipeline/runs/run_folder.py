@@ -2,7 +2,7 @@
 
 runs/<name>/ config.yaml  run.json (id, place, origin)  metrics.jsonl  log.txt  samples/
              checkpoints/  snapshots/  wandb/  progress (step of the last checkpoint)
-             FINISHED | PREEMPTED
+             watch.json (alarms)  FINISHED | PREEMPTED | COLLAPSED
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pipeline.config.recipe import ACCEPTABLE
 from pipeline.config.schema import Config, flatten
 from pipeline.models.noise import BY_BATCH, BY_ROW
 from pipeline.runs import checkpoint, wandb_names
+from pipeline.runs.alarms import ENDS
 from pipeline.runs.identity import (
     damage_of,
     identify,
@@ -117,6 +118,7 @@ class RunFolder:
             once = replace(config, run=replace(config.run, accept_changes=False))
             write_atomic(self.path / "config.yaml", sign(dump(once)).encode())
             self.unmark("PREEMPTED")
+            self.unmark("COLLAPSED")
         except OSError as error:
             inside = Path(str(error.filename or self.path))
             reason = error.strerror if inside == self.path else f"{inside.name}: {error.strerror}"
@@ -126,8 +128,15 @@ class RunFolder:
             ) from None
 
     def mark(self, name: str, content: str) -> None:
-        """Write a marker file that launch scripts read: progress, FINISHED or PREEMPTED."""
+        """Write a marker file that launch scripts read: progress or one of ``ENDS``."""
         write_atomic(self.path / name, content.encode())
+
+    def mark_end(self, name: str, content: str) -> None:
+        """Write one of ``ENDS`` and remove the others."""
+        for other in ENDS:
+            if other != name:
+                self.unmark(other)
+        self.mark(name, content)
 
     def unmark(self, name: str) -> None:
         """Remove a marker file."""

@@ -8,10 +8,12 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.runs.alarms import read_alarms
 from pipeline.runs.results import Row, best, read_rows
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import EvaluationError
@@ -154,14 +156,24 @@ def _markdown(protocol: str, entries: Sequence[tuple[str, Row, int]]) -> str:
     """Return a heading and a table with a row for each run."""
     keys = list(dict.fromkeys(key for _, row, _ in entries for key in row["scores"]))
     heads = ["run", "best step", "of", *(f"`{key.removeprefix('eval/')}`" for key in keys)]
+    found = {name: _alarms(name) for name, _, _ in entries}
+    heads += ["alarms"] * any(found.values())
     table = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     for name, row, count in entries:
         values = [row["scores"].get(key) for key in keys]
         cells = ["" if value is None else f"{value:.5g}" for value in values]
+        cells += [found[name]] * any(found.values())
         table.append([name.replace("|", "\\|"), str(row["step"]), str(count), *cells])
     rows = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
     about = describe_settings(entries[0][1].get("settings", {}))
     return f"Protocol {protocol}: {about}\n\n{rows}"
+
+
+def _alarms(folder: str) -> str:
+    """Return the alarms of a run in a few words; "" = none, or they cannot be read."""
+    with suppress(OSError):
+        return "; ".join(alarm.title for alarm in read_alarms(Path(folder)))
+    return ""
 
 
 def describe_settings(settings: dict[str, Any]) -> str:

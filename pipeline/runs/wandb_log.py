@@ -29,7 +29,7 @@ from pipeline.runtime.text import masked, masked_tree
 
 STEP_KEY = "train/step"
 METRIC_GROUPS = (
-    *("loss", "scores", "grad_norm", "watch", "lr", "adam", "gamma", "ema"),
+    *("loss", "scores", "grad_norm", "weight_norm", "watch", "lr", "adam", "gamma", "ema"),
     *("perf", "progress", "memory", "eval", "samples"),
 )
 QUEUE_ROWS = 10_000  # one row in 10 s for a day; the queue holds paths of images, not pixels
@@ -46,6 +46,14 @@ class Picture:
 
     path: Path
     caption: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Alert:
+    """A message to send as an alert of W&B."""
+
+    title: str
+    text: str
 
 
 class WandbLog:
@@ -142,7 +150,7 @@ class WandbLog:
         place = run.url if mode == "online" else f"offline, {_upload_hint(self._folder)}"
         say(f"W&B: {place}")
         for _, row in self._recent:  # a killed wandb-core may not have written these
-            run.log(_with_images(row))
+            _send(run, row)
         while not self._ended:
             row_or_end = self._queue.get()
             if row_or_end is None:
@@ -152,18 +160,23 @@ class WandbLog:
             while self._recent and self._recent[0][0] < now - 3 * FLUSH_SECONDS:
                 self._recent.popleft()
             self._recent.append((now, row_or_end))
-            run.log(_with_images(row_or_end))
+            _send(run, row_or_end)
         run.finish(exit_code=int(self._failed))
 
 
-def _with_images(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row with each ``Picture`` replaced by a ``wandb.Image``."""
+def _send(run: Any, row: Mapping[str, Any]) -> None:
+    """Log a row, each ``Picture`` as a ``wandb.Image``; send each ``Alert`` instead."""
     import wandb
 
-    return {
-        key: wandb.Image(str(v.path), caption=v.caption) if isinstance(v, Picture) else v
-        for key, v in row.items()
-    }
+    for alert in row.values():
+        if isinstance(alert, Alert):
+            return run.alert(title=alert.title, text=alert.text, level="WARN")  # type: ignore[no-any-return]
+    run.log(
+        {
+            key: wandb.Image(str(v.path), caption=v.caption) if isinstance(v, Picture) else v
+            for key, v in row.items()
+        }
+    )
 
 
 def _shut_down() -> None:

@@ -20,6 +20,7 @@ from pipeline.runtime.log_file import write_line
 from pipeline.runtime.text import printable_lines
 
 USER_ERROR_EXIT_CODE = 2
+COLLAPSED_EXIT_CODE = 3
 
 
 class UserError(Exception):
@@ -27,6 +28,7 @@ class UserError(Exception):
 
     raised_on_all = False
     """Whether all ranks raised this error, so that only rank 0 prints it."""
+    exit_code = USER_ERROR_EXIT_CODE
 
 
 class LaunchError(UserError):
@@ -69,12 +71,18 @@ class NonFiniteLoss(UserError):
     """A loss or weight became NaN or infinite; no checkpoint holds it."""
 
 
+class Collapsed(UserError):
+    """A training ended because G or D has collapsed: no mistake, so it has its own exit code."""
+
+    exit_code = COLLAPSED_EXIT_CODE
+
+
 SEEN_BY_ALL_RANKS = (ConfigError, CheckpointError, RunFolderError, EvaluationError, GenerationError)
 
 
 @contextmanager
 def exit_on_user_error(memory_advice: str = "") -> Iterator[None]:
-    """Print the message of a ``UserError`` and exit with code 2, without a traceback.
+    """Print the message of a ``UserError`` and exit with its code, without a traceback.
 
     What ``as_user_error`` knows and the loss of another rank end the same way. In a
     distributed run all ranks raise the errors in ``SEEN_BY_ALL_RANKS`` and those marked
@@ -90,10 +98,11 @@ def exit_on_user_error(memory_advice: str = "") -> Iterator[None]:
     if not hasattr(os, "fork"):
         print("error: this needs Linux or macOS. On Windows use WSL 2 or Docker.", file=sys.stderr)
         sys.exit(USER_ERROR_EXIT_CODE)
+    code = USER_ERROR_EXIT_CODE
     try:
         yield
     except UserError as error:
-        speaker = "0"
+        speaker, code = "0", error.exit_code
         if is_rank_of_a_launch():
             if isinstance(error, LaunchError):
                 speaker = os.environ.get("LOCAL_RANK", "0")
@@ -112,7 +121,7 @@ def exit_on_user_error(memory_advice: str = "") -> Iterator[None]:
             _tell(f"{rank}{known}")
     else:
         return
-    sys.exit(USER_ERROR_EXIT_CODE)
+    sys.exit(code)
 
 
 def as_user_error(error: BaseException, memory_advice: str = "") -> UserError | None:

@@ -166,11 +166,13 @@ class GAN:
                 scores = torch.stack([real_logits, fake_logits]).detach().sigmoid().mean(1)
                 objective = loss if directions is None else loss + r1 + r2
                 self._mean_D.backward(objective, loss.detach(), *scores)
+            if self.watch.due(step):
+                logits = real_logits, fake_logits
+                self.watch.see_images(k, (x, fake), classes, logits, loss, self.D)
         mean, terms, peak = self._mean_D.finish()
         self.guard.check(mean, "D", step, peak)
         if self.watch.due(step):
             self.watch.see_update("D", self.D)
-            self.watch.see_images(real[-1], fake, (real_logits, fake_logits))
         self.schedules.set_rates(self.opt_D, "optim.d_lr", step)
         self.opt_D.step()
         self.opt_D.zero_grad(set_to_none=True)

@@ -9,6 +9,7 @@ All inputs are float (N,). All results are float scalars, means over the batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -113,3 +114,14 @@ GENERATOR_LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 """Of (fake_logits,); those in ``PAIRED`` of (fake_logits, real_logits)."""
 PAIRED = ("relativistic",)
+
+
+def least_discriminator_loss(loss: str, smoothing: float) -> float:
+    """Return the infimum of D's objective: what it nears once D tells all images apart.
+
+    0, but for smoothed targets s of the log losses: their cross-entropy is at least
+    -(1 - s) log(1 - s) - s log s.
+    """
+    if not smoothing or loss == "least_squares":
+        return 0.0
+    return -(1 - smoothing) * math.log(1 - smoothing) - smoothing * math.log(smoothing)

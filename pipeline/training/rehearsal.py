@@ -18,7 +18,7 @@ from pipeline.config.values import show, written
 from pipeline.config.yaml_file import Plain
 from pipeline.data.loader import make_order, open_data
 from pipeline.runs.announce import cautions
-from pipeline.runs.checkpoint import checkpoint_bytes
+from pipeline.runs.disk_use import checkpoint_bytes
 from pipeline.runs.run_folder import saved_noise, saved_order
 from pipeline.runs.step_folders import CHECKPOINTS, committed, step_of
 from pipeline.runtime import signals

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from pipeline.config.schema import Config, flatten, without_credentials
 from pipeline.data.order import Order
 from pipeline.data.shards import Index
 from pipeline.models.sampling import generator_id, make_sampler, sample_grid
-from pipeline.runs import announce, checkpoint, snapshot
+from pipeline.runs import alarms, announce, checkpoint, snapshot
+from pipeline.runs.healing import finish_healing
 from pipeline.runs.metrics_log import MetricsLog, NullMetricsLog
 from pipeline.runs.results import supersede_after
 from pipeline.runs.run_folder import RunFolder, saved_noise
@@ -30,10 +32,12 @@ from pipeline.runtime import log_file, signals
 from pipeline.runtime.documents import set_file_aside
 from pipeline.runtime.errors import CheckpointError
 from pipeline.runtime.ranks import on_every_rank, on_rank_zero, same_on_all_ranks
+from pipeline.training.collapse import Collapse
 from pipeline.training.finite_guard import require_finite_weights
 from pipeline.training.gan import GAN
 from pipeline.training.meter import meter_of_run
 from pipeline.training.origin import start_from_origin
+from pipeline.training.restore import read_own
 from pipeline.training.step_profile import StepProfile
 
 log = logging.getLogger("pipeline")
@@ -65,6 +69,7 @@ class Run:
         self._saved_step, self._saved_at = -1, time.monotonic()
         self._started_at = 0
         self._events: list[dict[str, Any]] = []
+        self.collapse = Collapse(config)
 
     def _open_folder(self) -> str:
         self.folder = RunFolder(self.config)
@@ -89,12 +94,13 @@ class Run:
         self._data_identity = order.describe() | {"fingerprint": index.fingerprint}
         self.noise = saved_noise(self.config)
         self._micro_batch = micro_batch
-        path = on_rank_zero(self.accelerator, self._newest)
+        path, healings = on_rank_zero(self.accelerator, self._newest)
         if path is not None:
-            self._load(gan, path)
+            self._load(gan, path, healings)
         elif self.config.train.init:
             self._events = [start_from_origin(self.config, self.accelerator, gan)]
-            self.save(0, gan)
+        if path is None and (self._events or self.config.train.watch == "heal"):
+            self.save(0, gan)  # no resume reads the origin again; a healing may lead back to 0
         if self.folder is not None:
             announce.say_start(
                 *(self.config, self.folder.identity, index, max(0, self._saved_step)),
@@ -106,41 +112,27 @@ class Run:
             )
         return max(0, self._saved_step)
 
-    def _load(self, gan: GAN, path: Path) -> None:
-        micro_batch = self._micro_batch
-        found = on_every_rank(self.accelerator, lambda: self._read(path))
-        if self.is_main and (before := found.state["micro_batch"]) != micro_batch:
-            log.warning(
-                f"micro-batch was {before}, is {micro_batch} on {self.accelerator.num_processes} "
-                "process(es): BatchNorm groups change from here on. Set "
-                f"train.micro_batch={before} to keep the computation the same."
-            )
+    def _load(self, gan: GAN, path: Path, healings: Sequence[alarms.Alarm]) -> None:
+        accelerator, data = self.accelerator, self._data_identity
+        found = on_every_rank(accelerator, lambda: read_own(path, self.id, data))
+        if self.is_main and (before := found.state["micro_batch"]) != self._micro_batch:
+            announce.warn_of_groups(before, self._micro_batch, accelerator.num_processes)
         try:
             gan.load(found.weights, found.optimizers)
-        except ValueError as error:  # on all ranks; checksums are right: another program wrote it
+        except ValueError as error:  # checksums are right, so another program wrote it
             raise CheckpointError(f"{path}: is of another run or program: {error}.") from None
         self._saved_step = int(found.state["step"])
-        self._note_changes(found.state)
-        on_rank_zero(self.accelerator, lambda: self._export_missing_snapshot(gan))
+        self._note_changes(found.state, healings)
+        gan.schedules.multiply(self.collapse.factors())
+        on_rank_zero(accelerator, lambda: self._export_missing_snapshot(gan))
 
-    def _note_changes(self, state: Mapping[str, Any]) -> None:
-        """Take over the events of a checkpoint, and add one if the configuration changed since."""
+    def _note_changes(self, state: Mapping[str, Any], healings: Sequence[alarms.Alarm]) -> None:
+        """Take over the events of a checkpoint, and add what happened since."""
         self._events = list(state.get("events") or [])
         changed = fixed_differences(state.get("config") or flatten(self.config), self.config)
         if changed:
             self._events.append({"step": state["step"], "changed": changed})
-
-    def _read(self, path: Path) -> checkpoint.Checkpoint:
-        found = checkpoint.read(path)
-        if found.state["run_id"] != self.id:  # a copy or fork, which may train on other data
-            return found
-        for key, value in self._data_identity.items():
-            if (before := found.state["stream"].get(key)) != value:
-                raise CheckpointError(
-                    f"{path}: trained on other data: {key} was {before}, is {value}. Point "
-                    "data.shards at the same set, or start a new run with run.dir=..."
-                )
-        return found
+        self._events += self.collapse.load(state, healings, changed=bool(changed))
 
     def _export_missing_snapshot(self, gan: GAN) -> None:
         """Export the snapshot that a full disk or a kill prevented after the last checkpoint."""
@@ -150,9 +142,10 @@ class Run:
         ):
             self._export(step, gan)
 
-    def _newest(self) -> Path | None:
-        """Return the newest undamaged checkpoint of this run, and set damaged newer ones aside."""
+    def _newest(self) -> tuple[Path | None, list[alarms.Alarm]]:
+        """Return the newest undamaged checkpoint and all healings; set damaged ones aside."""
         assert self.folder is not None
+        healings = finish_healing(self.dir)
         found, damaged = checkpoint.read_newest(self.dir)
         for path, reason in damaged.items():
             aside = set_file_aside(path)
@@ -160,11 +153,11 @@ class Run:
         step = int(found.state["step"]) if found else 0
         self.folder.require_progress(step)
         if found is None:
-            return None
+            return None, []
         self.folder.require_own(found)
         if damaged:
-            self._mark("progress", str(step))
-        return found.path
+            self.folder.mark("progress", str(step))
+        return found.path, healings
 
     # -- while training ---------------------------------------------------------------------
 
@@ -178,6 +171,7 @@ class Run:
         if self.folder is not None and step < self.config.train.total_steps:
             self.folder.unmark("FINISHED")
             supersede_after(self.dir, step)
+            alarms.rewind_alarms(self.dir, step)
         self.tracker = (
             MetricsLog(self.config, self.id, step, self.config.train.total_steps)
             if self.is_main
@@ -200,9 +194,14 @@ class Run:
         self._profile.advance(step, stopping=self._stop)
 
     @property
-    def stopping(self) -> bool:
+    def leaving(self) -> bool:
         """Whether all ranks leave the loop after this step."""
-        return self._stop
+        return self._stop or self.collapse.alarm is not None
+
+    @property
+    def healing(self) -> bool:
+        """Whether the run goes on from an earlier checkpoint: ``resume`` it anew."""
+        return self.leaving and not self._stop and not self.collapse.stopped
 
     def due(self, step: int, every: int) -> bool:
         """Return whether work done every ``every`` steps (0 = never) and at the end is due."""
@@ -211,9 +210,8 @@ class Run:
     def save_due(self, step: int) -> bool:
         """Return whether a checkpoint is due: by its step, by the clock, at the end, or to stop."""
         asked = self._stop or self._save_by_clock
-        return (asked or self.due(step, self.config.train.checkpoint_every)) and (
-            step != self._saved_step
-        )
+        due = asked or self.due(step, self.config.train.checkpoint_every)
+        return due and step != self._saved_step and self.collapse.alarm is None
 
     def log(self, step: int, gan: GAN) -> None:
         """Write a row of metrics. This is the loop's only wait for the device."""
@@ -221,8 +219,12 @@ class Run:
         self._require_folder()
         row = self.meter.row(step) | gan.schedules.row(step) | gan.watch.row()
         self.tracker.log(step, row)
-        for line in gan.watch.warnings(step, row) if self.is_main else ():
-            log.warning(line)
+        for alarm in self.collapse.judge(step, row):
+            on_rank_zero(self.accelerator, partial(self._tell, alarm))
+
+    def _tell(self, alarm: alarms.Alarm) -> None:
+        alarm = alarms.record(self.dir, alarm)
+        self.tracker.alert(alarm.step, alarm.title, alarm.text)
 
     def sample(self, step: int, gan: GAN) -> None:
         """Write a grid of G_ema's images, from the same z at every step of the run."""
@@ -251,8 +253,11 @@ class Run:
 
     def _commit(self, step: int, gan: GAN) -> None:
         self._require_folder()
-        train, images_seen = self.config.train, step * self.config.images_per_step
-        networks = gan.networks()
+        train, networks, seen = (
+            self.config.train,
+            gan.networks(),
+            step * self.config.images_per_step,
+        )
         state = {
             checkpoint.GENERATORS: {
                 name: generator_id(self.config.model, networks[name].state_dict())
@@ -263,15 +268,18 @@ class Run:
             "inode": self.dir.stat().st_ino,
             "config": flatten(without_credentials(self.config)),
             "events": self._events,
-            "images_seen": images_seen,
-            "stream": self._data_identity | {"position": images_seen, "z": self.noise},
+            "watch": self.collapse.state(),
+            "images_seen": seen,
+            "stream": self._data_identity | {"position": seen, "z": self.noise},
             "micro_batch": self._micro_batch,
             "precision": self.precision,
             "world_size": self.accelerator.num_processes,
         }
         checkpoint.save(self.dir, step, networks, gan.optimizers(), state)
-        self._mark("progress", str(step))
-        checkpoint.prune(self.dir, step, train.keep, train.keep_every, self.config.eval.keep_best)
+        assert self.folder is not None
+        self.folder.mark("progress", str(step))
+        best, kept = self.config.eval.keep_best, self.collapse.kept(step)
+        checkpoint.prune(self.dir, step, train.keep, train.keep_every, best, kept)
         if self.due(step, train.checkpoint_every):
             self._export(step, gan)
 
@@ -289,38 +297,33 @@ class Run:
         if error is not None:
             log_file.write_line("".join(traceback.format_exception(error)).rstrip())
         self._profile.close()
-        self.tracker.close(failed=kind is not None)
+        self.tracker.close(failed=kind is not None or self.collapse.stopped)
 
-    def finish(self, step: int) -> None:
-        """Write FINISHED or PREEMPTED, which launch scripts read, after the last checkpoint."""
+    def finish(self, step: int) -> bool:
+        """Write FINISHED, PREEMPTED or COLLAPSED, for scripts; return whether it finished."""
+        if self.healing:
+            return False
         self._agreement.close()
-        finished = step >= self.config.train.total_steps
-        if self.is_main:
-            if not finished and self.folder is not None:
-                self.folder.unmark("FINISHED")
-            self._mark("FINISHED" if finished else "PREEMPTED", str(step))
+        finished = step >= self.config.train.total_steps and self.collapse.alarm is None
+        end = "COLLAPSED" if self.collapse.stopped else "FINISHED" if finished else "PREEMPTED"
+        if self.folder is not None:
+            self.folder.mark_end(end, str(step))
             if finished and step == self._saved_step > self._started_at:
                 announce.say_end(self.config, step)
-            if not finished:
-                log.warning(
-                    "stopped by %s at step %s; run the same command again to go on",
-                    signals.received() or "another rank's signal",
-                    step,
-                )
+            if end == "PREEMPTED":
+                by = signals.received() or "another rank's signal"
+                log.warning(f"stopped by {by} at step {step}; run the same command again to go on")
+        return finished
 
     def leave_early(self) -> bool:
         """Leave before the first step, on a stop request; return whether the run had finished."""
         folder = self.folder
         step = on_rank_zero(self.accelerator, lambda: folder.progress() if folder else 0)
-        self.finish(step)
+        finished = self.finish(step)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-        return step >= self.config.train.total_steps
+        return finished
 
     def _require_folder(self) -> None:
         if self.folder is not None:
             self.folder.require_in_place()
-
-    def _mark(self, name: str, content: str) -> None:
-        assert self.folder is not None
-        self.folder.mark(name, content)

@@ -7,6 +7,7 @@ therefore goes on exactly, on any number of ranks; an update that fp16 skips doe
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -69,10 +70,15 @@ class Schedules:
                     max(plan.end, plan.start + 1),
                     plan.warmup if key.endswith("_lr") else 0,
                 )
+        self._factors: Mapping[str, float] = {}
+
+    def multiply(self, factors: Mapping[str, float]) -> None:
+        """Multiply keys in every step by these numbers, and by no others."""
+        self._factors = factors
 
     def at(self, key: str, step: int) -> float:
         """Return the value of a key in a step, counted from 1."""
-        return self._curves[key].at(step)
+        return self._curves[key].at(step) * self._factors.get(key, 1.0)
 
     def set_rates(self, optimizer: Any, key: str, step: int) -> None:
         """Give an Adam optimizer the learning rate ``key`` and the betas of a step."""
@@ -95,9 +101,11 @@ class Schedules:
         return float(0.5 ** (images / half_life))
 
     def row(self, step: int) -> dict[str, float]:
-        """Return the metrics of a step for the values that vary."""
-        moving = {key: curve for key, curve in self._curves.items() if not curve.is_constant}
-        found = {METRICS[key]: curve.at(step) for key, curve in moving.items()}
+        """Return the metrics of a step for the values that vary or are multiplied."""
+        varying = [key for key, curve in self._curves.items() if not curve.is_constant]
+        found = {
+            METRICS[key]: self.at(key, step) for key in {**dict.fromkeys(varying), **self._factors}
+        }
         return found | (
             {"ema/decay": self.ema_decay(step)} if self._config.train.ema_rampup else {}
         )
@@ -113,4 +121,5 @@ class Schedules:
         if train.ema_kimg:
             most = f", at most {train.ema_rampup:g} of the images seen" * bool(train.ema_rampup)
             parts.append(f"half-life of G_ema {train.ema_kimg:g} kimg{most}")
+        parts += [f"{key} times {factor:g} (healed)" for key, factor in self._factors.items()]
         return "; ".join(parts)

@@ -25,7 +25,7 @@ from pipeline.config.schema import Config, ModelConfig, TrainConfig
 from pipeline.models.dcgan import Generator, init_weights, make_discriminator
 from pipeline.models.noise import rng, z_rows
 from pipeline.models.sampling import draw_images, make_sampler
-from pipeline.runs import checkpoint, snapshot
+from pipeline.runs import checkpoint, disk_use, snapshot
 from pipeline.runs.step_folders import committed, step_of
 from pipeline.runtime.documents import sealed
 from pipeline.runtime.errors import CheckpointError, RunFolderError
@@ -448,7 +448,7 @@ def test_the_bytes_of_a_run_are_those_of_its_kept_files(
     train: TrainConfig, kept: int, snapshots: int
 ) -> None:
     """In fp32: G, G_ema, D and two moments each of G and D; a snapshot is one G."""
-    total, one = checkpoint.checkpoint_bytes(Config(model=MODEL, train=train))
+    total, one = disk_use.checkpoint_bytes(Config(model=MODEL, train=train))
     g, d = (
         sum(p.numel() for p in network.parameters())
         for network in (small_generator(), make_discriminator(MODEL))
@@ -467,4 +467,4 @@ def test_the_bytes_that_a_run_has_written_are_counted(tmp_path: Path) -> None:
     (folders[0] / "folder").mkdir()
     files = [path for folder in folders for path in folder.iterdir() if path.is_file()]
     assert len(files) == 3 + 2
-    assert checkpoint.written_bytes(tmp_path) == sum(path.stat().st_size for path in files)
+    assert disk_use.written_bytes(tmp_path) == sum(path.stat().st_size for path in files)

@@ -288,10 +288,13 @@ with MetricsLog(config("auto"), "abc", 0, 20) as tracker:
     for step in range(1, 21):
         tracker.log(step, row(step))
     tracker.images(20, np.zeros((8, 8, 3), np.uint8))
+    tracker.alert(20, "D has won", "and G hardly learns")
 """
     done = script(tmp_path, body)
     assert done.returncode == 0, done.stderr
     (records,) = offline_runs(tmp_path)
+    (alert,) = (record["alert"] for record in records if record["type"] == "alert")
+    assert (alert["title"], alert["text"]) == ("D has won", "and G hardly learns")
     assert logged_steps(records) == list(range(1, 21))
     assert [item["loss/G"] for item in history(records)[:2]] == [1.0, 0.5]
     picture = history(records)[-1]

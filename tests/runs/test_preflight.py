@@ -17,7 +17,7 @@ from ranks import on_ranks
 
 from pipeline.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from pipeline.runs import preflight
-from pipeline.runs.checkpoint import checkpoint_bytes
+from pipeline.runs.disk_use import checkpoint_bytes
 from pipeline.runs.preflight import Finding, examine, table
 from pipeline.runtime import launch
 

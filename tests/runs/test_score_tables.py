@@ -15,6 +15,7 @@ from evaluating import evaluated, make_run
 from launching import REPO, environment
 
 from pipeline import generate
+from pipeline.runs.alarms import Alarm, record
 from pipeline.runs.announce import project_address, public_address
 from pipeline.runs.results import Ledger, Row, best, read_rows
 
@@ -87,6 +88,14 @@ def test_runs_stand_side_by_side_by_protocol(runs: Path) -> None:
         "| --- | ---: | ---: | ---: |",
         "| b | 10 | 1 | 3 |",
     ]
+
+
+def test_a_table_shows_which_runs_looked_collapsed(runs: Path) -> None:
+    record(runs / "a", Alarm(15, 10, "watch/loss_D", 1e-4, "warn"))
+    done = command(runs, "--table", "a", "b")
+    assert "| b | 10 | 1 | 4 | 2 |  |" in done.stdout
+    assert "| a | 20 | 2 | 5 |  | D has won, and G hardly learns (step 15) |" in done.stdout
+    assert "| b | 10 | 1 | 3 |\n" in done.stdout
 
 
 def test_a_table_is_json_and_csv(runs: Path) -> None:
