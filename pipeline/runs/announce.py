@@ -17,6 +17,7 @@ from pipeline.config.schema import Config
 from pipeline.data.shards import Index
 from pipeline.runs.identity import Identity
 from pipeline.runs.step_folders import CHECKPOINTS, SNAPSHOTS, committed
+from pipeline.runtime import signals
 from pipeline.runtime.console import say
 from pipeline.runtime.log_file import write_line
 
@@ -106,6 +107,12 @@ def cautions(config: Config) -> list[str]:
     if end > total:
         lines.append(f"schedule.end ({end}): beyond train.total_steps ({total})")
     return lines
+
+
+def say_stopped(step: int) -> None:
+    """Say that a signal ended a run after a step, and how to go on."""
+    by = signals.received() or "another rank's signal"
+    say(f"stopped by {by} at step {step}; run the same command again to go on")
 
 
 def say_end(config: Config, step: int) -> None:

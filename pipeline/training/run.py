@@ -253,11 +253,8 @@ class Run:
 
     def _commit(self, step: int, gan: GAN) -> None:
         self._require_folder()
-        train, networks, seen = (
-            self.config.train,
-            gan.networks(),
-            step * self.config.images_per_step,
-        )
+        train, networks = self.config.train, gan.networks()
+        seen = step * self.config.images_per_step
         state = {
             checkpoint.GENERATORS: {
                 name: generator_id(self.config.model, networks[name].state_dict())
@@ -311,8 +308,7 @@ class Run:
             if finished and step == self._saved_step > self._started_at:
                 announce.say_end(self.config, step)
             if end == "PREEMPTED":
-                by = signals.received() or "another rank's signal"
-                log.warning(f"stopped by {by} at step {step}; run the same command again to go on")
+                announce.say_stopped(step)
         return finished
 
     def leave_early(self) -> bool:
