@@ -99,7 +99,11 @@ def test_a_wheel_prepares_trains_and_evaluates(tmp_path: Path) -> None:
     ) as archive:  # installing a wheel without scripts is no more than this
         archive.extractall(packages)
     shutil.rmtree(source)
-    python = str(env / "bin" / "python")
+    python, dcgan = str(env / "bin" / "python"), env / "bin" / "dcgan"
+    (entries,) = packages.glob("dcgan_pipeline-*/entry_points.txt")
+    assert "dcgan = pipeline.cli:main" in entries.read_text()
+    dcgan.write_text(f"#!{python}\nfrom pipeline.cli import main\nmain()\n")  # as pip would
+    dcgan.chmod(0o755)
     found = run(python, "-c", "import pipeline.data.loader as module; print(module.__file__)")
     assert found.strip() == str(packages / "pipeline" / "data" / "loader.py")
 
@@ -107,11 +111,11 @@ def test_a_wheel_prepares_trains_and_evaluates(tmp_path: Path) -> None:
     for k in range(640):
         Image.fromarray(pixels_of(k, (32, 32, 1))[:, :, 0]).save(work / "photos" / f"{k}.png")
     size = ("--size", "32", "--channels", "1")
-    run(python, "-m", "pipeline.prepare", "photos", "--out", "data/fashion-mnist-32", *size)
+    run(str(dcgan), "prepare", "photos", "--out", "data/fashion-mnist-32", *size)
     short = ("train.total_steps=3", "train.checkpoint_every=3", "data.batch_size=16")
     small = ("eval.num_images=640", "eval.reference_images=640")
-    output = run(python, "-m", "pipeline.train", "--config", "configs/demo.yaml", *short, *small)
+    output = run(str(dcgan), "train", "--config", "configs/demo.yaml", *short, *small)
     assert f"using {packages}/pipeline/configs/demo.yaml" in output
-    run(python, "-m", "pipeline.evaluate", "--run", "runs/demo", "--pending")
+    run(str(dcgan), "evaluate", "--run", "runs/demo", "--pending")
     (row,) = (work / "runs" / "demo" / "evaluations.jsonl").read_text().splitlines()
     assert json.loads(row)["step"] == 3
