@@ -6,6 +6,19 @@
 
 say() { echo "[$(date '+%F %T')] slurm: $*"; }
 
+case ${1:-} in
+  -h|--help) sed -n '2,/^#SBATCH/{/^#SBATCH/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+esac
+
+# A dry run outside a job: of a job on this machine, or on SLURM_JOB_NUM_NODES like it.
+if [ -n "${dry_run:=}" ] && [ -z "${SLURM_JOB_NODELIST:-}" ]; then
+  SLURM_JOB_NODELIST=$(hostname) SLURM_JOB_ID=${SLURM_JOB_ID:-1}
+  SLURM_JOB_NUM_NODES=${SLURM_JOB_NUM_NODES:-1}
+  SLURM_JOB_CPUS_PER_NODE=${SLURM_JOB_CPUS_PER_NODE:-$(nproc)}
+  SLURM_GPUS_ON_NODE=${SLURM_GPUS_ON_NODE:-${GPUS_PER_NODE:-0}}
+  scontrol() { [ "$*" != "show hostnames $SLURM_JOB_NODELIST" ] || echo "$SLURM_JOB_NODELIST"; }
+fi
+
 if [ -z "${SLURM_JOB_NODELIST:-}" ]; then
   say "not in a Slurm job: submit this script with sbatch, or call it under salloc"
   exit 2
@@ -168,13 +181,23 @@ launch() {
   # SLURM_NODEID differs from task to task, so the task expands it. Without --gpu_ids all a
   # default_config.yaml of the user would choose the GPUs.
   # shellcheck disable=SC2016
-  task sh -c '
+  local program='
     trap "" USR1 USR2  # a container engine may have reset it
     [ "$WORLD" -gt 1 ] || exec "$PYTHON" -m "$@"
     exec "$PYTHON" -m accelerate.commands.launch --multi_gpu --gpu_ids all \
       --num_machines "$NNODES" --num_processes "$WORLD" --machine_rank "$SLURM_NODEID" \
       --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" \
-      --mixed_precision no --dynamo_backend no -m "$@"' launch "$@"
+      --mixed_precision no --dynamo_backend no -m "$@"'
+  [ -z "$dry_run" ] || { show "$program" "$@"; return; }
+  task sh -c "$program" launch "$@"
+}
+
+# show PROGRAM ARGUMENT...: print the step that `launch` would start, and what its first task runs.
+show() {
+  local on_node="..."
+  srun() { printf '%q ' srun "$@"; echo; }
+  task sh -c ... launch "${@:2}"
+  echo "node 0: $(SLURM_NODEID=0 sh -c "run() { echo \"\$@\"; exit; }; ${1//exec /run }" launch "${@:2}")"
 }
 
 # alone ARGUMENT...: run Python in one process on the first node, without a GPU.

@@ -15,6 +15,10 @@
 #SBATCH --output=slurm/logs/%x-%j.out
 #SBATCH --signal=USR2@120
 
+case ${1:-} in
+  -h|--help) sed -n '2,/^#SBATCH/{/^#SBATCH/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+esac
+
 chained() {  # test whether the next night waits already, submitted before a requeue of this one
   [ -n "$(squeue -h -u "$(id -u)" -n "$SLURM_JOB_NAME" -t PENDING -o %A)" ]
 }

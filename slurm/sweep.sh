@@ -19,6 +19,10 @@
 #SBATCH --output=slurm/logs/%x-%A_%a.out
 #SBATCH --signal=USR2@120
 
+case ${1:-} in
+  -h|--help) sed -n '2,/^#SBATCH/{/^#SBATCH/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+esac
+
 folder=${SWEEP_DIR:-runs/sweep}
 
 if [ -n "${SWEEP_ID:-}" ]; then

@@ -5,6 +5,7 @@
 #   sbatch slurm/train.sh                                            # configs/dcgan_64.yaml
 #   sbatch --nodes=4 --gpus-per-node=8 --cpus-per-task=64 slurm/train.sh run.dir=/shared/runs/a
 #   sbatch slurm/train.sh --config configs/demo.yaml train.total_steps=5000
+#   bash slurm/train.sh --dry-run run.dir=/shared/runs/a   # prints the srun line; needs no Slurm
 #
 # Everything else (containers, ports, limits): slurm/README.md.
 #SBATCH --job-name=dcgan-train
@@ -18,12 +19,19 @@
 set -uo pipefail  # not -e: the script handles the exit status of srun
 trap : TERM USR1 USR2  # this shell must survive to decide about the requeue
 
+dry_run=
+for word; do
+  shift
+  case $word in --dry-run) dry_run=1 ;; *) set -- "$@" "$word" ;; esac
+done
+
 # Slurm runs a copy of this file from its spool. The checkout is the folder that sbatch was called in.
 # shellcheck source=slurm/launch.sh
 . slurm/launch.sh || { echo "$PWD: not the checkout; call sbatch there, or give --chdir"; exit 2; }
 
 with_config "$@"
 set -- "${arguments[@]}"
+[ -z "$dry_run" ] || { launch 0 pipeline.train "$@"; exit; }
 require_counted_gpus
 
 failures=0
