@@ -11,6 +11,10 @@ UV := $(if $(shell uv venv --help 2>/dev/null | grep -e --clear),uv,.venv-uv/bin
 
 BIN := $(VENV)/bin
 PIP := $(UV) pip
+# "cpu": PyTorch's CPU builds, without the CUDA libraries; docker/libraries.sh has more. An environment
+# keeps its kind.
+TORCH ?= $(or $(shell cat $(VENV)/.torch 2>/dev/null),cuda)
+SYNC = UV=$(UV) sh docker/libraries.sh "$(TORCH)" $(VENV)
 DEV_READY := $(VENV)/.ready-dev
 RUN_READY := $(VENV)/.ready
 
@@ -26,12 +30,12 @@ export UV_COMPILE_BYTECODE := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test test-faults faults-long coverage mutants check wings keys docs bench test-gpu bench-gpu lock clean fashion-mnist test-cluster test-container \
-	slurm-programs newer-slurm container-programs
+	slurm-programs newer-slurm container-programs FORCE
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
 
-setup: $(DEV_READY)  ## The environment for development in .venv, from the hashed lock file
+setup: $(DEV_READY)  ## The environment in .venv, from the hashed lock file; TORCH=cpu: without CUDA libraries
 
 demo: $(RUN_READY)  ## Prepare Fashion-MNIST, train a small DCGAN on this machine, show scores and samples
 	@test -f $(DEMO_DATA)/index.json || $(MAKE) --no-print-directory fashion-mnist
@@ -180,17 +184,23 @@ container-programs:
 
 # -- the environment ----------------------------------------------------------------------------
 
-$(DEV_READY): requirements-dev.txt requirements.txt pyproject.toml | $(VENV)/.made-by-$(notdir $(PYTHON))
-	$(PIP) sync --quiet --require-hashes --python $(BIN)/python requirements-dev.txt
-	$(PIP) install --quiet --no-deps --no-build-isolation --python $(BIN)/python -e .
+$(DEV_READY): requirements-dev.txt requirements.txt pyproject.toml $(VENV)/.torch
+	@echo "installing PyTorch ($(TORCH)), the other libraries and the tools of development into $(VENV)"
+	@$(SYNC) requirements-dev.txt
+	@$(PIP) install --quiet --no-deps --no-build-isolation --python $(BIN)/python -e .
 	@touch $(RUN_READY) $@
 
 # What `make demo` needs; the development environment has it all and is left as it is.
-$(RUN_READY): requirements.txt pyproject.toml | $(VENV)/.made-by-$(notdir $(PYTHON))
+$(RUN_READY): requirements.txt pyproject.toml $(VENV)/.torch
 	@rm -f $(DEV_READY)
-	$(PIP) sync --quiet --require-hashes --python $(BIN)/python requirements.txt
-	$(PIP) install --quiet --no-deps --no-build-isolation --python $(BIN)/python -e .
+	@echo "installing PyTorch ($(TORCH)) and the other libraries into $(VENV)"
+	@$(SYNC) requirements.txt
+	@$(PIP) install --quiet --no-deps --no-build-isolation --python $(BIN)/python -e .
 	@touch $@
+
+# Written when TORCH changes: the environment is then synced anew.
+$(VENV)/.torch: FORCE | $(VENV)/.made-by-$(notdir $(PYTHON))
+	@echo "$(TORCH)" | cmp -s - $@ || echo "$(TORCH)" >$@
 
 # Made anew when PYTHON names another version than the environment has.
 $(VENV)/.made-by-$(notdir $(PYTHON)): | $(filter .venv-uv/%,$(UV))
