@@ -5,6 +5,7 @@
 #   evaluate --run /runs/a --pending            the same
 #   doctor --config configs/dcgan_64.yaml       the same: check this cluster for such a run
 #   prepare SOURCE --out /data/shards ...       all cores of this machine
+#   generate grid --run /runs/a --out x.png     one process
 #   anything else                               runs unchanged: python, accelerate, sh, ...
 #
 # Variables: NNODES (1); NODE_RANK and MASTER_ADDR, required if NNODES > 1; MASTER_PORT (29500);
@@ -14,7 +15,7 @@ set -eu
 case "${1:-}" in
   ''|-h|--help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
   train|evaluate|doctor) module=pipeline.$1; shift ;;
-  prepare) shift; exec python -m pipeline.prepare "$@" ;;
+  prepare|generate) module=pipeline.$1; shift; exec python -m "$module" "$@" ;;
   *) exec "$@" ;;
 esac
 

@@ -53,6 +53,13 @@ def test_without_gpus_one_python_computes_on_the_cpu(programs: Path, env: dict[s
     assert said == ["-m pipeline.evaluate --run x", "0 true"]
 
 
+@pytest.mark.parametrize("command", ["prepare", "generate"])
+def test_a_command_without_ranks_is_one_python_on_any_machine(programs: Path, command: str) -> None:
+    words, facts = enter(programs, command, "a b", "--out", "x").stdout.splitlines()
+    assert words == f"-m pipeline.{command} a b --out x"
+    assert facts == " no"  # nothing was counted
+
+
 def test_of_several_nodes_each_needs_its_number_and_the_address_of_node_0(programs: Path) -> None:
     """Without both, each node would take itself for node 0 and wait for the others forever."""
     number, address = {"NODE_RANK": "1"}, {"MASTER_ADDR": "10.0.0.1"}
