@@ -21,6 +21,10 @@ from pipeline.runtime import signals
 from pipeline.runtime.console import say
 from pipeline.runtime.log_file import write_line
 
+MOST_EPOCHS = 1000
+CPU_WIDTH = 32
+"""Largest model.ngf with which a CPU trains 64x64 within hours (configs/photos_64.yaml)."""
+
 
 def record_start(ranks: int) -> None:
     """Write to log.txt: the command line, the versions, the commit, the host and its ranks."""
@@ -76,8 +80,9 @@ def say_start(
     )
     if schedule:
         say(f"  schedule: {schedule}")
-    for line in cautions(config):
-        say(f"  {line}")
+    lines = cautions(config) + data_cautions(config, index.num_samples)
+    for line in lines + device_cautions(config, device):
+        say(f"  warning: {line}")
 
 
 def warn_of_groups(before: int, now: int, ranks: int) -> None:
@@ -113,6 +118,37 @@ def say_stopped(step: int) -> None:
     """Say that a signal ended a run after a step, and how to go on."""
     by = signals.received() or "another rank's signal"
     say(f"stopped by {by} at step {step}; run the same command again to go on")
+
+
+def data_cautions(config: Config, images: int) -> list[str]:
+    """Return a line for a batch or a length of a run that does not suit the number of images."""
+    batch, lines = config.data.batch_size, []
+    if batch > images:
+        lines.append(
+            f"data.batch_size ({batch}): more than the {images} images of data.shards; each batch "
+            f"has some twice. Use {max(2, images // 2)} or less, or more images"
+        )
+    epochs = config.train.total_steps * config.images_per_step / images
+    remedy = "" if config.stability.augment else ", or set stability.augment"
+    if epochs > MOST_EPOCHS:
+        lines.append(
+            f"train.total_steps ({config.train.total_steps}): {epochs:.0f} epochs of {images} "
+            f"images; D learns so few by heart. Lower it{remedy}"
+        )
+    return lines
+
+
+def device_cautions(config: Config, device: torch.device) -> list[str]:
+    """Return a line for a network that takes hours to the first grid on a CPU."""
+    model = config.model
+    width = max(model.ngf, model.ndf)
+    if device.type != "cpu" or model.image_size < 64 or width <= CPU_WIDTH:
+        return []
+    return [
+        f"model.ngf, model.ndf ({width}): on a CPU the first grid of {model.image_size}x"
+        f"{model.image_size} takes hours, and the run days; --dry-run says how many. Train on a "
+        "GPU, or take the small networks of configs/photos_64.yaml"
+    ]
 
 
 def say_end(config: Config, step: int) -> None:

@@ -17,7 +17,7 @@ from pipeline.config.sizes import gib
 from pipeline.config.values import show, written
 from pipeline.config.yaml_file import Plain
 from pipeline.data.loader import make_order, open_data
-from pipeline.runs.announce import cautions
+from pipeline.runs.announce import cautions, data_cautions
 from pipeline.runs.disk_use import checkpoint_bytes
 from pipeline.runs.run_folder import saved_noise, saved_order
 from pipeline.runs.step_folders import CHECKPOINTS, committed, step_of
@@ -29,7 +29,6 @@ from pipeline.training.inputs import InputReader
 from pipeline.training.meter import Meter
 
 STEPS = 3
-MOST_EPOCHS = 1000
 LONG_WAIT = 600.0
 """Seconds to the first picture from which a CPU is too slow for a configuration."""
 
@@ -118,24 +117,6 @@ def rehearse(
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return signals.received() is None
-
-
-def data_cautions(config: Config, images: int) -> list[str]:
-    """Return a line for a batch or a length of a run that does not suit the number of images."""
-    batch, lines = config.data.batch_size, []
-    if batch > images:
-        lines.append(
-            f"data.batch_size ({batch}): more than the {images} images of data.shards; each batch "
-            f"has some twice. Use {max(2, images // 2)} or less, or more images"
-        )
-    epochs = config.train.total_steps * config.images_per_step / images
-    remedy = "" if config.stability.augment else ", or set stability.augment"
-    if epochs > MOST_EPOCHS:
-        lines.append(
-            f"train.total_steps ({config.train.total_steps}): {epochs:.0f} epochs of {images} "
-            f"images; D learns so few by heart. Lower it{remedy}"
-        )
-    return lines
 
 
 def _time_steps(config: Config, gan: GAN, inputs: InputReader, start: int) -> float:
