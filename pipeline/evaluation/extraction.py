@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,15 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from pipeline.config.schema import Config
 from pipeline.evaluation.extractors import Extractor
 from pipeline.models.sampling import Images
-from pipeline.runtime.console import say
+from pipeline.runtime.console import progress
 from pipeline.runtime.signals import Agreement, Stopped, received
 
 Part = tuple[Extractor, Callable[[dict[str, Tensor]], None]]
 """An extractor, and what is called on rank 0 with the features of each round."""
-LINE_SECONDS = 60.0
-"""Between two lines of progress without a terminal."""
 
 
 def of_each(config: Config) -> list[Config]:
@@ -99,28 +95,14 @@ def extract_or_stop(
     batch_size: int,
     agreement: Agreement,
 ) -> None:
-    """Call ``extract`` with a progress bar of this name; without a terminal, a line each minute.
+    """Call ``extract``, with its progress under this name on rank 0.
 
     Raises:
         Stopped: a stop signal came.
     """
-    is_main, done, due = accelerator.is_main_process, 0, time.monotonic() + LINE_SECONDS
-
-    def advance(images: int) -> None:
-        nonlocal done, due
-        done += images
-        bar.update(images)
-        if is_main and bar.disable and time.monotonic() > due:
-            say(f"{name}: {done} of {count}")
-            due = time.monotonic() + LINE_SECONDS
-
-    with tqdm(
-        total=count,
-        desc=name,
-        unit="img",
-        dynamic_ncols=True,
-        leave=False,
-        disable=not (is_main and sys.stderr.isatty()),
-    ) as bar:
+    with contextlib.ExitStack() as shown:
+        advance: Callable[[int], None] = lambda _: None  # noqa: E731
+        if accelerator.is_main_process:
+            advance = shown.enter_context(progress(name, count))
         if not extract(images, count, parts, accelerator, batch_size, agreement, advance):
             raise Stopped

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from pipeline.config.schema import Config
 from pipeline.runs.wandb_log import STEP_KEY, Alert, Picture, WandbLog
-from pipeline.runtime.console import say
+from pipeline.runtime.console import FIRST_LINE, eta, say
 from pipeline.runtime.documents import (
     DamagedFile,
     append_rows,
@@ -33,9 +33,6 @@ from pipeline.runtime.documents import (
 from pipeline.runtime.errors import RunFolderError
 from pipeline.runtime.files import write_atomic
 from pipeline.runtime.log_file import open_to_append
-
-FIRST_LINE = 10.0
-"""Seconds after which a run without a terminal says how fast it is, if no row was due before."""
 
 
 class MetricsLog:
@@ -154,8 +151,7 @@ class MetricsLog:
         if "perf/images_per_sec" in values:
             parts.append(f"{values['perf/images_per_sec']:.0f} img/s")
         pace = (time.monotonic() - self._began) / max(1, step - self._start)
-        left = max(0, round((self._total - step) * pace))
-        say("  ".join([*parts, f"eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"]))
+        say("  ".join([*parts, eta((self._total - step) * pace)]))
 
 
 class NullMetricsLog(MetricsLog):

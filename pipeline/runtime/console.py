@@ -24,26 +24,42 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
+FIRST_LINE = 10.0
+"""Seconds after which a task without a terminal says for the first time how far it is."""
+MORE_LINES = 60.0
+"""Seconds between two such lines."""
+
+
 @contextlib.contextmanager
 def progress(task: str, total: int, unit: str = " images") -> Iterator[Callable[[int], None]]:
     """Show the progress of a task; yields ``advance(n)``, which counts n more units as done.
 
-    On a terminal this is a bar with the time left. In a log file it is one line per quarter.
+    On a terminal this is a bar with the time left. Elsewhere it is a line after ten seconds and
+    then one a minute.
     """
     if sys.stderr.isatty():
         tqdm.monitor_interval = 0  # tqdm's thread would be alive in a process that forks
-        with tqdm(total=total, desc=task, unit=unit, smoothing=0.1, mininterval=0.2) as bar:
+        with tqdm(total=total, desc=task, unit=unit, smoothing=0.1, dynamic_ncols=True) as bar:
             yield lambda n: bar.update(n) and None
         return
-    start, done, quarters = time.monotonic(), 0, 0
+    due, done = time.monotonic() + FIRST_LINE, 0
+    first: tuple[float, int] | None = None  # a first call may tell what was done before
 
     def advance(n: int) -> None:
-        nonlocal done, quarters
-        done += n
-        if total and (quarter := 4 * done // total) > quarters:
-            quarters, seconds = quarter, time.monotonic() - start
-            left = seconds / done * (total - done)
-            line = f"{task}: {done} of {total}{unit}, {done / max(seconds, 1e-3):.0f}/s"
-            print(f"{line}, {left:.0f} s left", file=sys.stderr, flush=True)
+        nonlocal due, done, first
+        now, done = time.monotonic(), done + n
+        first = first or (now, done)
+        if now >= due and done > first[1]:
+            due = now + MORE_LINES
+            rate = (done - first[1]) / max(now - first[0], 1e-3)
+            left = eta((total - done) / rate)
+            line = f"{task}: {done} of {total}{unit}, {rate:.3g}/s, {left}"
+            print(line, file=sys.stderr, flush=True)
 
     yield advance
+
+
+def eta(seconds: float) -> str:
+    """Return the time left as text: ``eta 1:05:09``, in hours, minutes and seconds."""
+    left = max(0, round(seconds))
+    return f"eta {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
