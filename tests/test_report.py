@@ -366,3 +366,26 @@ def test_the_page_follows_the_theme(
     assert brightness[0] <= pixels[2, 2].mean() <= brightness[1]
     blue = np.abs(pixels - np.array([0x1F, 0x77, 0xB4])).sum(axis=2) < 12
     assert blue.sum() > 1000
+
+
+def test_the_curves_are_also_a_picture(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the runs are called; the same runs give the same picture."""
+    score(runs / "fast", 24, 3.0)
+    (runs / "slow").rename(runs / "_$x^2$ \u5341")
+    folders = sorted(runs.iterdir())
+    first, again = tmp_path / "a.png", tmp_path / "b.png"
+    for png in (first, again):
+        report(folders, tmp_path / "report.html", png)
+    assert f"{again}: the curves" in capsys.readouterr().err
+    assert first.read_bytes() == again.read_bytes()
+    width, height = Image.open(first).size
+    assert width == 1440
+    assert height > 600
+
+
+def test_a_picture_of_runs_without_rows_is_empty(runs: Path, tmp_path: Path) -> None:
+    (runs / "fast" / "metrics.jsonl").unlink()
+    report([runs / "fast"], tmp_path / "report.html", tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size[0] == 1440

@@ -36,7 +36,7 @@ def render(runs: Sequence[RunFacts], left_out: Sequence[str]) -> str:
     curves = packed(runs)
     grids = [thumbnails(run.path, PAGE_BYTES // len(runs)) for run in runs]
     steps = sorted({step for found in grids for step in found})
-    keys = _order(dict.fromkeys(key for run in curves for key in run["curves"]))
+    keys = ordered(dict.fromkeys(key for run in curves for key in run["curves"]))
     count = min(PANELS, len(keys))
     script, elements, ids = charts.panels([run.name for run in runs], count)
     for run, found in zip(runs, curves, strict=True):
@@ -79,7 +79,7 @@ def _json(data: Any) -> str:
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def _order(keys: Iterable[str]) -> list[str]:
+def ordered(keys: Iterable[str]) -> list[str]:
     """Return the keys of curves: two Frechet or kernel distances, then FIRST, then the others."""
     known = sorted(keys)
     scores = [key for key in known if key.startswith(("eval/fid", "eval/fd", "eval/k"))][:2]
