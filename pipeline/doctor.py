@@ -22,7 +22,7 @@ import sys
 
 from pipeline.config.loading import load
 from pipeline.config.schema import Config
-from pipeline.runtime.arguments import HelpFormatter, plain_overrides
+from pipeline.runtime.arguments import HelpFormatter, adder, plain_overrides
 from pipeline.runtime.errors import LaunchError, exit_on_user_error
 
 
@@ -55,9 +55,9 @@ def main() -> None:
         description=__doc__,
         formatter_class=HelpFormatter,
     )
-    add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="YAML configuration of the run to start")
-    add("overrides", nargs="*", metavar="section.key=value", help="keys that override the file")
+    add = adder(parser)
+    add("--config FILE", "check for the run of this YAML configuration", required=True)
+    add("overrides section.key=value", "values that replace those of the file", nargs="*")
     options = parser.parse_args(plain_overrides(sys.argv[1:]))
     with exit_on_user_error():
         ready = diagnose(load(options.config, options.overrides))

@@ -52,7 +52,15 @@ from pipeline.config.schema import Config
 from pipeline.papers import probe
 from pipeline.runs import score_tables
 from pipeline.runs.step_folders import SNAPSHOTS, committed
-from pipeline.runtime.arguments import HelpFormatter, Once, colour, integer, number, plain_overrides
+from pipeline.runtime.arguments import (
+    HelpFormatter,
+    Once,
+    adder,
+    colour,
+    integer,
+    number,
+    plain_overrides,
+)
 from pipeline.runtime.errors import EvaluationError, exit_on_user_error
 from pipeline.runtime.files import exists
 
@@ -181,66 +189,49 @@ def parse(words: list[str]) -> argparse.Namespace:
     score = add_command("score", prog=parser.prog, help="score checkpoints, or a set of images")
     reference = add_command("reference", help="compute the reference file of the real images")
     fetch = add_command("fetch-weights", help="download the weights of an extractor into a folder")
-    which = "whose weights (default: %(default)s)"
     choices = [name for name in OF_TORCH_FIDELITY if name != "inception-v3-compat"]
-    fetch.add_argument(
-        "--extractor", choices=choices, default="inception", metavar="NAME", help=which
-    )
-    fetch.add_argument(
-        "--to", type=Path, required=True, metavar="DIR", help="folder to put the weights file into"
-    )
+    which = f"download the weights of this extractor: {', '.join(choices)}"
+    add = adder(fetch)
+    add("--extractor NAME", which, choices=choices, default="inception")
+    add("--to DIR", "put the weights file into this folder", type=Path, required=True)
     about_probe = "train a linear SVM on D's features and test it"
     probe.add_arguments(add_command("probe", help=about_probe, description=probe.__doc__))
     for command in (score, reference):
-        add = command.add_argument
-        add(
-            "--run",
-            action=Once,
-            type=Path,
-            metavar="DIR",
-            help="run folder; its configuration is used",
-        )
-        add(
-            "--config",
-            action=Once,
-            metavar="FILE",
-            help="YAML configuration to use instead of the run's",
-        )
-    out = "file to copy the reference to; without it, it is only put into eval.cache_dir"
-    reference.add_argument("--out", action=Once, type=Path, metavar="FILE", help=out)
-    add = score.add_mutually_exclusive_group().add_argument
-    one = "G to score: folder of snapshots/ or checkpoints/, Hub folder, .safetensors or .onnx file"
-    one += ", or module:Class"
-    add("--checkpoint", "--snapshot", action=Once, type=Path, metavar="G", help=one)
-    add(
-        "--images",
-        action=Once,
-        metavar="A",
-        help="score a set of images: folder, zip, npz, npy, HDF5, tars or shards",
-    )
-    add("--pending", action="store_true", help="score every step that has no score yet")
-    add("--watch", action="store_true", help="as --pending, repeatedly until the training ends")
-    add = score.add_argument
-    against = "real images to compare with, or an npz file with mu and sigma; needs no run"
-    add("--against", action=Once, metavar="B", help=against)
-    own = "file of the weights of --checkpoint module:Class"
-    add("--weights", action=Once, default="", metavar="FILE", help=own)
-    squares = "make central squares of N pixels of all images of A and B"
-    add("--size", type=integer(1, 65536), default=0, metavar="N", help=squares)
-    add("--background", type=colour, metavar="COLOUR", help="colour behind transparent pixels")
-    subfolders = "take images in several folders as one set, e.g. class folders"
-    add("--subfolders", action="store_true", help=subfolders)
+        add = partial(adder(command), action=Once)
+        add("--run DIR", "use the run in this folder and its configuration", type=Path)
+        add("--config FILE", "use this YAML configuration instead of that of the run")
+    out = "copy the reference to this file (default: it is only put into eval.cache_dir)"
+    adder(reference)("--out FILE", out, action=Once, type=Path)
+    add = adder(score.add_mutually_exclusive_group())
+    one = "score this G: a folder of snapshots/ or checkpoints/, a Hub folder, a .safetensors or "
+    one += ".onnx file, or module:Class (default: the newest checkpoint of --run)"
+    add("--checkpoint --snapshot G", one, action=Once, type=Path)
+    images = "score this set of images: a folder, zip, npz, npy or HDF5 file, tars or shards"
+    add("--images A", images, action=Once)
+    add("--pending", "score every checkpoint that has no score yet", action="store_true")
+    watch = "score checkpoints as they appear, until the training ends"
+    add("--watch", watch, action="store_true")
+    add = adder(score)
+    against = "compare with these real images, or with mu and sigma of an npz file; needs no run"
+    add("--against B", against, action=Once)
+    own = "load the weights of --checkpoint module:Class from this file"
+    add("--weights FILE", own, action=Once, default="")
+    squares = "make central squares of N x N pixels of all images of A and B; 0 keeps their size"
+    add("--size N", squares, type=integer(1, 65536), default=0)
+    add("--background COLOUR", "put this colour behind transparent pixels", type=colour)
+    subfolders = "take the images of all folders below A or B as one set, e.g. of class folders"
+    add("--subfolders", subfolders, action="store_true")
     table = "print the best scores of these runs by protocol as Markdown, from their ledgers alone"
-    add("--table", nargs="+", type=Path, metavar="DIR", help=table)
-    add("--json", action="store_true", help="print the scores as JSON, and nothing else")
-    add("--csv", action=Once, type=Path, metavar="FILE", help="also write the scores as CSV")
-    seconds = "seconds between two looks of --watch at the run folder"
-    add("--every", type=number(0, 86_400), default=30.0, metavar="S", help=seconds)
-    metrics = "fidelity: those of eval.metrics; parzen: log-likelihood (2014)"
-    add("--metrics", choices=("fidelity", "parzen"), default="fidelity", help=metrics)
+    add("--table DIR", table, nargs="+", type=Path)
+    add("--json", "print the scores as JSON, and nothing else", action="store_true")
+    add("--csv FILE", "also write the scores as CSV", action=Once, type=Path)
+    seconds = "let --watch look at the run folder every S seconds"
+    add("--every S", seconds, type=number(0, 86_400), default=30.0)
+    metrics = "compute those of eval.metrics, or the log-likelihood of 2014"
+    add("--metrics", metrics, choices=("fidelity", "parzen"), default="fidelity")
     for command in (score, reference):
-        overrides = "override a value of the configuration"
-        command.add_argument("overrides", nargs="*", metavar="section.key=value", help=overrides)
+        values = "values that replace those of the configuration, e.g. eval.num_images=10000"
+        adder(command)("overrides section.key=value", values, nargs="*")
     parser.epilog = (
         "COMMAND --help shows the options of another command. Those of score, the default, are:\n"
         f"{score.format_help()}"

@@ -40,7 +40,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.runs.step_folders import SNAPSHOTS, committed
-from pipeline.runtime.arguments import HelpFormatter, file_ending_in, integer, number, seed
+from pipeline.runtime.arguments import HelpFormatter, adder, file_ending_in, integer, number, seed
 from pipeline.runtime.errors import GenerationError, exit_on_user_error
 from pipeline.runtime.files import check_output_path
 from pipeline.runtime.work_folder import CONTINUE
@@ -146,54 +146,56 @@ def parse(words: list[str]) -> argparse.Namespace:
         command = of[name] = commands.add_parser(
             name, help=line, description=description, formatter_class=HelpFormatter
         )
-        add = command.add_argument
-        source = command.add_mutually_exclusive_group(required=True)
-        source.add_argument("--snapshot", "--checkpoint", metavar="G", help="G to load; see above")
-        source.add_argument("--run", metavar="DIR", help="run folder whose newest snapshot to load")
-        add("--best", action="store_true", help="load the one of --run with the best score")
-        own = "file of the weights of --snapshot module:Class"
-        add("--weights", default="", metavar="FILE", help=own)
+        add = adder(command)
+        source = adder(command.add_mutually_exclusive_group(required=True))
+        source("--snapshot --checkpoint G", "load this G; see above")
+        source("--run DIR", "load the newest snapshot of the run in this folder")
+        add("--best", "load the snapshot of --run with the best score", action="store_true")
+        own = "load the weights of --snapshot module:Class from this file"
+        add("--weights FILE", own, default="")
         out_type = file_ending_in(SUFFIXES[name]) if name in SUFFIXES else Path
         out_name = "FILE" + SUFFIXES[name] if name in SUFFIXES else "PATH"
-        add("--out", type=out_type, required=True, metavar=out_name, help="what to write")
-        add("--seed", type=seed, default=0, help="seed of the noise")
+        add(f"--out {out_name}", "write this file or folder", type=out_type, required=True)
+        add("--seed N", "draw from the noise table of this seed", type=seed, default=0)
         command.set_defaults(truncation=1.0, of_class=None, overwrite=False)
         if name != "onnx":  # the z of an ONNX file is its user's
-            one_class = "draw this class only; otherwise row i has class i mod num_classes"
+            one_class = "draw this class only (default: row i has class i mod num_classes)"
             shrink = "multiply z by this number in (0, 1]: fewer failures, less variety"
-            add("--truncation", type=number(1e-6, 1), help=shrink)
-            add("--class", type=integer(0, 2**31), dest="of_class", metavar="N", help=one_class)
+            add("--truncation X", shrink, type=number(1e-6, 1))
+            add("--class N", one_class, type=integer(0, 2**31), dest="of_class")
         if name in SUFFIXES:
-            add("--overwrite", action="store_true", help="replace an existing file")
+            add("--overwrite", "replace an existing file", action="store_true")
         if name in ("grid", "walk", "arithmetic"):
-            squares = "side of the square that a pixel becomes"
-            add("--scale", type=integer(1, 64), default=1, help=squares)
-    add = of["images"].add_argument
-    add("--num", type=integer(1, MAX_IMAGES), required=True, help="number of images")
-    add("--format", choices=("png", "npz", "shards"), default="png", help="format of the set")
+            add("--scale N", "enlarge each pixel to N x N", type=integer(1, 64), default=1)
+    whole = integer(1, 10_000)
+    add = adder(of["images"])
+    add("--num N", "draw N images", type=integer(1, MAX_IMAGES), required=True)
+    formats = "write the set as PNG files, as one npz file, or as WebDataset shards"
+    add("--format", formats, choices=("png", "npz", "shards"), default="png")
     scored = "draw the images that evaluate scores; give its eval.num_images and eval.seed as "
-    scored += "--num and --seed"
-    add("--scored", action="store_true", help=scored)
-    labels = "shards that G was scored against, for the classes of --scored; uniform: equally many"
-    add("--labels-of", default="", metavar="SHARDS", help=labels)
-    add = of["grid"].add_argument
-    add("--rows", default="0-63", help="rows to draw, like 0-63 or 3,17")
-    add("--columns", type=integer(1, 10_000), default=8, help="number of images side by side")
-    add("--numbers", action="store_true", help="write the row number under each image")
-    add = of["walk"].add_argument
-    add("--rows", default="0-8", help="rows to walk through, in this order")
-    add("--steps", type=integer(1, 10_000), default=10, help="steps from one row to the next")
-    add("--closed", action="store_true", help="return to the first row: the film has no jump")
-    add("--fps", type=number(1, 50), default=20.0, help="frames per second of the film")
-    add = of["arithmetic"].add_argument
+    add("--scored", scored + "--num and --seed", action="store_true")
+    labels = "take the classes of --scored from these shards, those that G was scored against; "
+    add("--labels-of SHARDS", labels + "uniform: equally many of each", default="")
+    add = adder(of["grid"])
+    add("--rows ROWS", "draw these rows of the table, like 0-63 or 3,17", default="0-63")
+    add("--columns N", "put N images side by side", type=whole, default=8)
+    add("--numbers", "write the row number under each image", action="store_true")
+    add = adder(of["walk"])
+    add("--rows ROWS", "walk through these rows of the table, in this order", default="0-8")
+    add("--steps N", "take N steps from one row to the next", type=whole, default=10)
+    closed = "return to the first row, so that the film repeats without a jump"
+    add("--closed", closed, action="store_true")
+    add("--fps N", "show N frames of the film a second", type=number(1, 50), default=20.0)
+    add = adder(of["arithmetic"])
     for name, concept in {"a": "first", "b": "subtracted", "c": "added"}.items():
-        rows = f"rows of the {concept} concept, like 3,17,42; class:2 takes three rows of class 2"
-        add(f"--{name}", required=True, metavar="ROWS", help=rows)
-    variations = "uniform noise in [-NOISE, NOISE] makes the eight variations around the result"
-    add("--noise", type=number(0, 100), default=0.25, help=variations)
-    add = of["hub"].add_argument
-    add("--license", type=_licence, metavar="ID", help="license of the weights, like apache-2.0")
-    add("--push", metavar="USER/NAME", help="upload the folder; a new repository is private")
+        rows = f"take these rows for the {concept} concept, like 3,17,42; class:2: three of class 2"
+        add(f"--{name} ROWS", rows, required=True)
+    variations = "add uniform noise in [-X, X] for the eight variations around the result"
+    add("--noise X", variations, type=number(0, 100), default=0.25)
+    add = adder(of["hub"])
+    terms = "name this license of the weights in the model card, like apache-2.0"
+    add("--license ID", terms, type=_licence)
+    add("--push USER/NAME", "upload the folder; a new repository is private")
     options = parser.parse_args(words)
     if getattr(options, "format", "") == "npz" and options.out.suffix != ".npz":
         of["images"].error(f"--out ({options.out}): must end in .npz with --format npz")

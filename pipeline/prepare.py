@@ -66,7 +66,7 @@ from pipeline.data.skipped import SKIPPED_NAME, SKIPPED_SUM, account, listed_typ
 from pipeline.data.source import Choice, Source
 from pipeline.data.sources import find
 from pipeline.data.squares import FITS, Square
-from pipeline.runtime.arguments import HelpFormatter, integer, number, seed
+from pipeline.runtime.arguments import HelpFormatter, adder, integer, number, seed
 from pipeline.runtime.console import printable, progress, say
 from pipeline.runtime.errors import DataError, UserError, exit_on_user_error
 from pipeline.runtime.host import cores
@@ -83,51 +83,44 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.prepare", description=__doc__, formatter_class=HelpFormatter
     )
-    add = parser.add_argument
-    add(
-        "source",
-        nargs="?",
-        type=path_of,
-        metavar="SOURCE",
-        help="fashion-mnist, a folder, a zip archive, or tars to be indexed where they are",
+    add, pixels = adder(parser), integer(1, 65536)
+    source = (
+        "what to pack: fashion-mnist, a folder, a zip archive, or tars, which are indexed where "
     )
-    add("--out", type=local_folder, metavar="DIR", help="write the shards into this folder")
-    add("--index", metavar="FILE", help="write the index of tars here; they may be behind URLs")
-    add("--size", type=integer(*SIZES), default=64, help="height and width in pixels")
-    add("--channels", type=int, choices=(1, 3), help="gray or RGB (default: 1 for IDX, else 3)")
-    formats = "npy decodes fastest, png is lossless and smaller, jpg is smallest"
-    add("--format", choices=("npy", "png", "jpg"), default="npy", help=formats)
-    add("--background", default="white", help="colour behind transparent pixels, e.g. #ff8800")
-    add("--seed", type=seed, default=0, help="seed of the global shuffle")
-    add("--shard-mib", type=number(0.001, 65536), default=32, help="approximate size of a shard")
-    add("--workers", type=integer(1, 1024), default=cores(), help="number of processes")
-    add("--part", type=part, metavar="I/N", help="pack only part I (0 to N-1) of N")
-    strict = "fail unless every file is an image that is used as it is stored"
-    add("--strict", action="store_true", help=strict)
-    add("--fit", choices=tuple(FITS), default="crop", help="how an image is made square")
-    add("--crop", type=integer(1, 65536), default=0, metavar="N", help="cut out N x N pixels first")
-    add("--min-size", type=integer(1, 65536), default=0, metavar="N", help="skip smaller images")
-    split = "train, test, a folder of SOURCE, or all (IDX files: train by default)"
-    add("--split", metavar="NAME", help=split)
-    add("--image-field", metavar="FIELD", help="which image of a sample to use: left.jpg, ...")
+    source += "they are unless --out is given; docs/data.md has the whole list"
+    add("source SOURCE", source, nargs="?", type=path_of)
+    out = "write the shards into this folder, a new one or that of an interrupted prepare"
+    add("--out DIR", out, type=local_folder)
+    add("--index FILE", "write the index of tars into this file; they may be behind URLs")
     add(
-        "--label-field",
-        metavar="FIELD",
-        help="where the label of a sample is: label, ...",
+        "--size", "make images of this height and width in pixels", type=integer(*SIZES), default=64
     )
-    add(
-        "--idx",
-        type=path_of,
-        metavar="FOLDER",
-        help="read the IDX files of fashion-mnist from this folder",
-    )
-    add("--no-download", action="store_true", help="never use the network for fashion-mnist")
-    add(
-        "--verify",
-        type=local_path,
-        metavar="DIR",
-        help="check every checksum and decode every sample",
-    )
+    channels = "make gray (1) or RGB (3) images (default: 1 for IDX files, else 3)"
+    add("--channels", channels, type=int, choices=(1, 3))
+    formats = "store images so: npy decodes fastest, png is lossless and smaller, jpg is smallest"
+    add("--format", formats, choices=("npy", "png", "jpg"), default="npy")
+    background = "put this colour behind transparent pixels, e.g. #ff8800"
+    add("--background COLOUR", background, default="white")
+    add("--seed N", "shuffle the whole set with this seed", type=seed, default=0)
+    add("--shard-mib N", "make shards of about N MiB", type=number(0.001, 65536), default=32)
+    add("--workers N", "pack with N processes", type=integer(1, 1024), default=cores())
+    add("--part I/N", "pack only part I (0 to N-1) of N, e.g. 0/8; see above", type=part)
+    strict = "fail unless every file of SOURCE is an image that is used as it is stored"
+    add("--strict", strict, action="store_true")
+    fit = "make an image square: take the central square, pad it with bars of the background, or "
+    add("--fit", fit + "stretch its sides", choices=tuple(FITS), default="crop")
+    crop = "cut out the central N x N pixels first; 0 cuts nothing"
+    add("--crop N", crop, type=pixels, default=0)
+    smallest = "leave out images with a side of fewer pixels"
+    add("--min-size N", smallest, type=pixels, default=0)
+    add("--split NAME", "use train, test, a folder of SOURCE, or all (IDX files: train by default)")
+    add("--image-field FIELD", "use this image of each sample, e.g. left.jpg (default: all)")
+    label = "take the label of a sample from here, e.g. label (default: the usual places)"
+    add("--label-field FIELD", label)
+    add("--idx FOLDER", "read the IDX files of fashion-mnist from this folder", type=path_of)
+    add("--no-download", "never use the network for fashion-mnist", action="store_true")
+    verify = "check every checksum of the shards in this folder, and decode every sample"
+    add("--verify DIR", verify, type=local_path)
     options = parser.parse_args(arguments)
     if (options.verify is None) == (options.source is None):
         parser.error("give either SOURCE, with --out DIR, or --verify DIR")

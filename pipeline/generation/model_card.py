@@ -146,6 +146,14 @@ In a copy of this folder, with the pipeline that trained G:
 python -m pipeline.generate grid --snapshot . --out samples.png
 python -m pipeline.generate images --snapshot . --num 1000 --out images
 ```
+
+```python
+from pipeline.generation.latent import Table
+from pipeline.models.sampling import draw_images
+from pipeline.runs.generators import open_generator
+opened = open_generator(".")  # or the folder that huggingface_hub.snapshot_download returns
+images = draw_images(opened.G, Table(opened.model, seed=0).cut(0, 16))  # (16, H, W, C) uint8
+```
 {without_pipeline}
 `model.safetensors` holds G with BatchNorm statistics for sampling, so an image does not depend on
 the others of its batch. The licence of the training images is not known to the program that wrote

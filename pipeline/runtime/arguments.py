@@ -19,9 +19,23 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Keep the line breaks of a description, and end each option's help with its default."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:  # "(default: None)" says nothing
+        if action.default is False or action.default in (None, ""):  # which say nothing
             return action.help
         return super()._get_help_string(action)
+
+
+def adder(parser: argparse._ActionsContainer) -> Callable[..., None]:
+    """Return a function to add arguments: ``add("--out DIR", "write this folder", type=Path)``."""
+
+    def add(name: str, text: str, **settings: Any) -> None:
+        *names, last = name.split()
+        if names and not last.startswith("-"):
+            settings["metavar"] = last
+        else:
+            names.append(last)
+        parser.add_argument(*names, help=text, **settings)
+
+    return add
 
 
 OVERRIDE = re.compile(r"--([a-z]+\.[a-z0-9_]+=)", re.ASCII)

@@ -738,11 +738,14 @@ def test_the_hub_folder_works_with_this_pipeline_and_without(
     for path in hub.iterdir():
         assert str(tmp_path.parent).encode() not in path.read_bytes()
     monkeypatch.chdir(hub)
-    found = re.search(r"```python\n(.*?)```", card, re.DOTALL)
-    assert found
-    assert len(found[1].splitlines()) < 20
+    with_pipeline, alone = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(with_pipeline.splitlines()) == 5
+    drawn: dict[str, np.ndarray] = {}
+    exec(with_pipeline, drawn)
+    assert np.array_equal(drawn["images"][:9], expected[:9])
+    assert len(alone.splitlines()) < 20
     names: dict[str, torch.Tensor] = {}
-    exec(found[1], names)
+    exec(alone, names)
     assert torch.allclose(names["images"], generator()(names["z"]), atol=1e-5)
     with pytest.raises(GenerationError, match="exists already; give another name"):
         made("hub", snapshot, hub)
@@ -986,7 +989,7 @@ def test_help_names_every_default_and_does_not_import_torch() -> None:
     for name, line in generate.COMMANDS.items():
         assert f"generate {name} [-h]" in done.stdout
         assert f"{line[1:]}.\n" in done.stdout
-    assert done.stdout.count("seed of the noise (default: 0)") == len(generate.COMMANDS)
+    assert done.stdout.count("noise table of this seed (default: 0)") == len(generate.COMMANDS)
     assert "variations around the result (default: 0.25)" in done.stdout
 
 
