@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from launching import REPO, environment
 
+from pipeline import cli
 from pipeline.config.schema import Config, flatten
 
 KEYS = flatten(Config())
@@ -44,11 +45,15 @@ def anchors(page: Path) -> set[str]:
 
 def commands(text: str) -> Iterator[tuple[str, list[str]]]:
     """Yield (script, its words) of each command line of ours in a text."""
-    pattern = r"(?:-m (pipeline(?:\.\w+)+)|\b((?:pipeline|benchmarks)/\w+)\.py)(?= |$)(.*)"
+    ours = "|".join(cli.COMMANDS)
+    pattern = (
+        rf"(?:-m (pipeline(?:\.\w+)+)|^dcgan (?=(?:{ours})\b)(\w+)"
+        r"|\b((?:pipeline|benchmarks)/\w+)\.py)(?= |$)(.*)"
+    )
     for words in re.split(r"[`\n]", text.replace("\\\n", " ")):
         if found := re.search(pattern, words.lstrip("# ").split(" #")[0]):
-            script = (found[1] or found[2]).replace(".", "/") + ".py"
-            yield script, shlex.split(found[3].replace("'", ""))
+            name = found[1] or (f"pipeline.{found[2]}" if found[2] else found[3])
+            yield name.replace(".", "/") + ".py", shlex.split(found[4].replace("'", ""))
 
 
 @cache
