@@ -380,7 +380,8 @@ def test_the_curves_are_also_a_picture(
         report(folders, tmp_path / "report.html", png)
     assert f"{again}: the curves" in capsys.readouterr().err
     assert first.read_bytes() == again.read_bytes()
-    width, height = Image.open(first).size
+    with Image.open(first) as picture:
+        width, height = picture.size
     assert width == 1440
     assert height > 600
 
@@ -388,4 +389,5 @@ def test_the_curves_are_also_a_picture(
 def test_a_picture_of_runs_without_rows_is_empty(runs: Path, tmp_path: Path) -> None:
     (runs / "fast" / "metrics.jsonl").unlink()
     report([runs / "fast"], tmp_path / "report.html", tmp_path / "a.png")
-    assert Image.open(tmp_path / "a.png").size[0] == 1440
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size[0] == 1440
