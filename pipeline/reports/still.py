@@ -45,7 +45,7 @@ def render(runs: Sequence[RunFacts]) -> bytes:
             if curve := curves.get(key):
                 marker = "o" if len(curve.steps) < 20 else ""
                 axes.plot(curve.steps, curve.values, marker=marker, markersize=3, **line)
-        axes.set_title(key, fontsize="medium", parse_math=False)
+        axes.set_title(key, fontsize=10 if len(key) < 45 else 7, parse_math=False)
         axes.grid(alpha=0.3)
     for axes in panels[len(keys) :]:
         axes.set_axis_off()
