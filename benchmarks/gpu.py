@@ -217,7 +217,7 @@ def markdown(head: str, speeds: Speeds, rows: list[dict[str, Any]]) -> str:
     titles += ["of the floor", "of the fused floor", "peak memory"]
     lines = [
         head,
-        f"A matrix product: {speeds.tflops:.1f} TFLOP/s; a copy: {speeds.gb_s:,.0f} GB/s; "
+        f"A matrix product: {speeds.tflops:.3g} TFLOP/s; a copy: {speeds.gb_s:,.0f} GB/s; "
         f"{workers()} workers.",
         "",
         f"| {' | '.join(titles)} |",

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 from torch import Tensor, nn, optim
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from pipeline.models.noise import rng
@@ -167,6 +168,26 @@ def test_only_a_cpu_is_waited_for() -> None:
     assert adam.found_inf.device.type == "meta"
     with pytest.raises(RuntimeError):
         guard.raise_if_tripped()
+
+
+def test_a_check_is_three_small_kernels() -> None:
+    """On a GPU each costs as much as a layer of a small batch."""
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            launched.append(function.__name__)
+            return function(*args, **kwargs or {})
+
+    launched: list[str] = []
+    guard = FiniteGuard([], torch.device("meta"), 0, 1)
+    loss = torch.tensor(1.0, device="meta")
+    with Names():
+        guard.check(loss, "D", 1)
+    assert [name for name in launched if not name.startswith("detach")] == [
+        "sub.Tensor",
+        "logical_or_.default",
+        "add_.Tensor",
+    ]
 
 
 def test_the_flag_of_several_ranks_is_their_maximum(

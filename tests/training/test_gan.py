@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import Module
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config.schema import Config, ModelConfig, OptimConfig, StabilityConfig, TrainConfig
 from pipeline.models.noise import draw_z, rng
@@ -152,6 +153,30 @@ def test_compiled_updates_compute_what_eager_ones_do(
     limits = {"rtol": tolerance, "atol": tolerance / 10}
     AcceleratorState._reset_state()
     torch.testing.assert_close(torch.stack(found[3:]), torch.stack(found[:3]), **limits)
+
+
+def test_d_casts_its_weights_once_in_its_update() -> None:
+    """In bf16, for real and generated images together; and once more for G, since they changed."""
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            made = function(*args, **kwargs or {})
+            if function.__name__ == "_to_copy.default" and made.dtype == torch.bfloat16:
+                cast.append(args[0].shape)
+            return made
+
+    AcceleratorState._reset_state()  # other tests of this process are in fp32
+    cast: list[torch.Size] = []
+    gan = opened(
+        replace(CONFIG, model=replace(CONFIG.model, ndf=6)), "bf16"
+    )  # other shapes than G's
+    weights = [p.shape for n, p in gan.D.named_parameters() if "down" in n]
+    for update in (lambda: gan.update_D([REAL], [Z], 1), lambda: gan.update_G([Z], 1)):
+        cast.clear()
+        with Casts():
+            update()
+        assert [cast.count(shape) for shape in weights] == [1] * len(weights)
+    AcceleratorState._reset_state()
 
 
 def state_of(gan: GAN) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
