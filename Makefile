@@ -128,7 +128,8 @@ bench-gpu: $(GPU_READY)  ## Speed on a GPU: shares of the card's own limits, in 
 lock: | $(filter .venv-uv/%,$(UV))  ## requirements*.txt from pyproject.toml; pins change only where they must
 	$(PIP) compile --quiet $(LOCK) $(RUNTIME) -o requirements.txt pyproject.toml
 	$(PIP) compile --quiet $(LOCK) $(RUNTIME) -c requirements.txt --extra dev --extra cluster \
-		--extra docs --extra probe --extra figures --extra onnx --extra report --extra sources -o requirements-dev.txt pyproject.toml
+		--extra docs --extra probe --extra figures --extra onnx --extra report --extra sources --extra tensorboard \
+		-o requirements-dev.txt pyproject.toml
 # A cluster's image cannot install what it lacks: shards from anywhere (86 MB of 6 GB) belong in.
 RUNTIME := --extra offline-eval --extra s3 --extra gs
 LOCK := --universal --generate-hashes --python-version 3.11 --no-header \

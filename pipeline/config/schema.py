@@ -240,8 +240,10 @@ class TrackingConfig:
     tags: list[str] = field(default_factory=list, metadata={"may_change": True})
     """W&B tags of 1 to 64 characters; [] = WANDB_TAGS if set."""
     timeout: float = _may_change(60.0)
-    """Seconds that the end of a run waits for W&B to receive the last rows, 0 to 500. Training
-    never waits."""
+    """Seconds that the end of a run waits for W&B and TensorBoard to receive the last rows, 0 to
+    500. Training never waits."""
+    tensorboard: bool = _may_change(False)
+    """Also write rows, grids and scores for TensorBoard, to tensorboard/ in the run folder."""
 
 
 @dataclass(frozen=True, kw_only=True)

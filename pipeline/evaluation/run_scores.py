@@ -28,6 +28,8 @@ from pipeline.evaluation.wandb_scores import FINISHED, WandbScores, grid_path, n
 from pipeline.models.sampling import generator_id, sample_grid
 from pipeline.runs.results import Key, Ledger, Row, key_of
 from pipeline.runs.step_folders import SNAPSHOTS, committed, step_of
+from pipeline.runs.tensorboard_log import TensorBoardLog
+from pipeline.runs.wandb_log import STEP_KEY
 from pipeline.runtime.console import say
 from pipeline.runtime.documents import set_file_aside
 from pipeline.runtime.errors import CheckpointError, DamagedSnapshot, RunFolderError
@@ -62,6 +64,7 @@ class RunScores:
         self.ledger = Ledger(self.run_dir)
         protocols = [scorer.protocol for scorer in self.scorers]
         self._wandb = WandbScores(self.config, self.run_dir, self.ledger, protocols)
+        self._tensorboard = TensorBoardLog(self.config, "eval")
 
     def score_all(self, find: Callable[[], list[Candidate]]) -> None:
         """Score each candidate that has no row in the ledger yet.
@@ -156,6 +159,7 @@ class RunScores:
                 for one, values, has_d in zip(which, scores, asked, strict=True):
                     values |= of_d if has_d else {}
                     self._record(one, candidate, values, generator, grid, seconds)
+                    self._tensorboard.log({STEP_KEY: candidate.step, **values})
                 self.log_to_wandb()
 
             on_rank_zero(scorer.accelerator, record)
@@ -268,6 +272,7 @@ class RunScores:
         """Log the remaining rows, close W&B and release all locks."""
         if self._wandb is not None:
             self._wandb.close()
+            self._tensorboard.close()
         if self.ledger is not None:
             self.ledger.close()
         self.scorer.close()

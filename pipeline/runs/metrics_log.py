@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline.config.schema import Config
+from pipeline.runs.tensorboard_log import TensorBoardLog
 from pipeline.runs.wandb_log import STEP_KEY, Alert, Picture, WandbLog
 from pipeline.runtime.console import FIRST_LINE, eta, say
 from pipeline.runtime.documents import (
@@ -71,6 +72,7 @@ class MetricsLog:
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
         self._wandb = WandbLog(config, run_id)
+        self._tensorboard = TensorBoardLog(config, start_step=start_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Log one row; ``step`` must grow from call to call.
@@ -87,7 +89,7 @@ class MetricsLog:
         with _raise_run_folder_error(self._path):
             append_rows(self._file, [row])
         self._last_step, self._may_tell = step, False
-        self._wandb.log({STEP_KEY: step, **numbers})
+        self._send({STEP_KEY: step, **numbers})
         self._print_progress(step, numbers)
 
     def images(self, step: int, grid: NDArray[np.uint8]) -> Path:
@@ -108,12 +110,16 @@ class MetricsLog:
         with _raise_run_folder_error(path):
             path.parent.mkdir(exist_ok=True)
             write_atomic(path, content.getvalue())
-        self._wandb.log({STEP_KEY: step, "samples/grid": Picture(path, f"step {step}")})
+        self._send({STEP_KEY: step, "samples/grid": Picture(path, f"step {step}")})
         return path
 
     def alert(self, step: int, title: str, text: str) -> None:
         """Send an alert to W&B, which mails it or posts it where its user wants that."""
         self._wandb.log({STEP_KEY: step, "watch/alert": Alert(title, text)})
+
+    def _send(self, row: dict[str, Any]) -> None:
+        self._wandb.log(row)
+        self._tensorboard.log(row)
 
     def advance(self, step: int) -> None:
         """Move the progress bar; without a terminal, print one line before the first row is due."""
@@ -133,6 +139,7 @@ class MetricsLog:
             self._bar.close()
         self._file.close()
         self._wandb.close(failed)
+        self._tensorboard.close()
 
     def __enter__(self) -> MetricsLog:
         return self

@@ -20,7 +20,7 @@ from pipeline.config.loading import dump, load
 from pipeline.config.recipe import ACCEPTABLE
 from pipeline.config.schema import Config, flatten
 from pipeline.models.noise import BY_BATCH, BY_ROW
-from pipeline.runs import checkpoint, wandb_names
+from pipeline.runs import checkpoint, tensorboard_log, wandb_names
 from pipeline.runs.alarms import ENDS
 from pipeline.runs.identity import (
     damage_of,
@@ -101,6 +101,7 @@ class RunFolder:
     def __init__(self, config: Config) -> None:
         if config.tracking.wandb != "disabled":
             wandb_names.require_names()
+        tensorboard_log.require_package(config)
         self.path = Path(config.run.dir).expanduser()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
