@@ -105,6 +105,7 @@ def train(config: Config) -> bool:
                 run.sample(step, gan)
             while step < total_steps and not run.leaving:
                 step += 1
+                run.profile.begin(step)
                 # Update D: maximise log D(x) + log(1 - D(G(z))).
                 d_terms = []
                 for turn in range(d_steps):

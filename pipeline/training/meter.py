@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.profiler import record_function
 
 from pipeline.config.schema import Config
 from pipeline.runtime.hardware import peak_tflops
@@ -61,7 +62,8 @@ class Meter:
         if self._accelerator.device.type == "cuda":
             torch.cuda.synchronize()  # the kernels of the steps before count as training
         began = time.perf_counter()
-        yield
+        with record_function("upkeep"):
+            yield
         self._upkeep += time.perf_counter() - began
 
     def add(self, loss_G: Tensor, d_terms: Sequence[Tensor]) -> None:

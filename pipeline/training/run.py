@@ -179,7 +179,7 @@ class Run:
         )
         self.meter.reset()
         self._saved_at = time.monotonic()
-        self._profile = StepProfile(self.config, self.accelerator, self.meter, step)
+        self.profile = StepProfile(self.config, self.accelerator, self.meter, step)
         return self
 
     def agree(self, step: int) -> None:
@@ -191,7 +191,7 @@ class Run:
         asked_at = step - 1 if self.accelerator.num_processes > 1 else step
         self._save_by_clock = late and self._saved_step < asked_at
         self.tracker.advance(step)
-        self._profile.advance(step, stopping=self._stop)
+        self.profile.end(step, stopping=self._stop)
 
     @property
     def leaving(self) -> bool:
@@ -293,7 +293,7 @@ class Run:
         """Close the metrics log and W&B; keep the traceback of an error in log.txt."""
         if error is not None:
             log_file.write_line("".join(traceback.format_exception(error)).rstrip())
-        self._profile.close()
+        self.profile.close()
         self.tracker.close(failed=kind is not None or self.collapse.stopped)
 
     def finish(self, step: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -40,13 +41,25 @@ class StepProfile:
         self._on_gpu, self._meter = accelerator.device.type == "cuda", meter
         self._profiler: profile | None = None
         self._mark: record_function | None = None
-        self.advance(step)
 
-    def advance(self, step: int, *, stopping: bool = False) -> None:
-        """Begin before the first of the steps, and write the files after the last.
+    def begin(self, step: int) -> None:
+        """Note that a step begins: the profiler starts before the first of the steps."""
+        if self._profiler is None and step == self._first <= self._last:
+            with self._meter.upkeep():
+                if not self._on_gpu:  # else the profiler says in two lines that there is no GPU
+                    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+                gpu = [ProfilerActivity.CUDA] if self._on_gpu else []
+                self._profiler = profile(activities=[ProfilerActivity.CPU, *gpu])
+                self._profiler.start()
+        if self._profiler is not None:
+            self._mark = record_function(f"step {step}")
+            self._mark.__enter__()
+
+    def end(self, step: int, *, stopping: bool = False) -> None:
+        """Note that a step has ended: the files are written after the last.
 
         Args:
-            step: the step that was just done.
+            step: its number.
             stopping: whether no step follows: what was profiled so far is written.
 
         Raises:
@@ -57,14 +70,6 @@ class StepProfile:
         if self._profiler is not None and (stopping or step >= self._last):
             with self._meter.upkeep():
                 self._write(step)
-        elif self._profiler is None and step + 1 == self._first <= self._last and not stopping:
-            with self._meter.upkeep():
-                gpu = [ProfilerActivity.CUDA] if self._on_gpu else []
-                self._profiler = profile(activities=[ProfilerActivity.CPU, *gpu])
-                self._profiler.start()
-        if self._profiler is not None:
-            self._mark = record_function(f"step {step + 1}")
-            self._mark.__enter__()
 
     def close(self) -> None:
         """End the profiler of a run that failed, without files."""
