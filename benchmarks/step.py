@@ -2,9 +2,12 @@
 
     python benchmarks/step.py                  # one CPU minute: ngf = ndf = 64, 64x64x3, batch 128
     python benchmarks/step.py --width 128 --kernel 5 --precision fp32
+    python benchmarks/step.py --penalties      # R1 + R2 in each way, on the networks of demo.yaml
 
 It counts the floating-point operations of a step and times it. It also times a large matrix product
-as the ceiling, and the step's operators and convolutions one by one. Prints Markdown.
+as the ceiling, and the step's operators and convolutions one by one. --penalties times steps
+with R1 and R2 instead, computed in each way, in turn in one process: the ratios are of steps that
+follow each other, so that other work on the machine hits all alike. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -13,21 +16,24 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import torch
 from accelerate import Accelerator
-from loader import machine
+from loader import machine, spread
 from torch import Tensor
 from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.config.loading import load
 from pipeline.config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from pipeline.models.layers import weight_gradient
 from pipeline.runtime.hardware import native_bf16
 from pipeline.runtime.launch import MIXED_PRECISION
 from pipeline.training.gan import GAN
 
+DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 KINDS = (  # first match wins
     ("convolutions, backward", ("convolution_backward",)),
     ("convolutions, forward", ("conv",)),
@@ -61,7 +67,7 @@ def wait() -> None:
 def update(gan: GAN, x: Tensor, z: Tensor) -> None:
     """Run both updates and the average on one batch."""
     gan.update_D([x], [z], 1)
-    gan.update_G([z], 1)
+    gan.update_G([z], 1, real=[x])
     gan.update_average(1)
 
 
@@ -186,16 +192,74 @@ def report(options: argparse.Namespace) -> str:
     return "\n".join(shown)
 
 
+R3GAN = ["model.loss=relativistic", "model.d_norm=none"]
+BOTH = [*R3GAN, "stability.r1_gamma=0.05", "stability.r2_gamma=0.05"]
+PENALISED = {
+    "plain: demo.yaml": [],
+    "relativistic, D without norm, no penalty": R3GAN,
+    "exact (autograd)": [*BOTH, "stability.penalty=exact"],
+    "tangent": [*BOTH, "stability.penalty=tangent"],
+    "along": [*BOTH, "stability.penalty=along"],
+    "random": [*BOTH, "stability.penalty=random"],
+    "tangent, half of the batch": [*BOTH, "stability.penalty_share=0.5"],
+    "random, half of the batch": [
+        *(*BOTH, "stability.penalty=random", "stability.penalty_share=0.5")
+    ],
+}
+
+
+def penalties(options: argparse.Namespace) -> str:
+    """Return a table of the times of a step with R1 and R2, relative to the plain step."""
+    precision = "bf16" if options.precision == "bf16" else "fp32"
+    accelerator = Accelerator(mixed_precision=MIXED_PRECISION[precision])
+    device, steps = accelerator.device, dict[str, GAN]()
+    for name, words in PENALISED.items():
+        config = load(DEMO, [*words, "train.log_every=1000000", f"data.batch_size={options.batch}"])
+        steps[name] = GAN(config, accelerator, 1)
+    model = config.model
+    shape = options.batch, model.channels, model.image_size, model.image_size
+    x = (torch.rand(shape, device=device) * 2 - 1).to(memory_format=torch.channels_last)
+    z = torch.rand(options.batch, model.z_dim, device=device) * 2 - 1
+    spent: dict[str, list[float]] = defaultdict(list)
+    for turn in range(-2, options.repeat):  # two rounds to warm up
+        names = list(steps)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            wait()
+            began = time.perf_counter()
+            update(steps[name], x, z)
+            wait()
+            if turn >= 0:
+                spent[name].append(time.perf_counter() - began)
+    plain = spent[next(iter(steps))]
+    shown = [
+        machine(),
+        f"{device.type}, {torch.get_num_threads()} threads, {precision}; networks of demo.yaml, "
+        f"batch {options.batch}, {options.repeat} rounds in turn; median (lowest to highest).",
+        "",
+        "| R1 + R2 | step, ms | images/s | times the plain step |",
+        "|---|---|---|---|",
+    ]
+    for name, times in spent.items():
+        ratio = spread([one / base for one, base in zip(times, plain, strict=True)], ".2f")
+        best = median(times)
+        shown.append(f"| {name} | {1000 * best:.0f} | {options.batch / best:,.0f} | {ratio} |")
+    return "\n".join(shown)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--width", type=int, default=64, help="ngf and ndf")
     parser.add_argument("--kernel", type=int, default=4, choices=(4, 5))
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--batch", type=int, help="128; with --penalties 64")
+    parser.add_argument("--penalties", action="store_true", help="time R1 and R2 instead")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
-    parser.add_argument("--repeat", type=int, default=5)
-    print(report(parser.parse_args()))
+    parser.add_argument("--repeat", type=int, help="times or rounds: 5; with --penalties 40")
+    options = parser.parse_args()
+    options.batch = options.batch or (64 if options.penalties else 128)
+    options.repeat = options.repeat or (40 if options.penalties else 5)
+    print(penalties(options) if options.penalties else report(options))
 
 
 if __name__ == "__main__":
