@@ -1,7 +1,7 @@
 """How often does train.watch raise a false alarm, and how soon a right one?
 
     python benchmarks/watch.py                                     # demo.yaml's networks, an hour
-    python benchmarks/watch.py --width 16 --batch 32 --steps 400   # four minutes of processor time
+    python benchmarks/watch.py --width 16 --batch 32 --steps 240   # three minutes of processor time
 
 Small trainings on Fashion-MNIST in memory: recipes that train well, and some that are made to
 collapse, with several seeds. Their rows are judged by pipeline/training/collapse.py as in a real
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -55,6 +56,7 @@ EVERY = 10
 Row = dict[str, float]
 
 
+@cache
 def pictures() -> Tensor:
     """Return the first images of Fashion-MNIST, (n, 1, 32, 32) uint8."""
     source = find("fashion-mnist", Choice())
