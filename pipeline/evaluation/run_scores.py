@@ -101,9 +101,9 @@ class RunScores:
             raise CheckpointError("\n".join(errors))
 
     def training_has_ended(self) -> bool:
-        """Return whether the training reached its last step, so that no checkpoint will follow."""
-        marker = self.run_dir / FINISHED
-        return on_rank_zero(self.scorer.accelerator, marker.is_file)
+        """Return whether the training reached its last step, or ``train.watch`` ended it."""
+        ends = [self.run_dir / name for name in (FINISHED, "COLLAPSED")]
+        return on_rank_zero(self.scorer.accelerator, lambda: any(end.is_file() for end in ends))
 
     def rows(self, protocol: str) -> list[Row]:
         """Return the rows of a protocol, by step. Rank 0 only."""

@@ -421,9 +421,10 @@ def test_an_error_of_all_ranks_is_printed_once(run: Path, tmp_path: Path, make_s
     assert output.count("images of 64x64 with 3 channels") == 1, output
 
 
-def test_watch_ends_with_the_training(run: Path) -> None:
-    """It scores all steps and returns when the run has the file FINISHED."""
-    (run / "FINISHED").write_text("20")
+@pytest.mark.parametrize("end", ["FINISHED", "COLLAPSED"])
+def test_watch_ends_with_the_training(run: Path, end: str) -> None:
+    """It scores all steps and returns when the run has the file that says how it ended."""
+    (run / end).write_text("20")
     evaluated("--run", run, "--watch")
     assert sorted(scores(run)) == [10, 20]
 
