@@ -1,7 +1,7 @@
 """How often does train.watch raise a false alarm, and how soon a right one?
 
     python benchmarks/watch.py                                     # demo.yaml's networks, an hour
-    python benchmarks/watch.py --width 16 --batch 32 --steps 240   # three minutes of processor time
+    python benchmarks/watch.py --width 16 --batch 32 --steps 200   # three minutes of processor time
 
 Small trainings on Fashion-MNIST in memory: recipes that train well, and some that are made to
 collapse, with several seeds. Their rows are judged by pipeline/training/collapse.py as in a real
@@ -11,6 +11,7 @@ run, for several values of train.watch_steps. Prints Markdown.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
@@ -120,14 +121,23 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=32, help="ngf and ndf")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--save", type=Path, help="file for the rows: the same command goes on")
     parser.add_argument("--patience", type=int, nargs="*", help="values of train.watch_steps")
     options = parser.parse_args()
     patience = options.patience or [options.steps // 8, options.steps // 4, options.steps // 2]
     recipes = [(name, words, "") for name, words in HEALTHY.items()]
     recipes += [(name, words, "made to collapse") for name, words in COLLAPSING.items()]
-    jobs = [(words, seed, options) for _, words, _ in recipes for seed in range(options.seeds)]
+    jobs = [(words, seed, options) for seed in range(options.seeds) for _, words, _ in recipes]
+    done: list[dict[int, Row]] = []
+    if options.save and options.save.is_file():
+        lines = options.save.read_text().splitlines()
+        done = [{int(step): row for step, row in json.loads(line).items()} for line in lines]
     with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
-        done = list(pool.map(train, jobs))
+        for rows in pool.map(train, jobs[len(done) :]):
+            done.append(rows)
+            if options.save:
+                with options.save.open("a") as file:
+                    file.write(json.dumps(rows) + "\n")
     print(machine())
     print(
         f"{options.steps} steps, seeds 0 to {options.seeds - 1}, ngf = ndf = {options.width}, "
@@ -137,7 +147,7 @@ def main() -> None:
     print(f"| recipe | | {' | '.join(heads)} | loss_D at the end | diversity at the end |")
     print(f"|{'---|' * (4 + len(patience))}")
     for index, (name, _, kind) in enumerate(recipes):
-        runs = done[index * options.seeds :][: options.seeds]
+        runs = done[index :: len(recipes)]
         shown = [cells(runs, count) for count in patience]
         ends = [last(runs, "watch/loss_D"), last(runs, "watch/diversity")]
         print(f"| {' | '.join([name, kind, *shown, *ends])} |")
