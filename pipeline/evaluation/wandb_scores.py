@@ -119,11 +119,9 @@ class WandbScores:
 
     def _training_let_go(self) -> bool:
         """Wait until the training has ended, which then still sends its last rows; False if not."""
-        path = self._run_dir / ".lock"
-        if not path.exists():
-            return True
-        deadline = time.monotonic() + self._config.tracking.timeout
-        with closing(FileLock(path)) as lock:
+        path, deadline = self._run_dir / ".lock", time.monotonic() + self._config.tracking.timeout
+        # OSError: the lock is somebody else's file, or cannot be used; FINISHED must do.
+        with suppress(OSError), closing(FileLock(path)) as lock:
             while not lock.acquire(shared=True, wait=False):
                 if time.monotonic() > deadline:
                     say("W&B: the training still runs; its own run gets the scores next time")
