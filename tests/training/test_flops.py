@@ -32,7 +32,7 @@ SMALL = ModelConfig(image_size=32, channels=1, z_dim=8, ngf=4, ndf=4)
 def test_the_flop_of_an_image_are_those_of_the_updates(
     change: dict[str, object], d_steps: int
 ) -> None:
-    """Counted from the configuration alone = counted while the updates compute."""
+    """Counted from the configuration alone = counted by PyTorch while the updates compute."""
     model = replace(SMALL, **change)  # type: ignore[arg-type]
     config = Config(
         model=model, data=DataConfig(batch_size=BATCH), optim=OptimConfig(d_steps=d_steps)
