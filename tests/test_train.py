@@ -196,6 +196,7 @@ def test_a_scheduler_may_ask_for_another_exit_code_of_a_stopped_run(
         stopped.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == (75 if processes == 1 else 1), output
+    assert output.count("  warning: train.total_steps (1000000): ") == 1, output  # on rank 0 alone
     step = int((run_dir / "PREEMPTED").read_text())
     assert state_of(run_dir, step)
     end, whole = beyond(step, arguments, uninterrupted[processes], tmp_path)
