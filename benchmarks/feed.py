@@ -87,17 +87,25 @@ class Measured:
     """Of the memory of a GPU."""
 
 
+def tflop_of(config: Config, accelerator: Accelerator) -> float:
+    """Count the operations of a step, of an eager pair: a counter may keep another uncompiled."""
+    gan = GAN(replace(config, train=replace(config.train, compile=False)), accelerator, 1)
+    memory = from_memory(config, accelerator.device)
+    counted = operations(lambda: update(gan, *next(memory)))
+    accelerator.free_memory()
+    return counted
+
+
 def measure(config: Config, index: Index, accelerator: Accelerator, steps: int) -> Measured:
     """Measure one configuration, compiled anew if it is compiled, after graphs were captured."""
     torch.compiler.reset()
     device = accelerator.device
     on_cuda = device.type == "cuda"
+    memory, tflop = from_memory(config, device), tflop_of(config, accelerator)
     if on_cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     gan = GAN(config, accelerator, 1)
-    memory = from_memory(config, device)
-    tflop = operations(lambda: update(gan, *next(memory)))  # the first call is not yet a CUDA graph
     with closing(from_shards(config, index, device)) as shards:
         for feed in (memory, shards):
             per_step(gan, feed, 20 if on_cuda else 2)  # compile, capture graphs, fill the queues
