@@ -170,6 +170,30 @@ def test_nothing_else_travels(runs: dict[str, Any]) -> None:
         assert sum(rank["travelled"]) == STEPS * (count["D"] + count["G"] + 2)
 
 
+# -- compiled networks --------------------------------------------------------------------------
+
+
+def compiled_on_this_rank(folder: str) -> None:
+    config = with_micro_batch(MICRO_BATCHES[0])
+    train = replace(config.train, compile=True, compile_mode="reduce-overhead")
+    torch.save(trained(replace(config, train=train)), Path(folder) / f"{os.environ['RANK']}.pt")
+
+
+@pytest.mark.faults  # it takes minutes
+def test_compiled_networks_train_under_ddp(two_ranks: list[dict[int, Any]], tmp_path: Path) -> None:
+    """The networks in the wrappers are compiled: gradients are the eager ones, and travel once."""
+    on_ranks(2, compiled_on_this_rank, str(tmp_path))
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    eager = two_ranks[0][MICRO_BATCHES[0]]
+    for name in ("D", "G"):
+        for key, expected in eager["gradients"][name][0].items():
+            limits = {"rtol": 0, "atol": 1e-4 * expected.abs().max().item()}
+            torch.testing.assert_close(ranks[0]["gradients"][name][0][key], expected, **limits)
+        for key, weight in ranks[0]["weights"][name].items():
+            assert torch.equal(weight, ranks[1]["weights"][name][key])
+    assert sum(n for *_, n in ranks[0]["sent"]) == sum(n for *_, n in eager["sent"])
+
+
 # -- threads ------------------------------------------------------------------------------------
 
 SAY_THREADS = """
