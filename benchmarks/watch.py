@@ -3,7 +3,7 @@
     python benchmarks/watch.py                                     # demo.yaml's networks, an hour
     python benchmarks/watch.py --width 16 --batch 32 --steps 200   # three minutes of processor time
 
-Small trainings on Fashion-MNIST in memory: recipes that train well, and some that are made to
+Small trainings on Fashion-MNIST in memory: recipes that train well, and some that are meant to
 collapse, with several seeds. Their rows are judged by pipeline/training/collapse.py as in a real
 run, for several values of train.watch_steps. Prints Markdown.
 """
@@ -126,7 +126,7 @@ def main() -> None:
     options = parser.parse_args()
     patience = options.patience or [options.steps // 8, options.steps // 4, options.steps // 2]
     recipes = [(name, words, "") for name, words in HEALTHY.items()]
-    recipes += [(name, words, "made to collapse") for name, words in COLLAPSING.items()]
+    recipes += [(name, words, "meant to collapse") for name, words in COLLAPSING.items()]
     jobs = [(words, seed, options) for seed in range(options.seeds) for _, words, _ in recipes]
     done: list[dict[int, Row]] = []
     if options.save and options.save.is_file():

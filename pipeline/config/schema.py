@@ -214,7 +214,7 @@ class TrainConfig:
     from before it, multiply gamma of R1 and R2 by 4, or without them D's learning rate by 1/4, and
     train on; stop when that has not helped watch_healings times."""
     watch_steps: int = _may_change(500)
-    """Steps that a sign of a collapse must last, at least 1."""
+    """Steps that a sign of a collapse must last, at least 1. As many first steps do not count."""
     watch_healings: int = _may_change(3)
     """Number of times that watch=heal goes back in a run, 0 or more."""
     profile_steps: list[int] = field(default_factory=list, metadata={"may_change": True})

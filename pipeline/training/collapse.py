@@ -48,10 +48,10 @@ class Collapse:
         if step % self._train.log_every:
             return
         for sign, (limit, _) in SIGNS.items():
-            if row.get(sign, limit) < limit:
-                self._since.setdefault(sign, step)
-            else:
+            if not row.get(sign, limit) < limit:
                 self._since.pop(sign, None)
+            elif step >= self._train.watch_steps:  # a G that has just begun makes one image, too
+                self._since.setdefault(sign, step)
         action = self._train.watch
         for sign in SIGNS:
             since = self._since.get(sign, step)

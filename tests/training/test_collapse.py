@@ -44,7 +44,11 @@ def judged(collapse: Collapse, rows: dict[int, dict[str, float]]) -> list[Alarm]
 
 
 def test_a_collapse_is_said_once_and_only_after_it_has_lasted() -> None:
-    """500 steps below the limit in every row; a row above it, or one without a number, resets."""
+    """500 steps below the limit in every row; a row above it, or one without a number, resets. The
+    first 500 steps do not count.
+    """
+    first = judged(Collapse(config("warn")), dict.fromkeys(range(50, 3000, 50), WON))
+    assert first == [Alarm(1000, 500, "watch/loss_D", 9e-4, "warn")]
     nan = HEALTHY | {"watch/loss_D": float("nan")}
     rows = {step: {300: HEALTHY, 700: nan}.get(step, WON) for step in range(50, 3000, 50)}
     collapse = Collapse(config("warn"))
@@ -64,18 +68,18 @@ def test_a_row_that_only_the_end_of_a_run_brought_decides_nothing() -> None:
     longer, shorter = (Collapse(config("stop", watch_steps=480)) for _ in range(2))
     rows = dict.fromkeys(range(50, 2000, 50), WON)
     assert judged(shorter, {20: WON} | rows) == judged(longer, rows)
-    assert longer.alarm == Alarm(550, 50, "watch/loss_D", 9e-4, "stop")  # 530 - 50 = 480
+    assert longer.alarm == Alarm(1000, 500, "watch/loss_D", 9e-4, "stop")  # at 980, without a row
 
 
 def test_off_says_nothing() -> None:
     assert judged(Collapse(config("off")), dict.fromkeys(range(50, 2000, 50), WON)) == []
 
 
-@pytest.mark.parametrize("at", range(50, 1000, 150))
+@pytest.mark.parametrize("at", range(50, 1300, 200))
 @pytest.mark.parametrize("watch", ["warn", "stop", "heal"])
 def test_a_resume_at_any_row_goes_on_counting(watch: str, at: int) -> None:
     """What a checkpoint keeps of the rows, through JSON, is all that later decisions need."""
-    rows = {step: WON if step > 220 else HEALTHY for step in range(50, 1000, 50)}
+    rows = {step: WON if step > 620 else HEALTHY for step in range(50, 1300, 50)}
     whole = judged(Collapse(config(watch)), rows)
     first, second = (Collapse(config(watch)) for _ in range(2))
     before = judged(first, {step: row for step, row in rows.items() if step <= at})
@@ -90,13 +94,13 @@ def test_a_resume_at_any_row_goes_on_counting(watch: str, at: int) -> None:
 def test_other_settings_count_anew() -> None:
     """After an accepted change the sign must last as long as before."""
     collapse = Collapse(config("stop"))
-    judged(collapse, dict.fromkeys(range(50, 550, 50), WON))
-    state = {"step": 500, "watch": collapse.state()}
+    judged(collapse, dict.fromkeys(range(50, 850, 50), WON))
+    state = {"step": 800, "watch": collapse.state()}
     changed, same = Collapse(config("stop")), Collapse(config("stop"))
     changed.load(state, [], changed=True)
     same.load(state, [], changed=False)
-    rows = dict.fromkeys(range(550, 2000, 50), WON)
-    assert [next(iter(judged(one, rows))).step for one in (same, changed)] == [550, 1050]
+    rows = dict.fromkeys(range(850, 2000, 50), WON)
+    assert [next(iter(judged(one, rows))).step for one in (same, changed)] == [1000, 1350]
 
 
 # -- healing --------------------------------------------------------------------------------------
@@ -151,7 +155,7 @@ def test_gamma_is_raised_where_there_is_a_penalty() -> None:
         ),
     ]
     for one, keys in cases:
-        (alarm,) = judged(Collapse(one), dict.fromkeys(range(50, 551, 50), WON))
+        (alarm,) = judged(Collapse(one), dict.fromkeys(range(50, 1001, 50), WON))
         assert alarm.keys == keys
         assert alarm.factor == (0.25 if keys == ("optim.d_lr",) else 4.0)
 
