@@ -16,6 +16,9 @@ PIP := $(UV) pip
 TORCH ?= $(or $(shell cat $(VENV)/.torch 2>/dev/null),cuda)
 SYNC = UV=$(UV) sh docker/libraries.sh "$(TORCH)" $(VENV)
 DEV_READY := $(VENV)/.ready-dev
+# The files of the tests are shared out among as many processes as there are cores, but four at most:
+# each may start others, and a file's tests share what they have made.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 RUN_READY := $(VENV)/.ready
 
 DEMO_DATA := data/fashion-mnist-32
@@ -46,10 +49,10 @@ demo: $(RUN_READY)  ## Prepare Fashion-MNIST, train a small DCGAN on this machin
 	@echo "samples: $$(ls -t $(DEMO_RUN)/samples/*.png | head -n 1)"
 
 test: $(DEV_READY)  ## Every test that needs neither a cluster nor the network nor damage on purpose
-	$(BIN)/python -m pytest -m "not cluster and not container and not faults and not gpu"
+	$(PYTEST) -m "not cluster and not container and not faults and not gpu" --durations=20
 
 test-faults: $(DEV_READY)  ## Damaged and hostile files, full disks, kills: a sample of tests/faults, and more
-	$(BIN)/python -m pytest -m faults
+	$(PYTEST) -m faults
 
 faults-long: $(DEV_READY)  ## Every case of tests/faults, and a soak of 20 minutes; docs/reliability.md (hours)
 	$(BIN)/python tests/faults --all --write

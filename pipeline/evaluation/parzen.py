@@ -69,6 +69,7 @@ class ParzenProtocol:
     seeds: tuple[int, ...] = ()
 
     columns = ("parzen", "parzen_se", "parzen_sigma")  # in nats, nats, and pixels in [0, 1]
+    metrics = ()  # none of ``eval.metrics``
     higher_is_better = True
 
     @property

@@ -16,14 +16,16 @@ from conftest import pixels_of
 from launching import REPO, TIMEOUT, environment
 from PIL import Image
 
+from pipeline.config import loading
 from pipeline.config.loading import load
 from pipeline.runtime.errors import ConfigError
 
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder outside the checkout."""
+    """An empty current folder outside the checkout, in a process that has said nothing yet."""
     monkeypatch.chdir(tmp_path)
+    loading._say_once.cache_clear()
     return tmp_path
 
 
