@@ -113,7 +113,7 @@ def main() -> None:
         print(f"| undisturbed | {seconds:.0f} | {options.images / seconds:,.0f} | {peak:.2f} |")
         print(
             f"| killed {options.kills} times, then to the end | {spent + last:.0f} | "
-            f"| {max(rest, rest_peak):.2f} |"
+            f"{options.images / (spent + last):,.0f} | {max(rest, rest_peak):.2f} |"
         )
         print(
             f"\n{size:.1f} GiB of shards; the bytes of both runs are "

@@ -382,6 +382,7 @@ def test_a_marker_sealed_anew_leads_nowhere_else(labelled, unfinished, tmp_path)
             {"skipped": [3]},
             {"done": {"turned": "x"}},
             {"done": 3},
+            {"source_files": {"a": "1"}},
             {"part": "other"},
             {"settings": "other"},
         ),
