@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.labels import KEYS, Label, numbered, parse
+from pipeline.data.labels import Label, numbered, parse
 from pipeline.data.pictures import DecodeError, Pixels
-from pipeline.data.source import Choice, Source, Stored, version_of
+from pipeline.data.source import Choice, Source, Stored, label_column, version_of
 from pipeline.data.source_files import read_span
 from pipeline.runtime.console import printable
 from pipeline.runtime.documents import DamagedFile, open_regular, parse_json, read_bytes
@@ -80,7 +80,7 @@ def mds_folder(folder: Path, choice: Choice) -> Source | None:
             f"SOURCE ({folder}): {INDEX} is none of version 2 of MDS, or is damaged. {AGAIN}"
         ) from None
     image = _image_column(columns, choice, folder)
-    label = _label_column(columns, choice, folder)
+    label = label_column(columns.names, choice, folder)
     shards = [(folder / name, _offsets(folder / name, count)) for name, count in files]
     digest = hashlib.sha256(repr((columns, image, label)).encode())
     names, labels, bad = list[str](), list[Label](), 0
@@ -88,8 +88,9 @@ def mds_folder(folder: Path, choice: Choice) -> Source | None:
         digest.update(f"{path.name}\0{version_of(path)}\0{len(offsets)}\0".encode())
         names += [f"{path.name}[{row}]" for row in range(len(offsets) - 1)]
         if label is not None:
-            found, unused = _labels(path, offsets, columns, label)
-            labels, bad = labels + found, bad + unused
+            found, unused = _labels(path, offsets, columns, columns.names.index(label))
+            labels += found
+            bad += unused
     if not names:
         raise DataError(f"SOURCE ({folder}): its {len(shards)} MDS shards hold no samples.")
     numbers, classes, unused = numbered(labels or [None] * len(names))
@@ -189,16 +190,6 @@ def _image_column(columns: Columns, choice: Choice, folder: Path) -> int:
         f"{asked}: must be one column of images (jpeg, png, pil, ndarray or bytes) in {folder}: "
         f"give --image-field NAME. Its columns are {printable(shown)[:500]}."
     )
-
-
-def _label_column(columns: Columns, choice: Choice, folder: Path) -> int | None:
-    if choice.label_field and choice.label_field not in columns.names:
-        raise DataError(
-            f"--label-field ({choice.label_field}): {folder} has no such column; it has "
-            f"{printable(', '.join(columns.names))[:500]}."
-        )
-    wanted = [choice.label_field] if choice.label_field else KEYS
-    return next((columns.names.index(name) for name in wanted if name in columns.names), None)
 
 
 def _labels(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.labels import KEYS
 from pipeline.data.pictures import Pixels
 from pipeline.runtime.console import printable
 from pipeline.runtime.errors import DataError
@@ -65,6 +66,29 @@ class Choice:
     download: bool = True
     image_field: str | None = None
     label_field: str | None = None
+
+
+def label_column(
+    names: Sequence[str], choice: Choice, location: Path, usual: Sequence[str] = KEYS
+) -> str | None:
+    """Return the column with the labels: the one that the user chose, else the first usual name.
+
+    Args:
+        names: of all columns.
+        choice: of the user.
+        location: for the message.
+        usual: names to look for.
+
+    Raises:
+        DataError: there is no column of the name that the user chose.
+    """
+    if choice.label_field and choice.label_field not in names:
+        raise DataError(
+            f"--label-field ({choice.label_field}): {location} has no such column; it has "
+            f"{printable(', '.join(names))[:500]}."
+        )
+    wanted = [choice.label_field] if choice.label_field else usual
+    return next((name for name in wanted if name in names), None)
 
 
 def gone(source: Source, row: int, why: str | OSError) -> DataError:

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.data.labels import KEYS, NO_LABEL, Label, numbered, parse
 from pipeline.data.pictures import DecodeError, reason
-from pipeline.data.source import Choice, Source, Stored, package, version_of
+from pipeline.data.source import Choice, Source, Stored, label_column, package, version_of
 from pipeline.runtime.console import printable
 from pipeline.runtime.errors import DataError
 
@@ -40,20 +40,20 @@ def parquet_files(location: Path, paths: Sequence[Path], choice: Choice) -> Sour
     first: list[int] = [0]
     names, labels, said = list[str](), list[Label](), list[str]()
     digest, classes, bad = hashlib.sha256(), tuple[str, ...](), 0
-    column, label_column = "", None
+    column, labels_in = "", None
     for path in paths:
         try:
             with parquet.ParquetFile(path) as file:
                 schema = file.schema_arrow
                 column = _image_column(arrow, schema, choice, path)
-                label_column = _label_column(schema, choice, path)
-                classes = classes or _class_names(schema, label_column)
+                labels_in = label_column(schema.names, choice, path, LABEL_COLUMNS)
+                classes = classes or _class_names(schema, labels_in)
                 for group in range(file.num_row_groups):
                     rows = file.metadata.row_group(group).num_rows
                     groups.append((path, group))
                     first.append(first[-1] + rows)
-                if label_column:
-                    for value in file.read(columns=[label_column])[label_column].to_pylist():
+                if labels_in:
+                    for value in file.read(columns=[labels_in])[labels_in].to_pylist():
                         try:
                             labels.append(None if value is None else parse(value))
                         except (ValueError, TypeError):
@@ -67,9 +67,9 @@ def parquet_files(location: Path, paths: Sequence[Path], choice: Choice) -> Sour
             raise DataError(f"{path}: cannot be read: {reason(error)}. Get it again.") from None
     if not names:
         raise DataError(f"SOURCE ({location}): its {len(paths)} Parquet files hold no rows.")
-    digest.update(f"{column}\0{label_column}".encode())
+    digest.update(f"{column}\0{labels_in}".encode())
     numbers = np.full(len(names), NO_LABEL, np.int32)
-    if label_column:
+    if labels_in:
         numbers, found, unused = numbered(labels)
         classes, bad = found or classes, bad + unused
         if bad:
@@ -128,16 +128,6 @@ def _image_column(arrow: Any, schema: Any, choice: Choice, path: Path) -> str:
         f"{asked} {path}: give --image-field NAME, a column of stored images (binary, or a struct "
         f"with the field bytes). Its columns are {columns[:500]}."
     )
-
-
-def _label_column(schema: Any, choice: Choice, path: Path) -> str | None:
-    if choice.label_field and choice.label_field not in schema.names:
-        raise DataError(
-            f"--label-field ({choice.label_field}): {path} has no such column; it has "
-            f"{printable(', '.join(schema.names))[:500]}."
-        )
-    names = [choice.label_field] if choice.label_field else LABEL_COLUMNS
-    return next((name for name in names if name in schema.names), None)
 
 
 def _class_names(schema: Any, column: str | None) -> tuple[str, ...]:
