@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.codecs import IMAGE_FIELDS
+from pipeline.data.staleness import is_record
 from pipeline.runtime.documents import DIGEST, DamagedFile, parse_json, unseal
 from pipeline.runtime.text import printable
 
@@ -82,12 +83,7 @@ def _are_texts(value: object) -> bool:
 
 
 def _are_records(value: object) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(one, dict)
-        and set(one) in (set(), {"times", "contents"})
-        and _are_texts([*one.values()])
-        for one in value
-    )
+    return isinstance(value, list) and all(map(is_record, value))
 
 
 USED = {

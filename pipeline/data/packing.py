@@ -208,9 +208,8 @@ def _packed(document: dict[str, Any]) -> Packed:
         raise ValueError("an image lies outside of its shard")
     skipped = [(str(name), str(why)) for name, why in document["skipped"]]
     done = Counter({str(what): int(count) for what, count in document["done"].items()})
-    files = {str(key): str(value) for key, value in document.get("source_files", {}).items()}
-    if files and files.keys() != {staleness.TIMES, staleness.CONTENTS}:
-        raise ValueError(f"source_files has {', '.join(files)}")
+    if not staleness.is_record(files := document.get("source_files", {})):
+        raise ValueError("source_files is no record of files")
     return Packed(shard, table, str(document["field"]), skipped, done, files)
 
 

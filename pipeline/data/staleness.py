@@ -45,6 +45,15 @@ class Record:
         )
 
 
+def is_record(value: object) -> bool:
+    """Return whether a value, which may come from anywhere, is what ``Record.describe`` returns."""
+    return (
+        isinstance(value, dict)
+        and set(value) in (set(), {TIMES, CONTENTS})
+        and all(isinstance(digest, str) for digest in value.values())
+    )
+
+
 def is_stale(source: Source, rows: Sequence[int], found: Mapping[str, str]) -> bool:
     """Return whether files of some rows are others than a record says; {} says nothing."""
     if not found or found[TIMES] == _times(source, rows):

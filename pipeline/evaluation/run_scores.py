@@ -24,8 +24,9 @@ from pipeline.evaluation.candidates import Candidate
 from pipeline.evaluation.d_gap import GAP, MARGIN, d_gap, open_discriminator
 from pipeline.evaluation.protocol import Protocol
 from pipeline.evaluation.scorer import Scorer
-from pipeline.evaluation.wandb_scores import FINISHED, WandbScores, grid_path, nearest_path
+from pipeline.evaluation.wandb_scores import WandbScores, grid_path, nearest_path
 from pipeline.models.sampling import generator_id, sample_grid
+from pipeline.runs.alarms import COLLAPSED, FINISHED
 from pipeline.runs.results import Key, Ledger, Row, key_of
 from pipeline.runs.step_folders import SNAPSHOTS, committed, step_of
 from pipeline.runs.tensorboard_log import TensorBoardLog
@@ -102,7 +103,7 @@ class RunScores:
 
     def training_has_ended(self) -> bool:
         """Return whether the training reached its last step, or ``train.watch`` ended it."""
-        ends = [self.run_dir / name for name in (FINISHED, "COLLAPSED")]
+        ends = [self.run_dir / name for name in (FINISHED, COLLAPSED)]
         return on_rank_zero(self.scorer.accelerator, lambda: any(end.is_file() for end in ends))
 
     def rows(self, protocol: str) -> list[Row]:

@@ -17,15 +17,13 @@ from typing import Any
 from pipeline.config.schema import Config
 from pipeline.evaluation.protocol import Protocol
 from pipeline.runs import checkpoint, identity
+from pipeline.runs.alarms import FINISHED
 from pipeline.runs.results import TRAINING, Key, Ledger, Row, best, key_of
 from pipeline.runs.wandb_log import STEP_KEY, Picture, WandbLog, wandb_mode
 from pipeline.runs.wandb_names import SCORES
 from pipeline.runtime.console import say
 from pipeline.runtime.documents import DamagedFile, parse_rows, read_bytes
 from pipeline.runtime.locks import FileLock
-
-FINISHED = "FINISHED"
-"""File of a run folder whose training has reached its last step."""
 
 
 def grid_path(run_dir: Path, step: int) -> Path:

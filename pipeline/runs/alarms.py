@@ -21,7 +21,7 @@ from pipeline.runtime.console import say
 from pipeline.runtime.documents import DamagedFile, read_document, write_document
 
 FILE = "watch.json"
-ENDS = ("FINISHED", "PREEMPTED", "COLLAPSED")
+FINISHED, PREEMPTED, COLLAPSED = ENDS = ("FINISHED", "PREEMPTED", "COLLAPSED")
 """Markers of how a run ended: at its last step, on a stop signal, or by ``train.watch``."""
 SIGNS = {
     "watch/loss_D": (1e-3, "D has won, and G hardly learns"),

@@ -21,7 +21,7 @@ from pipeline.config.recipe import ACCEPTABLE
 from pipeline.config.schema import Config, flatten
 from pipeline.models.noise import BY_BATCH, BY_ROW
 from pipeline.runs import checkpoint, tensorboard_log, wandb_names
-from pipeline.runs.alarms import ENDS
+from pipeline.runs.alarms import COLLAPSED, ENDS, PREEMPTED
 from pipeline.runs.identity import (
     damage_of,
     identify,
@@ -118,8 +118,8 @@ class RunFolder:
             self.identity.write()
             once = replace(config, run=replace(config.run, accept_changes=False))
             write_atomic(self.path / "config.yaml", sign(dump(once)).encode())
-            self.unmark("PREEMPTED")
-            self.unmark("COLLAPSED")
+            self.unmark(PREEMPTED)
+            self.unmark(COLLAPSED)
         except OSError as error:
             inside = Path(str(error.filename or self.path))
             reason = error.strerror if inside == self.path else f"{inside.name}: {error.strerror}"

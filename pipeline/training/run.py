@@ -23,6 +23,7 @@ from pipeline.data.order import Order
 from pipeline.data.shards import Index
 from pipeline.models.sampling import generator_id, make_sampler, sample_grid
 from pipeline.runs import alarms, announce, checkpoint, snapshot
+from pipeline.runs.alarms import COLLAPSED, FINISHED, PREEMPTED
 from pipeline.runs.healing import finish_healing
 from pipeline.runs.metrics_log import MetricsLog, NullMetricsLog
 from pipeline.runs.results import supersede_after
@@ -169,7 +170,7 @@ class Run:
         """
         self._started_at = step
         if self.folder is not None and step < self.config.train.total_steps:
-            self.folder.unmark("FINISHED")
+            self.folder.unmark(FINISHED)
             supersede_after(self.dir, step)
             alarms.rewind_alarms(self.dir, step)
         self.tracker = (
@@ -302,12 +303,12 @@ class Run:
             return False
         self._agreement.close()
         finished = step >= self.config.train.total_steps and self.collapse.alarm is None
-        end = "COLLAPSED" if self.collapse.stopped else "FINISHED" if finished else "PREEMPTED"
+        end = COLLAPSED if self.collapse.stopped else FINISHED if finished else PREEMPTED
         if self.folder is not None:
             self.folder.mark_end(end, str(step))
             if finished and step == self._saved_step > self._started_at:
                 announce.say_end(self.config, step)
-            if end == "PREEMPTED":
+            if end == PREEMPTED:
                 announce.say_stopped(step)
         return finished
 
