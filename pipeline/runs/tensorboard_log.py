@@ -7,12 +7,7 @@ As with W&B (``wandb_log``), training never waits for it and no fault of it ends
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import queue
-import threading
-import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config.schema import Config
+from pipeline.runs.row_queue import Row, RowQueue
 from pipeline.runs.wandb_log import COMPLETE_FILES, QUEUE_ROWS, STEP_KEY, Picture
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import ConfigError
@@ -51,41 +47,25 @@ class TensorBoardLog:
     def __init__(self, config: Config, job_type: str = "train", start_step: int = 0) -> None:
         self._folder = Path(config.run.dir).expanduser() / FOLDER / job_type
         self._first = (start_step and start_step + 1) if job_type == "train" else None
-        self._timeout, self._dropped = config.tracking.timeout, 0
-        self._queue: queue.Queue[Mapping[str, Any] | None] = queue.Queue(QUEUE_ROWS)
-        self._thread: threading.Thread | None = None
+        self._timeout, self._rows = config.tracking.timeout, RowQueue(QUEUE_ROWS)
         if config.tracking.tensorboard:
-            self._thread = threading.Thread(target=self._work, name="tensorboard", daemon=True)
-            self._thread.start()
+            self._rows.start(self._work, "tensorboard")
 
-    def log(self, row: Mapping[str, Any]) -> None:
+    def log(self, row: Row) -> None:
         """Queue a row, which holds ``train/step``. Drops it if the queue is full; never waits."""
-        if self._thread is None:
-            return
-        try:
-            self._queue.put_nowait(row)
-        except queue.Full:
-            self._dropped += 1
+        self._rows.put(row)
 
     def close(self) -> None:
         """Wait up to ``tracking.timeout`` seconds until all rows are written."""
-        if self._thread is None:
-            return
-        deadline = time.monotonic() + self._timeout
-        if self._thread.is_alive():  # it has ended if it failed
-            with contextlib.suppress(queue.Full):
-                self._queue.put(None, timeout=self._timeout)
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-        if self._thread.is_alive() or self._dropped:
+        if self._rows.is_open and (not self._rows.close(self._timeout) or self._rows.dropped):
             say(f"TensorBoard was too slow: the last rows or some are missing.{COMPLETE_FILES}")
-        self._thread = None
 
     def _work(self) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter  # takes a second
 
             writer = SummaryWriter(str(self._folder), purge_step=self._first)
-            while (row := self._queue.get()) is not None:
+            while (row := self._rows.take()) is not None:
                 self._write(writer, row)
             writer.close()
         except Exception as error:  # of any kind: none of them may end a run
@@ -93,7 +73,7 @@ class TensorBoardLog:
             say(f"TensorBoard failed, going on without it.{COMPLETE_FILES} [{reason}]")
 
     @staticmethod
-    def _write(writer: Any, row: Mapping[str, Any]) -> None:
+    def _write(writer: Any, row: Row) -> None:
         step = row[STEP_KEY]
         for key, value in row.items():
             if isinstance(value, Picture):

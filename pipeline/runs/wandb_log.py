@@ -11,10 +11,8 @@ import contextlib
 import dataclasses
 import netrc
 import os
-import queue
 import signal
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -24,6 +22,7 @@ from urllib.parse import urlsplit
 
 from pipeline.config.schema import Config
 from pipeline.runs import wandb_names
+from pipeline.runs.row_queue import Row, RowQueue
 from pipeline.runtime.console import say
 from pipeline.runtime.text import masked, masked_tree
 
@@ -84,47 +83,35 @@ class WandbLog:
         """
         self._config, self._timeout = config, config.tracking.timeout
         self._identity = (run_id, job_type, dict(extra or {}))
-        self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(QUEUE_ROWS)
-        self._recent: deque[tuple[float, dict[str, Any]]] = deque()
-        self._ended, self._failed, self._abandoned, self._dropped = False, False, False, 0
+        self._rows = RowQueue(QUEUE_ROWS)
+        self._recent: deque[tuple[float, Row]] = deque()
+        self._ended, self._failed, self._abandoned = False, False, False
         self._folder = ""
-        self._thread: threading.Thread | None = None
         self._mode = wandb_mode(config)
         if self._mode != "disabled":
             wandb_names.require_names()
             own = wandb_names.of_run(config, run_id, job_type)
             wandb_names.own_environment(own["id"], job_type)
-            self._thread = threading.Thread(target=self._work, name="wandb-rows", daemon=True)
-            self._thread.start()
+            self._rows.start(self._work, "wandb-rows")
 
-    def log(self, row: dict[str, Any]) -> None:
+    def log(self, row: Row) -> None:
         """Queue a row, which holds ``train/step``. Drops it if the queue is full; never waits."""
-        if self._thread is None:
-            return
-        try:
-            self._queue.put_nowait(row)
-        except queue.Full:
-            self._dropped += 1
+        self._rows.put(row)
 
     def close(self, failed: bool = False) -> None:
         """Wait up to ``tracking.timeout`` seconds until the queue is empty, then end the thread."""
-        if self._thread is None:
+        if not self._rows.is_open:
             return
         self._failed = failed
-        deadline = time.monotonic() + self._timeout
-        if self._thread.is_alive():  # it has ended if online and offline failed
-            with contextlib.suppress(queue.Full):
-                self._queue.put(None, timeout=self._timeout)
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-        if self._thread.is_alive():
-            self._abandoned = True
-            _kill_core()  # otherwise wandb's exit hook waits for it without a limit
-            self._thread.join(2.0)
+        if not self._rows.close(self._timeout, self._abandon):
             hint = f" Rows recorded so far: {_upload_hint(self._folder)}" if self._folder else ""
             say(f"W&B did not take the last rows within {self._timeout:g} s.{COMPLETE_FILES}{hint}")
-        if self._dropped:
-            say(f"W&B was too slow: {self._dropped} rows were not sent to it.{COMPLETE_FILES}")
-        self._thread = None
+        if dropped := self._rows.dropped:
+            say(f"W&B was too slow: {dropped} rows were not sent to it.{COMPLETE_FILES}")
+
+    def _abandon(self) -> None:
+        self._abandoned = True
+        _kill_core()  # otherwise wandb's exit hook waits for it without a limit
 
     def _work(self) -> None:
         """Run one session and, if it fails, a second one offline."""
@@ -152,7 +139,7 @@ class WandbLog:
         for _, row in self._recent:  # a killed wandb-core may not have written these
             _send(run, row)
         while not self._ended:
-            row_or_end = self._queue.get()
+            row_or_end = self._rows.take()
             if row_or_end is None:
                 self._ended = True
                 break
@@ -164,7 +151,7 @@ class WandbLog:
         run.finish(exit_code=int(self._failed))
 
 
-def _send(run: Any, row: Mapping[str, Any]) -> None:
+def _send(run: Any, row: Row) -> None:
     """Log a row, each ``Picture`` as a ``wandb.Image``; send each ``Alert`` instead."""
     import wandb
 
