@@ -34,7 +34,7 @@ from pipeline.data.background import (
     signals_left_to_the_parent,
 )
 from pipeline.data.cache import Cache, check_shards, hashed_later
-from pipeline.data.order import COMPUTED, Order
+from pipeline.data.order import Order
 from pipeline.data.reader import Reader
 from pipeline.data.remote import Patience, raise_on_stop
 from pipeline.data.shards import Index, read_index
@@ -129,9 +129,9 @@ def checked_index(config: Config, stop: Callable[[], bool] = raise_on_stop) -> I
 
 def make_order(config: Config, index: Index, algorithm: str | None = None) -> Order:
     """Return the data order of a run over an index; ``algorithm`` is that of a resumed run."""
-    data, kind = config.data, algorithm or COMPUTED
+    data = config.data
     cuts = {"block": data.block, "window": data.window, "lanes": data.lanes}
-    return Order(index.sizes, config.run.seed, **cuts, algorithm=kind)
+    return Order(index.sizes, config.run.seed, **cuts, algorithm=algorithm)
 
 
 class Loader:
@@ -260,9 +260,9 @@ class Loader:
 
     def ids_of(self, k: int) -> NDArray[np.int64]:
         """Return the sample ids (n,) of this rank's rows of global batch k."""
-        _, ids = self.order.batch(k, self.config.data.batch_size)
-        rows = self.config.data.batch_size // self.world_size
-        return ids[self.rank * rows : (self.rank + 1) * rows]
+        batch = self.config.data.batch_size
+        rows = batch // self.world_size
+        return self.order.rows(k, batch, self.rank * rows, (self.rank + 1) * rows)[1]
 
 
 class _Ring(NamedTuple):

@@ -6,9 +6,10 @@ A run reads an endless sequence of positions. Position p lies in epoch ``p // N`
 resumes the order in O(1) on any number of ranks and workers.
 
 The algorithms are frozen by test vectors: if a single id changes, the name must change. "lwb1"
-(lanes, windows, blocks) sorts random words, raw Philox bits, which numpy guarantees (NEP 19).
-"lwb2" is a uniform order (block = 1) of ``bijection.SMALLEST`` samples or more: the permutation of
-the whole set is computed place by place, without a table. All else about it is as in lwb1.
+(lanes, windows, blocks) makes tables, of all blocks and of each window. Orders of
+``bijection.SMALLEST`` samples or more compute single places. "lwb2" does so for the samples of a
+uniform order (block = 1), and windows are as in lwb1. "lwb3" does so for blocks and windows, too;
+its blocks are those of ``Blocks``.
 """
 
 from __future__ import annotations
@@ -16,27 +17,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
-from hashlib import blake2b
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.data import bijection
+from pipeline.data.bijection import Ids, permutation
+from pipeline.data.blocks import Blocks
 
-SORTED, COMPUTED = "lwb1", "lwb2"
-Ids = NDArray[np.int64]
+SORTED, COMPUTED, BY_ROW = "lwb1", "lwb2", "lwb3"
 Cache = OrderedDict[tuple[int, ...], tuple[Ids, ...]]
-
-
-def permutation(n: int, key: str) -> Ids:
-    """Return a uniform permutation of ``range(n)``, which depends only on ``key``: int64 (n,)."""
-    words = np.frombuffer(blake2b(key.encode(), digest_size=16).digest(), "<u8")
-    raw = np.random.Philox(key=words).random_raw(n)
-    # The index in the low bits makes every word distinct, so the sort needs no tie rule.
-    low = np.uint64(max(1, (n - 1).bit_length()) if n else 1)
-    tagged = (raw >> low << low) | np.arange(n, dtype=np.uint64)
-    tagged.sort()
-    return (tagged & ((np.uint64(1) << low) - np.uint64(1))).astype(np.int64)
 
 
 def _one_permutation(n: int, key: str) -> tuple[Ids]:
@@ -56,8 +45,9 @@ class Order:
         lanes: number of near-equal parts that an epoch is cut into before positions are dealt to
             them in turn. Batches are sorted by lane, so a node reads whole shards if the job never
             uses more nodes than lanes (MosaicML: ``num_canonical_nodes``).
-        algorithm: of the run that is resumed: ``lwb1`` keeps a uniform order of many samples as
-            versions before lwb2 had it. By default the order is lwb2 where that exists.
+        algorithm: of the run that is resumed, which goes on with it. By default, and where such
+            settings never had it, the newest: lwb2 for uniform orders, lwb3 for others, and lwb1
+            for either of fewer samples.
 
     Raises:
         ValueError: there are no samples, or a setting is out of range.
@@ -71,7 +61,7 @@ class Order:
         block: int = 1,
         window: int = 0,
         lanes: int = 1,
-        algorithm: str = COMPUTED,
+        algorithm: str | None = None,
     ) -> None:
         self.sizes = np.asarray(sizes, dtype=np.int64)
         self.num_samples = int(self.sizes.sum())
@@ -80,10 +70,14 @@ class Order:
         if block < 1 or window < 0 or lanes < 1:
             raise ValueError(f"block ({block}), lanes ({lanes}) >= 1 and window ({window}) >= 0")
         self.seed, self.block, self.window, self.lanes = seed, block, window, lanes
-        if block > 1:  # else a block is one sample and needs no table
+        names = [SORTED]
+        if self.num_samples >= bijection.SMALLEST:
+            names += [COMPUTED] * (block == 1) + [BY_ROW] * (block > 1 or window > 0)
+        self.algorithm = algorithm if algorithm in names else names[-1]
+        if self.algorithm == BY_ROW:
+            self._blocks = Blocks(self.sizes, block)
+        elif block > 1:  # else a block is one sample and needs no table
             self._block_starts, self._block_sizes = _cut(self.sizes, block)
-        has_both = block == 1 and self.num_samples >= bijection.SMALLEST
-        self.algorithm = COMPUTED if has_both and algorithm == COMPUTED else SORTED
         self._layouts: Cache = OrderedDict()
         self._windows: Cache = OrderedDict()
 
@@ -108,22 +102,50 @@ class Order:
 
     def batch(self, k: int, batch_size: int) -> tuple[Ids, Ids]:
         """Return (positions, ids) of global batch k, int64 (batch_size,) each, sorted by lane."""
-        positions = np.arange(k * batch_size, (k + 1) * batch_size, dtype=np.int64)
+        return self.rows(k, batch_size, 0, batch_size)
+
+    def rows(self, k: int, batch_size: int, first: int, stop: int) -> tuple[Ids, Ids]:
+        """Return (positions, ids) of rows [first, stop) of global batch k, int64 each.
+
+        The other rows of the batch are not computed.
+        """
+        rows = np.arange(first, stop, dtype=np.int64)
+        positions = k * batch_size + rows
         if self.lanes > 1:
-            lane = positions % self.num_samples % self.lanes
-            positions = positions[np.argsort(lane, kind="stable")]
+            positions = self._sorted_by_lane(k * batch_size, batch_size, rows)
         return positions, self.ids(positions)
+
+    def _sorted_by_lane(self, start: int, size: int, rows: Ids) -> Ids:
+        """Return what the positions [start, start + size), sorted by lane, have at some rows."""
+        n, lanes = self.num_samples, min(self.lanes, self.num_samples)
+        # Parts of the batch in one epoch, and how many of their places each lane has.
+        epochs = np.arange(start // n, (start + size - 1) // n + 1)
+        low = np.maximum(start - epochs * n, 0)
+        high = np.minimum(start + size - epochs * n, n)
+        lane = np.arange(lanes)[:, None]
+        before = ((low - lane + lanes - 1) // lanes).ravel()  # places of the lane in front of low
+        counts = ((high - lane + lanes - 1) // lanes).ravel() - before
+        ends = np.cumsum(counts)
+        cell = np.searchsorted(ends, rows, side="right")
+        nth = rows - (ends - counts - before)[cell]
+        lane_of, part = np.divmod(cell, len(epochs))
+        out: Ids = epochs[part] * n + nth * lanes + lane_of
+        return out
 
     def _ids_in_epoch(self, epoch: int, places: Ids) -> Ids:
         rows, lanes = np.divmod(places, self.lanes)
         quotient, rest = divmod(self.num_samples, self.lanes)
         sizes = quotient + (lanes < rest)
-        if self.window:
+        if self.window and self.algorithm == BY_ROW:
+            rows = self._compute_windows(epoch, lanes, rows, sizes)
+        elif self.window:
             rows = self._shuffle_windows(epoch, lanes, rows, sizes)
         place = lanes * quotient + np.minimum(lanes, rest) + rows
-        if self.algorithm == COMPUTED:
+        if self.block == 1 and self.algorithm != SORTED:
             return bijection.shuffled(place, self.num_samples, self._key(epoch))
-        permuted, ends = self._blocks(epoch)
+        if self.algorithm == BY_ROW:
+            return self._blocks.ids(place, self._layout(epoch), self._key(epoch))
+        permuted, ends = self._layout(epoch)
         if self.block == 1:
             out: Ids = permuted[place]
             return out
@@ -131,6 +153,17 @@ class Order:
         block = permuted[at]
         within: Ids = place - (ends[at] - self._block_sizes[block])
         return self._block_starts[block] + within
+
+    def _compute_windows(self, epoch: int, lanes: Ids, rows: Ids, sizes: Ids) -> Ids:
+        windows, within = np.divmod(rows, self.window)
+        starts = rows - within
+        lengths = np.minimum(self.window, sizes - starts)
+        numbers = lanes * (self.num_samples // self.window + 1) + windows
+        words = bijection.words_of(f"{self.algorithm}|{self.seed}|{epoch}|windows", numbers)
+        for length in np.unique(lengths).tolist():  # of a window, and of the last ones of a lane
+            chosen = np.flatnonzero(lengths == length)
+            within[chosen] = bijection.shuffled_each(within[chosen], length, words[chosen])
+        return starts + within
 
     def _shuffle_windows(self, epoch: int, lanes: Ids, rows: Ids, sizes: Ids) -> Ids:
         out = np.empty_like(rows)
@@ -155,9 +188,11 @@ class Order:
     def _key(self, epoch: int) -> str:
         return f"{self.algorithm}|{self.seed}|{epoch}|blocks"
 
-    def _blocks(self, epoch: int) -> tuple[Ids, ...]:
+    def _layout(self, epoch: int) -> tuple[Ids, ...]:
         def build() -> tuple[Ids, ...]:
             key = self._key(epoch)
+            if self.algorithm == BY_ROW:
+                return self._blocks.tables(key)
             if self.block == 1:
                 permuted = permutation(self.num_samples, key)
                 return permuted, permuted

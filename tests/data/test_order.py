@@ -1,4 +1,7 @@
-"""The data orders "lwb1" and "lwb2": frozen, exact, random-access, independent of ranks."""
+"""The data orders "lwb1" and "lwb2": frozen, exact, random-access, independent of ranks.
+
+``test_order_rows.py`` has "lwb3" and the rows of a rank.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from launching import STATE
 
-from pipeline.config.schema import Config, RunConfig
+from pipeline.config.schema import Config, DataConfig, RunConfig
 from pipeline.data import bijection
 from pipeline.data import order as order_module
 from pipeline.data.loader import make_order
@@ -383,7 +386,7 @@ MANY_VECTORS = [
 @pytest.mark.parametrize(("arrangement", "head", "seam", "digest"), MANY_VECTORS)
 def test_lwb2_is_frozen(arrangement, head, seam, digest):
     """Not one id may change under this name; each of two epochs holds every sample once."""
-    order = Order(MANY, 7, **arrangement)
+    order = Order(MANY, 7, **arrangement, algorithm="lwb2")
     ids = order.ids(np.arange(2 * M))
     assert ids[:8].tolist() == head
     assert ids[M - 2 : M + 3].tolist() == seam
@@ -426,10 +429,11 @@ def test_the_bijection_holds_each_number_once(n):
     assert np.array_equal(np.sort(found), np.arange(n))
 
 
-def test_fewer_samples_and_blocks_keep_lwb1():
-    """One sample fewer than SMALLEST, or a block: sorted, with the ids of lwb1."""
+def test_fewer_samples_keep_lwb1():
+    """One sample fewer than SMALLEST: sorted, with the ids of lwb1."""
     small = Order([bijection.SMALLEST - 1], 7)
-    assert small.algorithm == Order(MANY, 7, block=2).algorithm == SORTED
+    assert small.algorithm == SORTED
+    assert Order([bijection.SMALLEST - 1], 7, block=2, window=9).algorithm == SORTED
     assert Order([bijection.SMALLEST], 7).algorithm == COMPUTED
     places = np.arange(100)
     expected = permutation(bijection.SMALLEST - 1, "lwb1|7|0|blocks")[:100]
@@ -475,22 +479,30 @@ def test_single_places_are_uniform_over_keys():
     assert 3 <= fixed <= 50  # a random permutation has one fixed place on average: 20 here
 
 
-def test_a_run_of_lwb1_goes_on_with_it_and_a_new_one_takes_lwb2(tmp_path):
+def test_a_run_goes_on_with_its_algorithm_and_a_new_one_takes_the_newest(tmp_path):
     """The newest checkpoint says which; a name that this version lacks is refused later, by name,
-    because the order does not take it.
+    because the order does not take it. A fork may have settings that its origin's never had.
     """
     index = SimpleNamespace(sizes=MANY)
-    folder = tmp_path / "run"
-    config = load_config(folder)
-    assert saved_order(config) is None
-    assert make_order(config, index).algorithm == "lwb2"
-    for step, name, kept in ((1, "lwb1", "lwb1"), (2, "lwb2", "lwb2"), (3, "lwb9", "lwb1")):
-        state = STATE | {"stream": {"algorithm": name}}
-        checkpoint.save(folder, step, {"G": torch.nn.Linear(1, 1)}, {}, state)
-        assert saved_order(config) == name
-        assert make_order(config, index, saved_order(config)).algorithm == kept
-        fork = load_config(tmp_path / "fork", fork=folder)
-        assert make_order(fork, index, saved_order(fork)).algorithm == kept
+    for cuts, names in (
+        ({}, ["lwb1", "lwb2"]),
+        ({"window": 9}, ["lwb1", "lwb2", "lwb3"]),
+        ({"block": 100, "window": 900, "lanes": 2}, ["lwb1", "lwb3"]),
+    ):
+        folder = tmp_path / f"run {cuts}"
+        config = load_config(folder, **cuts)
+        assert saved_order(config) is None
+        assert make_order(config, index).algorithm == names[-1]
+        for step, name in enumerate([*names, "lwb9"], 1):
+            state = STATE | {"stream": {"algorithm": name}}
+            checkpoint.save(folder, step, {"G": torch.nn.Linear(1, 1)}, {}, state)
+            assert saved_order(config) == name
+            kept = name if name in names else names[-1]
+            assert make_order(config, index, saved_order(config)).algorithm == kept
+            fork = load_config(tmp_path / "fork", fork=folder, **cuts)
+            assert make_order(fork, index, saved_order(fork)).algorithm == kept
+        other = load_config(tmp_path / "fork", fork=folder, block=3)
+        assert make_order(other, index, "lwb2").algorithm == "lwb3"
 
 
 def test_a_run_goes_on_with_the_rule_of_its_z(tmp_path):
@@ -510,5 +522,5 @@ def test_a_run_goes_on_with_the_rule_of_its_z(tmp_path):
         saved_noise(config)
 
 
-def load_config(folder, fork=""):
-    return Config(run=RunConfig(dir=str(folder), fork=str(fork)))
+def load_config(folder, fork="", **cuts):
+    return Config(run=RunConfig(dir=str(folder), fork=str(fork)), data=DataConfig(**cuts))
