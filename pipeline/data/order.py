@@ -21,7 +21,8 @@ from functools import partial
 import numpy as np
 
 from pipeline.data import bijection
-from pipeline.data.bijection import Ids, permutation
+from pipeline.data.bijection import Ids
+from pipeline.data.bijection import permutation as permutation
 from pipeline.data.blocks import Blocks
 
 SORTED, COMPUTED, BY_ROW = "lwb1", "lwb2", "lwb3"
