@@ -74,6 +74,7 @@ def train(config: Config) -> bool:
     from pipeline.data.loader import make_order, open_data
     from pipeline.data.preview import write_reals
     from pipeline.runs import run_folder
+    from pipeline.runtime.ranks import on_rank_zero
     from pipeline.training.gan import GAN
     from pipeline.training.inputs import InputReader
     from pipeline.training.run import Run
@@ -86,7 +87,8 @@ def train(config: Config) -> bool:
         index = open_data(config, accelerator)
     except signals.Stopped:
         return run.leave_early()
-    order = make_order(config, index, run_folder.saved_order(config))
+    saved = on_rank_zero(accelerator, lambda: run_folder.saved_order(config))
+    order = make_order(config, index, saved)
     gan = GAN(config, accelerator, accumulation)
     while True:
         step = run.resume(gan, index, order, micro_batch)

@@ -13,7 +13,7 @@ Loss = Literal["non_saturating", "minimax", "hinge", "least_squares", "relativis
 POLICIES = ("color", "translation", "cutout")  # augmentations of DiffAugment
 ACCEPTABLE = (
     *("optim.g_lr", "optim.d_lr", "optim.beta", "stability.", "schedule."),
-    *("train.ema_", "train.mirror"),
+    *("train.ema_", "train.mirror", "train.grad_dtype"),
 )
 """Keys, or their beginnings, that a resume may change with ``run.accept_changes``."""
 EXACT_BEFORE = " (earlier versions computed exact: stability.penalty=exact resumes the run)"

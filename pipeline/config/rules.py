@@ -260,6 +260,10 @@ def _exact_sum_conflicts(train: TrainConfig) -> tuple[tuple[bool, str], ...]:
             "over all ranks",
         ),
         (
+            exact and train.grad_dtype != "fp32",
+            f"train.grad_dtype ({train.grad_dtype}): must be fp32 {also}, which sends integers",
+        ),
+        (
             exact and train.compile,
             f"train.compile (true): must be false {also}: compiled kernels depend on whether a "
             "micro-batch is the only one of its rank",

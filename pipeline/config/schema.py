@@ -173,6 +173,10 @@ class TrainConfig:
     of ranks, and across resumes on other numbers. Needs micro_batch, and fp32 or bf16. On CPUs each
     rank then computes with one thread; on GPUs deterministic is implied. The ranks must have the
     same type of processor or GPU."""
+    grad_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type in which gradients travel between ranks. bf16 halves the bytes, and keeps 8 bits of each
+    gradient and of its sum over the ranks. Weights, Adam and sums over a rank's micro-batches stay
+    fp32. No effect with one process."""
     ema_decay: float = 0.999
     """Decay of the weight average, in [0, 1): G_ema <- decay * G_ema + (1 - decay) * G after each
     step; 0 = G_ema is a copy of G."""

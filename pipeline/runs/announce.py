@@ -81,6 +81,8 @@ def say_start(
     if schedule:
         say(f"  schedule: {schedule}")
     lines = cautions(config) + data_cautions(config, index.num_samples)
+    if ranks == 1 and config.train.grad_dtype != "fp32":
+        lines.append("train.grad_dtype (bf16): no effect, one process sends no gradients")
     for line in lines + device_cautions(config, device):
         say(f"  warning: {line}")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,12 +28,13 @@ from pipeline.runtime.errors import ConfigError
 from pipeline.runtime.ranks import node_name
 from pipeline.training.diffaugment import augment
 from pipeline.training.finite_guard import FiniteGuard
-from pipeline.training.gradients import ExactMean, FloatMean
-from pipeline.training.losses import (
-    DISCRIMINATOR_LOSSES,
-    GENERATOR_LOSSES,
-    PAIRED,
+from pipeline.training.gradients import (
+    ExactMean,
+    FloatMean,
+    distribute,
+    settle_buckets,
 )
+from pipeline.training.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, PAIRED
 from pipeline.training.penalties import PENALTIES, UNCOMPILED
 from pipeline.training.restore import restore
 from pipeline.training.schedules import Schedules
@@ -85,14 +85,13 @@ class GAN:
             accelerator.process_index,
             accelerator.num_processes,
         )
-        with warnings.catch_warnings():
-            # torch 2.15 renamed this option of DDP; accelerate passes it by the old name.
-            warnings.filterwarnings("ignore", ".*`broadcast_buffers` is deprecated", FutureWarning)
-            exact = config.train.exact_sum  # in evaluation mode Accelerate does not wrap in DDP
-            self._G = accelerator.prepare_model(self.G, evaluation_mode=exact)
-            self._D = accelerator.prepare_model(self.D, evaluation_mode=exact)
+        self._G, self._D = (distribute(accelerator, n, config.train) for n in (self.G, self.D))
+        model, device = config.model, accelerator.device
+        side = model.image_size
+        settle_buckets(self._G, torch.zeros(2, model.z_dim + model.num_classes, device=device))
+        settle_buckets(self._D, torch.zeros(2, model.channels, side, side, device=device))
         self.opt_G, self.opt_D = accelerator.prepare(opt_G, opt_D)
-        mean = ExactMean if exact else FloatMean
+        mean = ExactMean if config.train.exact_sum else FloatMean
         self._mean_G = mean(accelerator, self._G, accumulation, num_terms=1)
         self._mean_D = mean(accelerator, self._D, accumulation, num_terms=3)
         if config.train.compile:

@@ -7,6 +7,7 @@ give the same bits on any number of ranks.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -16,6 +17,10 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.config.schema import TrainConfig
 
 FRACTION_BITS = 50
 """A mean is a multiple of 2^-50, or of 2^-49 and so on if that is below fp32's own resolution."""
@@ -23,6 +28,44 @@ BUCKET = 2**20
 """Numbers that are sent at once, while earlier layers still compute their gradients."""
 CHUNK = 2**16
 """Numbers that a CPU converts at once: they stay in its cache, which makes it four times faster."""
+
+
+def distribute(accelerator: Accelerator, network: nn.Module, train: TrainConfig) -> nn.Module:
+    """Return a network in the wrapper through which it is trained.
+
+    On several ranks that is DDP, which sends gradients during the backward pass. With
+    ``train.exact_sum`` it is not: ``ExactMean`` sends them.
+
+    Args:
+        accelerator: the ranks; the wrapper casts for its mixed precision.
+        network: on the device.
+        train: ``exact_sum``, and ``grad_dtype``, in which DDP sends.
+    """
+    with warnings.catch_warnings():
+        # torch 2.15 renamed this option of DDP; accelerate passes it by the old name.
+        warnings.filterwarnings("ignore", ".*`broadcast_buffers` is deprecated", FutureWarning)
+        # In evaluation mode Accelerate does not wrap in DDP.
+        wrapped = accelerator.prepare_model(network, evaluation_mode=train.exact_sum)
+    if isinstance(wrapped, DistributedDataParallel) and train.grad_dtype == "bf16":
+        # By its own name DDP takes the hook for NCCL alone, but gloo adds bf16 too.
+        wrapped.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
+    return wrapped  # type: ignore[no-any-return]
+
+
+def settle_buckets(network: nn.Module, inputs: Tensor) -> None:
+    """Let DDP choose its buckets by a pass whose gradients are dropped; no-op without DDP.
+
+    By default DDP chooses them after the first backward pass of the process. The first step of a
+    resumed run would then have other buckets than the same step of a run that went on, and with
+    three ranks or more the bits of a sum depend on the buckets.
+
+    Args:
+        network: in its wrapper.
+        inputs: two of what it takes, zeros.
+    """
+    if isinstance(network, DistributedDataParallel):
+        network(inputs).sum().backward()
+        network.zero_grad(set_to_none=True)
 
 
 class FloatMean:

@@ -19,7 +19,7 @@ from pipeline.runs.step_folders import CHECKPOINTS, step_of
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import ConfigError
 from pipeline.runtime.files import sha256_of
-from pipeline.runtime.ranks import on_every_rank, on_rank_zero
+from pipeline.runtime.ranks import on_rank_zero
 from pipeline.training.gan import GAN
 from pipeline.training.restore import restore
 
@@ -47,7 +47,7 @@ def start_from_origin(config: Config, accelerator: Accelerator, gan: GAN) -> dic
         RunFolderError: a file cannot be read.
     """
     path = on_rank_zero(accelerator, lambda: find(config))
-    origin = on_every_rank(accelerator, lambda: read(config, path))
+    origin = on_rank_zero(accelerator, lambda: read(config, path))
     load_origin(origin, gan, config)
     networks, optimizers = NETWORKS[config.train.init_networks], config.train.init_optimizers
     if accelerator.is_main_process:

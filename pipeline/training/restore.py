@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.runs import checkpoint
+from pipeline.runs.checkpoint import Checkpoint
 from pipeline.runtime.errors import CheckpointError
 
 
-def read_own(path: Path, run_id: str, data_identity: Mapping[str, Any]) -> checkpoint.Checkpoint:
-    """Read a checkpoint to resume from, and check that a run's own was trained on its data.
+def require_data(found: Checkpoint, run_id: str, data_identity: Mapping[str, Any]) -> None:
+    """Raise unless a checkpoint of this run was trained on its data.
 
     One of another run is that of a copy or fork, which may train on other data.
 
     Raises:
-        CheckpointError: it is damaged, or of other data.
-        RunFolderError: a file cannot be read.
+        CheckpointError: it is of other data.
     """
-    found = checkpoint.read(path)
     if found.state["run_id"] != run_id:
-        return found
+        return
     for key, value in data_identity.items():
         if (before := found.state["stream"].get(key)) != value:
             raise CheckpointError(
-                f"{path}: trained on other data: {key} was {before}, is {value}. Point "
+                f"{found.path}: trained on other data: {key} was {before}, is {value}. Point "
                 "data.shards at the same set, or start a new run with run.dir=..."
             )
-    return found
 
 
 def restore(

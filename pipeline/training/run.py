@@ -24,6 +24,7 @@ from pipeline.data.shards import Index
 from pipeline.models.sampling import generator_id, make_sampler, sample_grid
 from pipeline.runs import alarms, announce, checkpoint, snapshot
 from pipeline.runs.alarms import COLLAPSED, FINISHED, PREEMPTED
+from pipeline.runs.checkpoint import Checkpoint
 from pipeline.runs.healing import finish_healing
 from pipeline.runs.metrics_log import MetricsLog, NullMetricsLog
 from pipeline.runs.results import supersede_after
@@ -32,13 +33,13 @@ from pipeline.runs.step_folders import SNAPSHOTS, committed, step_of
 from pipeline.runtime import log_file, signals
 from pipeline.runtime.documents import set_file_aside
 from pipeline.runtime.errors import CheckpointError
-from pipeline.runtime.ranks import on_every_rank, on_rank_zero, same_on_all_ranks
+from pipeline.runtime.ranks import on_rank_zero, same_on_all_ranks
 from pipeline.training.collapse import Collapse
 from pipeline.training.finite_guard import require_finite_weights
 from pipeline.training.gan import GAN
 from pipeline.training.meter import meter_of_run
 from pipeline.training.origin import start_from_origin
-from pipeline.training.restore import read_own
+from pipeline.training.restore import require_data
 from pipeline.training.step_profile import StepProfile
 
 log = logging.getLogger("pipeline")
@@ -93,14 +94,14 @@ class Run:
             CheckpointError: all checkpoints are damaged, of other data or of a newer version.
         """
         self._data_identity = order.describe() | {"fingerprint": index.fingerprint}
-        self.noise = saved_noise(self.config)
+        self.noise = on_rank_zero(self.accelerator, lambda: saved_noise(self.config))
         self._micro_batch = micro_batch
-        path, healings = on_rank_zero(self.accelerator, self._newest)
-        if path is not None:
-            self._load(gan, path, healings)
+        found, healings = on_rank_zero(self.accelerator, self._newest)  # one reader sends to all
+        if found is not None:
+            self._load(gan, found, healings)
         elif self.config.train.init:
             self._events = [start_from_origin(self.config, self.accelerator, gan)]
-        if path is None and (self._events or self.config.train.watch == "heal"):
+        if found is None and (self._events or self.config.train.watch == "heal"):
             self.save(0, gan)  # no resume reads the origin again; a healing may lead back to 0
         if self.folder is not None:
             announce.say_start(
@@ -113,19 +114,17 @@ class Run:
             )
         return max(0, self._saved_step)
 
-    def _load(self, gan: GAN, path: Path, healings: Sequence[alarms.Alarm]) -> None:
-        accelerator, data = self.accelerator, self._data_identity
-        found = on_every_rank(accelerator, lambda: read_own(path, self.id, data))
+    def _load(self, gan: GAN, found: Checkpoint, healings: Sequence[alarms.Alarm]) -> None:
         if self.is_main and (before := found.state["micro_batch"]) != self._micro_batch:
-            announce.warn_of_groups(before, self._micro_batch, accelerator.num_processes)
+            announce.warn_of_groups(before, self._micro_batch, self.accelerator.num_processes)
         try:
             gan.load(found.weights, found.optimizers)
         except ValueError as error:  # checksums are right, so another program wrote it
-            raise CheckpointError(f"{path}: is of another run or program: {error}.") from None
+            raise CheckpointError(f"{found.path}: is of another run or program: {error}.") from None
         self._saved_step = int(found.state["step"])
         self._note_changes(found.state, healings)
         gan.schedules.multiply(self.collapse.factors())
-        on_rank_zero(accelerator, lambda: self._export_missing_snapshot(gan))
+        on_rank_zero(self.accelerator, lambda: self._export_missing_snapshot(gan))
 
     def _note_changes(self, state: Mapping[str, Any], healings: Sequence[alarms.Alarm]) -> None:
         """Take over the events of a checkpoint, and add what happened since."""
@@ -143,7 +142,7 @@ class Run:
         ):
             self._export(step, gan)
 
-    def _newest(self) -> tuple[Path | None, list[alarms.Alarm]]:
+    def _newest(self) -> tuple[Checkpoint | None, list[alarms.Alarm]]:
         """Return the newest undamaged checkpoint and all healings; set damaged ones aside."""
         assert self.folder is not None
         healings = finish_healing(self.dir)
@@ -156,9 +155,10 @@ class Run:
         if found is None:
             return None, []
         self.folder.require_own(found)
+        require_data(found, self.id, self._data_identity)
         if damaged:
             self.folder.mark("progress", str(step))
-        return found.path, healings
+        return found, healings
 
     # -- while training ---------------------------------------------------------------------
 
@@ -314,8 +314,7 @@ class Run:
 
     def leave_early(self) -> bool:
         """Leave before the first step, on a stop request; return whether the run had finished."""
-        folder = self.folder
-        step = on_rank_zero(self.accelerator, lambda: folder.progress() if folder else 0)
+        step = on_rank_zero(self.accelerator, lambda: self.folder.progress() if self.folder else 0)
         finished = self.finish(step)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()

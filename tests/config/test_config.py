@@ -428,7 +428,10 @@ EXACT = ("train.micro_batch=16", "train.exact_sum=true")
         (["model.architecture=mlp", "model.image_size=7"], "must be between 8 and 256"),
         *(
             ([*EXACT, value], "must be")
-            for value in ("train.precision=fp16", "train.sync_batchnorm=true", "train.compile=true")
+            for value in (
+                *("train.precision=fp16", "train.sync_batchnorm=true", "train.compile=true"),
+                "train.grad_dtype=bf16",
+            )
         ),
     ],
 )
