@@ -17,6 +17,8 @@ HEAVY = [
     "accelerate",
     "pipeline.runtime.ranks",
     "pipeline.training.gan",
+    "pipeline.training.run",
+    "pipeline.training.inputs",
     "launching",
 ]
 
@@ -27,6 +29,20 @@ def on_ranks(count: int, work: Callable[..., None], *arguments: Any) -> None:
     torch.multiprocessing.start_processes(
         _rank, (count, free_port(), work, arguments), nprocs=count, start_method="forkserver"
     )
+
+
+def start_ranks(count: int, work: Callable[..., None], *arguments: Any) -> list[Any]:
+    """Start the same and return the processes, for tests in which some do not end well."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(HEAVY)
+    port = free_port()
+    made = [
+        context.Process(target=_rank, args=(rank, count, port, work, arguments))
+        for rank in range(count)
+    ]
+    for process in made:
+        process.start()
+    return made
 
 
 def _rank(
