@@ -141,7 +141,7 @@ def test_thirty_two_ranks_are_one_run(place: Callable[[str], Path]) -> None:
     checkpoint and the rows are those of one process that was never disturbed.
 
     All ranks save at the same step and leave with exit code 0. The lost rank is told once, and the
-    others leave with 2. Ranks but the first open nothing in the run's folder, new or resumed, and each
+    others leave with 2. Ranks but the first open nothing of the run, new or resumed, and each
     file of the data once, however many steps they take.
     """
     stopped, killed, rest = place("stopped"), place("killed"), place("rest")
