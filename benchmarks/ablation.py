@@ -78,8 +78,20 @@ def run(*words: object, log: Path | None = None) -> None:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
+LAUNCHER = (
+    *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--quiet"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+)
+
+
 def experiment(
-    work: Path, name: str, options: list[str], seed: int, steps: int, reported: set[str]
+    work: Path,
+    name: str,
+    options: list[str],
+    seed: int,
+    steps: int,
+    reported: set[str],
+    ranks: int = 1,
 ) -> Path:
     """Train and score one run, unless it is finished; return its folder."""
     slug = "".join(c if c.isalnum() else "-" for c in name)
@@ -87,7 +99,8 @@ def experiment(
     same = [f"run.dir={folder}", f"run.seed={seed}", "tracking.wandb=disabled"]
     budget = [f"train.total_steps={steps}", "train.checkpoint_every=0", "train.sample_every=0"]
     if not (folder / "FINISHED").is_file():
-        train = ["pipeline/train.py", "--config", CONFIG, *same, *budget]
+        launch = [*LAUNCHER, "--num_processes", ranks] if ranks > 1 else []
+        train = [*launch, "pipeline/train.py", "--config", CONFIG, *same, *budget]
         run(*train, f"data.shards={work / 'train'}", *options, log=folder.with_suffix(".log"))
     for split in SPLITS if name in reported else SPLITS[:1]:
         where = [f"data.shards={work / split}", f"eval.cache_dir={work / 'references'}"]
@@ -106,12 +119,16 @@ def experiments(
     seeds: int,
     steps: int,
     jobs: int,
+    ranks: int = 1,
 ) -> dict[tuple[str, int], Path]:
     """Train and score all variants and seeds, some at a time; return their folders."""
     wanted = [(name, seed) for seed in range(seeds) for name in variants]
     with ThreadPoolExecutor(jobs) as pool:
         done = pool.map(
-            lambda job: experiment(work, job[0], variants[job[0]], job[1], steps, reported), wanted
+            lambda job: experiment(
+                *(work, job[0], variants[job[0]], job[1], steps, reported, ranks)
+            ),
+            wanted,
         )
         return dict(zip(wanted, done, strict=True))
 

@@ -31,6 +31,7 @@ from torch import nn
 from pipeline.config.loading import load
 from pipeline.config.schema import Config
 from pipeline.models.dcgan import Discriminator, Generator
+from pipeline.training import gradients
 from pipeline.training.flops import multiplications
 
 H100 = Speeds(798.0, 3000.0)
@@ -83,14 +84,19 @@ def _ready(
 
 
 def buckets(ready: list[tuple[float, int]], size: int, cap: float) -> list[tuple[float, int]]:
-    """Return (seconds, bytes) of each bucket as DDP fills them: closed once it reaches the cap."""
+    """Return (seconds, bytes) of each bucket as DDP fills them: closed once it reaches the cap.
+
+    DDP counts fp32, whatever it sends. ``train.exact_sum`` has buckets of its own, of 2^20 numbers.
+    """
+    if size == BYTES["exact_sum"]:
+        cap = 4 * gradients.BUCKET / 2**20
     found, count, limit = list[tuple[float, int]](), 0, FIRST if cap == 25 else cap
     for moment, numbers in ready:
-        count += numbers * size
-        if count >= limit * 2**20:
-            found.append((moment, count))
+        count += numbers
+        if 4 * count >= limit * 2**20:
+            found.append((moment, count * size))
             count, limit = 0, cap
-    return [*found, (moment, count)] if count else found
+    return [*found, (moment, count * size)] if count else found
 
 
 def all_reduce(count: float, nodes: int, link: float) -> float:

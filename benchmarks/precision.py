@@ -1,9 +1,11 @@
 """Compare losses and scores of the demo in bf16 and fp32, seed by seed.
 
     python benchmarks/precision.py --work runs/precision --plot docs/precision.png   # 15 minutes
+    python benchmarks/precision.py --work runs/grads --key train.grad_dtype     # two ranks each
 
-The same seed means the same weights, images and noise; only ``train.precision`` differs. The last
-snapshot is scored against training images. Finished runs are not repeated. Prints Markdown.
+The same seed means the same weights, images and noise; only ``train.precision``, or the type in
+which gradients travel, differs. The last snapshot is scored against training images. Finished runs
+are not repeated. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -68,6 +70,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--work", type=Path, required=True, metavar="DIR", help="folder of data and runs; kept")
+    add("--key", default="train.precision", help="train.precision, or train.grad_dtype")
     add("--steps", type=int, default=1200)
     add("--seeds", type=int, default=3)
     add("--jobs", type=int, default=2, help="runs at a time, of one thread each (2)")
@@ -76,9 +79,10 @@ def main() -> None:
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     reference = read_index(str(shards(work, "train"))).fingerprint
-    variants = {p: [f"train.precision={p}", "train.log_every=10"] for p in PRECISIONS}
+    variants = {p: [f"{options.key}={p}", "train.log_every=10"] for p in PRECISIONS}
     budget = {"seeds": options.seeds, "steps": options.steps, "jobs": options.jobs}
-    folders = experiments(work, variants, set(), **budget)
+    ranks = 2 if options.key == "train.grad_dtype" else 1
+    folders = experiments(work, variants, set(), **budget, ranks=ranks)
     rows = {
         job: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for job, folder in folders.items()

@@ -1,4 +1,4 @@
-"""Measure the cost of more processes: weak scaling, bytes on the wire, and an estimate for GPUs.
+"""Measure the cost of more processes: weak scaling, and bytes on the wire.
 
     python benchmarks/scaling.py               # two CPU minutes
 
@@ -6,8 +6,6 @@
    and two separate trainings at once, which share only the memory.
 2. The bytes that a step sends, by the kernel's counters of the loopback interface, and the minimum
    of data parallelism: one all-reduce of G's and of D's gradients.
-3. An estimate: the time of that all-reduce on 8 to 1024 GPUs for real links, and how many images
-   per GPU and step keep it below a tenth of the step.
 """
 
 from __future__ import annotations
@@ -23,20 +21,13 @@ from pathlib import Path
 import torch
 from loader import machine, spread
 from pictures import fashion_mnist, prepare
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config.loading import load
-from pipeline.config.schema import Config, ModelConfig
+from pipeline.config.schema import Config
 from pipeline.models.dcgan import Discriminator, Generator
 
 REPO = Path(__file__).resolve().parents[1]
 MODEL = ["model.ngf=64", "model.ndf=64", "model.kernel_size=4"]
-LINKS = {
-    "NVLink 4, 450 GB/s": 450e9,
-    "InfiniBand NDR, 400 Gb/s": 50e9,
-    "Ethernet, 25 Gb/s": 3.125e9,
-}
-LATENCY = 10e-6  # seconds of one hop of a ring or level of a tree, launch included
 
 
 def start(shards: Path, run: Path, processes: int, batch: int, steps: int) -> subprocess.Popen[str]:
@@ -115,43 +106,6 @@ def gradient_bytes(config: Config) -> int:
     return sum(4 * p.numel() for network in networks for p in network.parameters())
 
 
-def flops_per_image(model: ModelConfig) -> float:
-    """Count the operations of a step: D on real and fake, D for G, G, each forward and backward."""
-    G, D = Generator(model), Discriminator(model)
-    with FlopCounterMode(display=False) as counter:
-        fake = G(torch.zeros(2, model.z_dim))
-        D(fake.detach()).sum().backward()
-        D(fake.detach()).sum().backward()
-        D.requires_grad_(False)
-        D(fake).sum().backward()
-    return counter.get_total_flops() / 2
-
-
-def on_paper(config: Config, tflops: float) -> list[str]:
-    """Estimate the all-reduce of a step, and the images per GPU for which it is a tenth."""
-    size, work = gradient_bytes(config), flops_per_image(config.model)
-    model = config.model
-    shown = [
-        f"configs/dcgan_64.yaml (ngf = ndf = {model.ngf}, kernel {model.kernel_size}): "
-        f"{size / 1e6:.1f} MB of float32 gradients and {work / 1e9:.2f} GFLOP per image and step. "
-        f"Assumed, not measured: {tflops:.0f} TFLOP/s a GPU, the whole link for the ring, "
-        f"{1e6 * LATENCY:.0f} us a level.",
-        "",
-        "| link | GPUs | all-reduce, ms | images per GPU and step to keep it below 10 % | batch |",
-        "|---|---|---|---|---|",
-    ]
-    for name, speed in LINKS.items():
-        for gpus in (8, 64, 1024):
-            if gpus > 8 and "NVLink" in name:
-                continue
-            levels = 2 * (gpus - 1).bit_length() * 2  # a reduce and a broadcast tree, for G and D
-            spent = 2 * (gpus - 1) / gpus * size / speed + levels * LATENCY
-            images = 9 * spent * tflops * 1e12 / work
-            row = f"{1000 * spent:.2f} | {images:,.0f} | {images * gpus:,.0f}"
-            shown.append(f"| {name} | {gpus} | {row} |")
-    return shown
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -159,12 +113,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="images per process")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument(
-        "--tflops", type=float, default=200, help="TFLOP/s of a GPU, for the estimate"
-    )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    config = load(str(REPO / "configs" / "dcgan_64.yaml"), [])
     small = load(str(REPO / "configs" / "dcgan_64.yaml"), MODEL)
     with tempfile.TemporaryDirectory() as folder:
         source = fashion_mnist(2048, Path(folder) / "raw")
@@ -178,7 +128,6 @@ def main() -> None:
     print(f"| counted on the interface | {travelled:,.0f} |")
     print(f"| G's and D's gradients once | {least:,} |")
     print(f"| difference | {travelled / least - 1:.2%} |\n")
-    print("\n".join(on_paper(config, options.tflops)))
 
 
 if __name__ == "__main__":
