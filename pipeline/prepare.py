@@ -6,6 +6,7 @@
     python -m pipeline.prepare data/tars --out data/tars_64 --size 64    # or make smaller ones
     python -m pipeline.prepare 's3://bucket/train-{000..127}.tar' --index train.json   # elsewhere
     python -m pipeline.prepare --verify data/photos_64
+    python -m pipeline.prepare --upgrade data/photos_64  # an index of an earlier version
 
 Several machines share the work when each runs the command with its own --part: 0/8, 1/8, ... 7/8.
 The machine that ends last writes the index.
@@ -23,15 +24,14 @@ if __name__ == "__main__":
     require_own_package(__file__)
 
 import argparse
+import contextlib
 import math
 import time
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from os.path import realpath
 from pathlib import Path
 
-import numpy as np
 from PIL import ImageColor
 
 from pipeline.config.schema import DCGAN_SIZES, SIZES
@@ -48,12 +48,13 @@ from pipeline.data.borders import (
     say_models_of,
 )
 from pipeline.data.cache import check_shards
+from pipeline.data.index_writer import upgrade
+from pipeline.data.merging import FILES, LostShards, merge
 from pipeline.data.packing import (
     WORK_FOLDER,
     Job,
-    Packed,
     begin,
-    finished,
+    finished_numbers,
     hold,
     num_unfinished,
     pack,
@@ -61,21 +62,18 @@ from pipeline.data.packing import (
     tar_bytes,
 )
 from pipeline.data.preview import PREVIEW_NAME, write_preview
-from pipeline.data.shards import INDEX_NAME, Index, read_index, write_index
-from pipeline.data.skipped import SKIPPED_NAME, SKIPPED_SUM, account, listed_types, write_list
+from pipeline.data.shards import INDEX_NAME, Index, read_index
+from pipeline.data.skipped import account, listed_types
 from pipeline.data.source import Choice, Source
 from pipeline.data.sources import find
 from pipeline.data.squares import FITS, Square
 from pipeline.runtime.arguments import HelpFormatter, adder, integer, number, seed
-from pipeline.runtime.console import printable, progress, say
+from pipeline.runtime.console import progress, say
 from pipeline.runtime.errors import DataError, UserError, exit_on_user_error
 from pipeline.runtime.host import cores
 from pipeline.runtime.process_pool import map_in_processes
 from pipeline.runtime.signals import exit_on_interrupt
 from pipeline.runtime.work_folder import SETTINGS_NAME, FolderInUse
-
-FILES = "source_files"
-"""Key of the index: the record of the files of each shard."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -121,9 +119,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--no-download", "never use the network for fashion-mnist", action="store_true")
     verify = "check every checksum of the shards in this folder, and decode every sample"
     add("--verify DIR", verify, type=local_path)
+    newer = "give the index of the shards in DIR, which an earlier version made, what this one adds"
+    add("--upgrade DIR", newer, type=local_path)
     options = parser.parse_args(arguments)
-    if (options.verify is None) == (options.source is None):
-        parser.error("give either SOURCE, with --out DIR, or --verify DIR")
+    if [options.verify, options.source, options.upgrade].count(None) != 2:
+        parser.error("give either SOURCE, with --out DIR, or --verify DIR, or --upgrade DIR")
     if options.idx is not None and options.source != "fashion-mnist":
         parser.error(f"--idx belongs to fashion-mnist; SOURCE is {options.source}")
     try:
@@ -169,7 +169,7 @@ def prepare(options: argparse.Namespace) -> str:
     if unfinished:
         return f"{packed}; {unfinished} of {job.num_shards} shards are left to other parts"
     try:
-        return _prepare_all(job, options)
+        return _prepare_all(job, options, packed=True)
     except FolderInUse:
         return f"{packed}; another part completes {out}"
 
@@ -195,8 +195,11 @@ def _prepare_part(job: Job, options: argparse.Namespace) -> int:
     return 0 if job.is_complete else unfinished
 
 
-def _prepare_all(job: Job, options: argparse.Namespace) -> str:
-    """Pack the shards that are missing and write the index; returns the summary."""
+def _prepare_all(job: Job, options: argparse.Namespace, *, packed: bool = False) -> str:
+    """Pack the shards that are missing and write the index; returns the summary.
+
+    ``packed``: all have a record, and those who packed them have compared their bytes.
+    """
     out = job.out
     with hold(job):
         if job.is_complete:
@@ -206,10 +209,9 @@ def _prepare_all(job: Job, options: argparse.Namespace) -> str:
                 write_preview(index, out / PREVIEW_NAME)
             return f"already complete, nothing to do: {index.num_samples} samples in {out}"
         begin(job)
-        index = _pack_all(job, options)
+        index = _pack_all(job, options, packed=packed)
     size, _, channels = index.shape
-    labelled = (index.table["label"] >= 0).all()
-    labels = f", {len(np.unique(index.table['label']))} classes" if labelled else ""
+    labels = f", {len(index.label_counts)} classes" if min(index.label_counts) >= 0 else ""
     return (
         f"{index.num_samples} samples in {len(index.shards)} shards, "
         f"{'x'.join(map(str, index.shape))} {index.field}{labels}: {out}\n"
@@ -258,51 +260,33 @@ def _read_complete(job: Job) -> Index:
     return index
 
 
-def _pack_all(job: Job, options: argparse.Namespace) -> Index:
+def _pack_all(job: Job, options: argparse.Namespace, *, packed: bool) -> Index:
     """Pack the shards that are missing, then write the index."""
-    packed = _pack(job, range(job.num_shards), options.workers)
-    done = [packed[number] for number in range(job.num_shards)]
-    skipped = sorted(entry for one in done for entry in one.skipped)
-    altered = sum((one.done for one in done), Counter[str]())
-    listed = write_list(job.out, skipped)
-    if len(skipped) == len(job.source.names):
-        name, why = skipped[0]
-        raise DataError(
-            f"SOURCE ({job.source.location}): none of its {len(skipped)} images can be read, e.g. "
-            f"{printable(name)}: {printable(why)}. All are listed in {job.out / SKIPPED_NAME}."
-        )
-    counts = {
-        **{"skipped": len(skipped), SKIPPED_SUM: listed, "done": dict(altered)},
-        **{"left_out": job.source.left_out, "said": job.source.said},
-    }
-    account(counts, len(job.source.names), job.out, options.strict)
-    made_by, size = job.describe() | counts | {FILES: [one.files for one in done]}, job.square.size
-    scans = [(one.shard, one.table, one.field) for one in done]
-    index = write_index(job.out, scans, (size, size, job.square.channels), made_by)
-    write_preview(index, job.out / PREVIEW_NAME)
-    return index
-
-
-def _pack(job: Job, numbers: Sequence[int], workers: int) -> dict[int, Packed]:
-    """Pack those of the shards that are not finished; returns all of them, read and checked."""
-    packed = finished(job, numbers)
-    missing = [number for number in numbers if number not in packed]
     if packed:
-        _note(f"continuing: {len(packed)} of {len(numbers)} shards are finished")
+        with contextlib.suppress(LostShards):
+            return merge(job, options.strict)
+    _pack(job, range(job.num_shards), options.workers)
+    return merge(job, options.strict)
+
+
+def _pack(job: Job, numbers: Sequence[int], workers: int) -> None:
+    """Pack those of the shards that are not finished; all of them are read and checked."""
+    done = finished_numbers(job, numbers)
+    missing = [number for number in numbers if number not in done]
+    if done:
+        _note(f"continuing: {len(done)} of {len(numbers)} shards are finished")
     if not missing:
-        return packed
+        return
     total = sum(len(job.rows(number)) for number in missing)
     import webdataset  # noqa: F401  once, before the fork: it imports torch
 
     with progress("pack", total) as advance:
         map_in_processes(partial(pack, job), missing, workers, advance)
-    packed = finished(job, numbers)
-    if lost := len(numbers) - len(packed):
+    if lost := len(numbers) - len(finished_numbers(job, numbers)):
         raise DataError(
             f"--out ({job.out}): {lost} shards were changed while others were packed. Run the same "
             "command again: it packs them again."
         )
-    return packed
 
 
 def _note(text: str) -> None:
@@ -312,10 +296,13 @@ def _note(text: str) -> None:
 def main() -> None:
     """Run the command; exit code 2 on a user's mistake or a fault found, 128 + n on signal n."""
     options = parse()
-    again = "" if options.verify else ": finished shards are kept, the same command continues"
+    again = ": finished shards are kept, the same command continues" if options.source else ""
     advice = f"--workers ({options.workers}): give fewer, or use a machine with more memory."
     with exit_on_user_error(advice), exit_on_interrupt(f"interrupted{again}"):
-        print(verify(options.verify, options.workers) if options.verify else prepare(options))
+        if options.upgrade:
+            print(upgrade(str(options.upgrade)))
+        else:
+            print(verify(options.verify, options.workers) if options.verify else prepare(options))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from pipeline.data.index_writer import write_index
 from pipeline.data.shard_writer import write_shard
-from pipeline.data.shards import Index, write_index
+from pipeline.data.shards import Index
 from pipeline.data.tar_scan import scan
 
 UNEVEN = [1, 17, 400, 3, 0, 211, 97, 268]  # 997 samples, a prime; one shard is empty

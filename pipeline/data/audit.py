@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from pipeline.data.checksums import changes, open_shard
 from pipeline.data.codecs import decoder, shape_of
 from pipeline.data.colour import CONVERTED
+from pipeline.data.index_writer import write_index
 from pipeline.data.indexing import folder_of, survey_tar, tars_of
 from pipeline.data.labels import NO_LABEL
 from pipeline.data.locations import prepare_command
 from pipeline.data.pictures import TURNED, DecodeError, alterations
 from pipeline.data.preview import preview_of, write_preview
-from pipeline.data.shards import INDEX_NAME, Index, read_index, write_index
+from pipeline.data.shards import INDEX_NAME, Index, read_index
 from pipeline.data.skipped import listed_types
 from pipeline.data.tar_scan import Scan, lines, number_classes, scan
 from pipeline.data.tars import open_tar
@@ -93,8 +94,8 @@ def verify(folder: Path, workers: int) -> str:
             f"{folder}: {len(faults)} faults, {bad} of {len(reports)} shards damaged:\n  "
             + "\n  ".join(shown + more)
         )
-    labels = index.table["label"]
-    classes = f"labels 0 to {labels.max()}" if labels.min() >= 0 else "not all labelled"
+    labels = index.label_counts
+    classes = f"labels 0 to {max(labels)}" if min(labels) >= 0 else "not all labelled"
     return (
         f"ok: {index.num_samples} samples in {len(index.shards)} shards, "
         f"{'x'.join(map(str, index.shape))} {index.field}, {classes}; "
@@ -248,8 +249,12 @@ def _survey(path: Path) -> TarReport:
 def _compare(path: Path, number: int, index: Index, report: Callable[[int], None]) -> TarReport:
     """Check the size, checksum and headers of a tar, and decode the images that the index lists."""
     found, bad = TarReport(), []
-    shard, first = index.shards[number], sum(index.sizes[:number])
-    rows = index.table[first : first + shard.nsamples]
+    shard, first = index.shards[number], int(index.starts[number])
+    try:
+        rows = index.table[first : first + shard.nsamples]
+    except DataError as error:
+        found.faults.append(str(error))
+        return found
     try:
         with open_shard(path, shard) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

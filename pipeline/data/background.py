@@ -152,7 +152,7 @@ def first_uses(index: Index, order: Order, start: int, end: int | None = None) -
         start: the first position that the run reads.
         end: the position before which it stops; None = two epochs later, of which one is whole.
     """
-    starts = np.cumsum([0, *index.sizes])
+    starts = index.starts
     last = start + 2 * order.num_samples
     last = last if end is None else min(last, end)
     left = {number for number, size in enumerate(index.sizes) if size}

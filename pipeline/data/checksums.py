@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from io import BufferedReader
 from pathlib import Path
 
-from pipeline.data.locations import is_url
-from pipeline.data.shards import INDEX_NAME, Index, Shard
+from pipeline.data.index import Index, Shard
+from pipeline.data.locations import INDEX_NAME, is_url
 from pipeline.runtime.documents import (
     DamagedFile,
     open_regular,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +17,11 @@ from pipeline.data.locations import beside, is_url
 from pipeline.runtime.errors import DataError
 
 ROW = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<i4")])
+COLUMN = 1 << 22
+"""Rows that are read at a time where all labels are."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """A tar of a set: its file name, number of samples, size in bytes, and sha256 in hex.
 
@@ -32,6 +36,14 @@ class Shard:
     field: str = ""
 
 
+class Table(Protocol):
+    """A row of dtype ``ROW`` for each sample id: an array, or a file that is read in parts."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, wanted: Any, /) -> Any:
+        """Return the rows of a slice or of an array of ids, or a whole column by its name."""
+
+
 @dataclass(frozen=True)
 class Index:
     """The checked index of a shard set.
@@ -41,16 +53,18 @@ class Index:
         field: extension of the images in the tars, e.g. ``npy``.
         shape: (H, W, C) of every image.
         shards: the tars, in the order of the sample ids.
-        table: a row of dtype ``ROW`` for each sample id.
+        table: where each sample lies.
         made_by: how the images were made: source, crop, resize.
+        counted: number of samples of each label, -1 = none, as the index says; None = unknown.
     """
 
     location: str
     field: str
     shape: tuple[int, int, int]
     shards: tuple[Shard, ...]
-    table: NDArray[np.void]
+    table: Table
     made_by: dict[str, Any] = dataclasses.field(default_factory=dict)
+    counted: dict[int, int] | None = None
 
     @property
     def num_samples(self) -> int:
@@ -58,8 +72,24 @@ class Index:
 
     @property
     def labels(self) -> NDArray[np.int32]:
-        """int32 (N,), -1 = no label."""
+        """int32 (N,), -1 = no label: the whole column is read. See ``labels_of``."""
         found: NDArray[np.int32] = self.table["label"]
+        return found
+
+    def labels_of(self, ids: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Return the labels (n,) of some samples."""
+        found: NDArray[np.int32] = self.table[ids]["label"]
+        return found
+
+    @cached_property
+    def label_counts(self) -> dict[int, int]:
+        """Number of samples of each label, -1 = none, in the order of the labels."""
+        return self.counted or counted(self.table)
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """The id of the first sample of each shard, and the number of samples: (shards + 1,)."""
+        found: NDArray[np.int64] = np.cumsum([0, *self.sizes], dtype=np.int64)
         return found
 
     @property
@@ -85,7 +115,7 @@ class Index:
         """The shards that are not behind a URL."""
         return [shard for shard in self.shards if not is_url(self.folder_of(shard))]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hex sha256 of the shards' sizes and checksums, equal for every copy of the set."""
         listed = [[shard.nsamples, shard.sha256] for shard in self.shards]
@@ -105,6 +135,15 @@ class Index:
                 f"{wanted[2]}, give another set, or train with other model.image_size and "
                 "model.channels."
             )
+
+
+def counted(table: Table) -> dict[int, int]:
+    """Return the number of rows of each label, in the order of the labels."""
+    found: Counter[int] = Counter()
+    for start in range(0, len(table), COLUMN):
+        labels, counts = np.unique(table[start : start + COLUMN]["label"], return_counts=True)
+        found.update(dict(zip(labels.tolist(), counts.tolist(), strict=True)))
+    return dict(sorted(found.items()))
 
 
 def described(shape: tuple[int, int, int]) -> str:

@@ -11,12 +11,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.codecs import IMAGE_FIELDS
+from pipeline.data.index import Shard
 from pipeline.data.staleness import is_record
 from pipeline.runtime.documents import DIGEST, DamagedFile, parse_json, unseal
 from pipeline.runtime.text import printable
@@ -30,6 +31,15 @@ LONGEST_NPY_HEADER = 1 << 12
 SHOWN = 60
 LONGEST_NAME, LONGEST_PATH = 255, 4096
 MAGIC = b"\x93NUMPY"
+HEXADECIMAL = re.compile(r"[0-9a-f]*").fullmatch
+DIGITS = re.compile(r"[0-9a-f]{64}").fullmatch
+USUAL_NAME = re.compile(r"[\w-][\w.-]{0,254}", re.ASCII).fullmatch
+LABEL = re.compile(r"-1|0|[1-9][0-9]{0,9}").fullmatch
+MOST_LABELS = 1 << 16
+"""Different labels that an index counts."""
+SMALLEST_PART, LARGEST_PART = 1 << 8, 1 << 20
+"""Rows of a part of the table that has a checksum of its own."""
+AT_ONCE = 1 << 20
 
 
 def parsed(content: bytes, kind: str) -> dict[str, Any]:
@@ -55,8 +65,8 @@ def parsed(content: bytes, kind: str) -> dict[str, Any]:
         raise ValueError(f"shape is {shape}; an image has 1 or 3 channels")
     if (field := document.get("field")) not in IMAGE_FIELDS:
         raise ValueError(f"field is {_shown(field)}, must be one of {', '.join(IMAGE_FIELDS)}")
-    entries = [_shard(one, f"shardlist[{k}]") for k, one in enumerate(_list(document, "shardlist"))]
-    if (count := sum(entry["nsamples"] for entry in entries)) > MOST_SAMPLES:
+    shards = [_shard(one, k) for k, one in enumerate(_list(document, "shardlist"))]
+    if (count := sum(shard.nsamples for shard in shards)) > MOST_SAMPLES:
         raise ValueError(f"its shards have {count} samples, at most {MOST_SAMPLES} are read")
     if not isinstance(at := document.get("shards_at", ""), str) or "::" in at or not _plain(at):
         raise ValueError(f"shards_at is {_shown(at)}, must be a folder or a URL")
@@ -66,8 +76,43 @@ def parsed(content: bytes, kind: str) -> dict[str, Any]:
         "field": field,
         "samples_sha256": _digest(document.get("samples_sha256"), "samples_sha256"),
         "made_by": _made_by(document.get("made_by", {})),
-        "shardlist": entries,
+        "shards": tuple(shards),
+        "parts": _parts(document.get("samples_parts"), count),
+        "label_counts": _label_counts(document.get("label_counts"), count),
     }
+
+
+class Parts(NamedTuple):
+    """The checksums of the parts of a table."""
+
+    rows: int
+    """Rows of each part; the last may have fewer."""
+    sums: bytes
+    """The SHA-256 of each part, one after the other."""
+
+
+def _parts(value: object, count: int) -> Parts | None:
+    if value is None:  # an index of an earlier version
+        return None
+    if not isinstance(value, dict):
+        raise ValueError(f"samples_parts is {_shown(value)}, must be an object")
+    rows = _number(value.get("rows"), "samples_parts.rows", SMALLEST_PART, LARGEST_PART)
+    text, parts = value.get("sha256"), -(-count // rows)
+    if not isinstance(text, str) or len(text) != 64 * parts or not HEXADECIMAL(text):
+        raise ValueError(f"samples_parts.sha256 must be the {parts} checksums of its parts")
+    return Parts(rows, bytes.fromhex(text))
+
+
+def _label_counts(value: object, count: int) -> dict[int, int] | None:
+    if value is None:
+        return None
+    if (
+        not isinstance(value, dict)
+        or not all(LABEL(label) and _is_count(number) for label, number in value.items())
+        or sum(value.values()) != count
+    ):
+        raise ValueError(f"label_counts is {_shown(value)}, must count the {count} samples")
+    return {int(label): number for label, number in value.items()}
 
 
 def _is_count(value: object) -> bool:
@@ -111,19 +156,23 @@ def _plain(text: str) -> bool:
     return text.isprintable() and len(text) <= LONGEST_PATH
 
 
-def _shard(entry: object, name: str) -> dict[str, Any]:
+def _shard(entry: object, k: int) -> Shard:
+    """Return an entry of the list; there may be 100,000, and names for messages take time."""
+    if isinstance(entry, dict):
+        url, count, size = entry.get("url"), entry.get("nsamples"), entry.get("filesize")
+        digest = entry.get("sha256")
+        if type(url) is str and type(count) is int and type(size) is int and type(digest) is str:
+            in_range = 0 < size <= LARGEST_NUMBER and 0 <= count <= size // LEAST_SAMPLE
+            if in_range and DIGITS(digest):
+                return Shard(url, count, size, digest)
+    name = f"shardlist[{k}]"
     if not isinstance(entry, dict):
         raise ValueError(f"{name} is {_shown(entry)}, must be an object")
-    if not isinstance(url := entry.get("url"), str):
+    if not isinstance(url, str):
         raise ValueError(f"{name}.url is {_shown(url)}, must be a file name")
-    filesize = _number(entry.get("filesize"), f"{name}.filesize", 1, LARGEST_NUMBER)
-    most = filesize // LEAST_SAMPLE
-    return {
-        "url": url,
-        "nsamples": _number(entry.get("nsamples"), f"{name}.nsamples", 0, most),
-        "filesize": filesize,
-        "sha256": _digest(entry.get("sha256"), f"{name}.sha256"),
-    }
+    size = _number(size, f"{name}.filesize", 1, LARGEST_NUMBER)
+    count = _number(count, f"{name}.nsamples", 0, size // LEAST_SAMPLE)
+    return Shard(url, count, size, _digest(digest, f"{name}.sha256"))
 
 
 def _list(document: dict[str, Any], name: str) -> list[Any]:
@@ -139,7 +188,7 @@ def _number(value: object, name: str, least: int, most: int) -> int:
 
 
 def _digest(value: object, name: str) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{64}", value):
+    if not isinstance(value, str) or not DIGITS(value):
         raise ValueError(f"{name} is {_shown(value)}, must be 64 hexadecimal digits")
     return value
 
@@ -155,6 +204,8 @@ def _shown(value: object) -> str:
 def odd_name(names: Sequence[str]) -> str:
     """Return what is wrong with a file name of a shard, or ""."""
     for name in names:
+        if USUAL_NAME(name):
+            continue
         # fsspec would open a second file system for what follows "::".
         odd = name in ("", ".", "..") or "::" in name or not name.isprintable()
         if odd or Path(name).name != name or len(name.encode()) > LONGEST_NAME:
@@ -163,19 +214,21 @@ def odd_name(names: Sequence[str]) -> str:
     return f"{_shown(twice[0])} is listed more than once" if twice else ""
 
 
-def table(content: bytes, row: np.dtype[np.void]) -> NDArray[np.void]:
-    """Return the rows in the bytes of an npy file; nothing is copied or unpickled.
+def npy_head(content: bytes, size: int, row: np.dtype[np.void], count: int) -> int:
+    """Return the number of bytes before the rows of an npy file; nothing is unpickled.
 
     Args:
-        content: the whole file.
+        content: its first ``LONGEST_NPY_HEADER`` bytes, or more.
+        size: its bytes.
         row: the dtype that it must have.
+        count: the number of rows that it must have.
     """
     if content[:6] != MAGIC or len(content) < 12:
         raise ValueError("it is no npy file")
     version, width = content[6], 2 if content[6] == 1 else 4
-    size = int.from_bytes(content[8 : 8 + width], "little")
-    begin = 8 + width + size
-    if version not in (1, 2, 3) or size > LONGEST_NPY_HEADER or begin > len(content):
+    length = int.from_bytes(content[8 : 8 + width], "little")
+    begin = 8 + width + length
+    if version not in (1, 2, 3) or begin > min(LONGEST_NPY_HEADER, len(content)):
         raise ValueError("its npy header is damaged or too long")
     try:
         header = ast.literal_eval(content[8 + width : begin].decode("latin-1").strip())
@@ -185,28 +238,54 @@ def table(content: bytes, row: np.dtype[np.void]) -> NDArray[np.void]:
         raise ValueError("its npy header is damaged") from None
     if dtype != row or not plain or len(shape) != 1 or type(shape[0]) is not int:
         raise ValueError(f"its rows must be one column of {row}")
-    if shape[0] * row.itemsize != len(content) - begin:
+    if shape[0] * row.itemsize != size - begin:
         raise ValueError(f"its header says {_shown(shape[0])} rows, its length differs")
-    return np.frombuffer(content, row, offset=begin)
+    if shape[0] != count:
+        raise ValueError(f"has {shape[0]} rows; the shards of the index have {count} samples")
+    return begin
 
 
-def check_rows(rows: NDArray[np.void], shards: Sequence[tuple[int, int]]) -> None:
-    """Check that every sample lies inside its shard.
+class Bounds(NamedTuple):
+    """What the rows of a set must be within."""
+
+    starts: NDArray[np.int64]
+    """The first row of each shard, and the number of rows: (shards + 1,)."""
+    sizes: NDArray[np.uint64]
+    """Bytes of each shard, (shards,)."""
+    labels: tuple[int, int]
+    """The least and the greatest label."""
+
+
+def bounds(document: dict[str, Any]) -> Bounds:
+    """Return what a document of ``parsed`` says about its rows."""
+    shards, counts = document["shards"], document["label_counts"]
+    return Bounds(
+        np.cumsum([0, *(shard.nsamples for shard in shards)], dtype=np.int64),
+        np.array([shard.filesize for shard in shards], np.uint64),
+        (min(counts), max(counts)) if counts else (-1, 2**31 - 1),
+    )
+
+
+def check_rows(rows: NDArray[np.void], within: Bounds, first: int = 0) -> None:
+    """Check that every sample lies inside its shard and has a label that there is.
 
     Args:
-        rows: offset and length of every sample.
-        shards: (number of samples, bytes) of each shard, in order.
+        rows: offset, length and label of samples that follow each other.
+        within: of the set.
+        first: the id of the first of them.
     """
-    counts = np.array([count for count, _ in shards], np.int64)
-    sizes = np.repeat(np.array([size for _, size in shards], np.uint64), counts)
-    lengths = rows["length"].astype(np.uint64)
-    bad = (lengths == 0) | (lengths > sizes)
-    bad |= rows["offset"] > np.where(bad, np.uint64(0), sizes - lengths)
-    bad |= rows["label"] < -1
-    if bad.any():
-        first = int(bad.argmax())
-        offset, length, label = rows[first].tolist()
-        raise ValueError(
-            f"sample {first} is {length} bytes at {offset} with label {label}: not inside its "
-            f"shard of {int(sizes[first])} bytes, or no label"
-        )
+    for start in range(0, len(rows), AT_ONCE):
+        few = rows[start : start + AT_ONCE]
+        ids = np.arange(first + start, first + start + len(few))
+        sizes = within.sizes[np.searchsorted(within.starts, ids, side="right") - 1]
+        lengths = few["length"].astype(np.uint64)
+        bad = (lengths == 0) | (lengths > sizes)
+        bad |= few["offset"] > np.where(bad, np.uint64(0), sizes - lengths)
+        bad |= (few["label"] < within.labels[0]) | (few["label"] > within.labels[1])
+        if bad.any():
+            k = int(bad.argmax())
+            offset, length, label = few[k].tolist()
+            raise ValueError(
+                f"sample {ids[k]} is {length} bytes at {offset} with label {label}: not inside its "
+                f"shard of {int(sizes[k])} bytes, or no label of the index"
+            )

@@ -18,6 +18,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ from pipeline.data.background import (
     leave_signals_to_parent,
     signals_left_to_the_parent,
 )
-from pipeline.data.cache import Cache, check_shards, hashed_later
+from pipeline.data.cache import Cache, check_shards, hashed_later, node_folder
 from pipeline.data.order import Order
 from pipeline.data.reader import Reader
 from pipeline.data.remote import Patience, raise_on_stop
@@ -108,16 +109,20 @@ def checked_index(config: Config, stop: Callable[[], bool] = raise_on_stop) -> I
     """
     data, model = config.data, config.model
     shape = f"--size {model.image_size} --channels {model.channels}"
-    index = read_index(data.shards, shape, stop=stop)
+    tables_at = Path(data.cache_dir).expanduser() if data.cache_dir else node_folder()
+    index = read_index(data.shards, shape, stop=stop, tables_at=tables_at)
     index.require_shape(model.image_shape, "data.shards")
-    labels, classes = index.table["label"], model.num_classes
-    if classes and not ((labels >= 0) & (labels < classes)).all():
+    if not (classes := model.num_classes):
+        return index
+    labels = index.label_counts
+    low, high = min(labels), max(labels)
+    if low < 0 or high >= classes:
         raise DataError(
-            f"data.shards ({data.shards}): labels {labels.min()} (-1: none) to {labels.max()}, but "
+            f"data.shards ({data.shards}): labels {low} (-1: none) to {high}, but "
             f"model.num_classes ({classes}) wants 0 to {classes - 1} for every sample: prepare "
             "labelled shards, set model.num_classes to the number of their labels, or to 0."
         )
-    if lost := sorted(set(range(classes)) - set(np.unique(labels).tolist())):
+    if lost := sorted(set(range(classes)) - set(labels)):
         raise DataError(
             f"data.shards ({data.shards}): no sample has the label {', '.join(map(str, lost[:9]))}"
             f"{', ...' if len(lost) > 9 else ''}, but with model.num_classes ({classes}) G draws "

@@ -43,6 +43,8 @@ FORMAT_VERSION = 2
 WORK_FOLDER = ".prepare"
 MARKER = ".json"
 """Ending of a marker, after the name of its shard."""
+AT_ONCE = 256
+"""Shards whose records are in memory at a time."""
 ENCODERS = {"npy": "raw pixels", "png": "zlib level 6", "jpg": "quality 95, 4:4:4"}
 
 
@@ -170,27 +172,42 @@ def pack(job: Job, number: int, report: Callable[[int], None]) -> None:
     job.work.mark(_marker(number), {target.name: sums}, document)
 
 
-def finished(job: Job, numbers: Sequence[int]) -> dict[int, Packed]:
+def finished(job: Job, numbers: Sequence[int], *, whole: bool = True) -> dict[int, Packed]:
     """Return those of the shards that have a marker and the bytes that it names.
 
     What is damaged is set aside, so that its shard is packed again.
+
+    Args:
+        job: the set.
+        numbers: of the shards; the rows of all of them are in memory at a time.
+        whole: read every byte, and ask whether images changed since; False = compare sizes alone.
 
     Raises:
         OSError: a file cannot be read, which is no damage.
     """
     markers = {_marker(number): number for number in numbers}
-    found = job.work.finished(markers, job.out, _packed)
+    found = job.work.finished(markers, job.out, _packed, whole=whole)
     packed = {markers[name]: one for name, one in found.items()}
+    if not whole:
+        return packed
     stale = stale_shards(job, {number: one.files for number, one in packed.items()})
     if stale:
         say(f"note: images of {len(stale)} finished shards changed since: they are packed again")
     return {number: one for number, one in packed.items() if number not in stale}
 
 
+def finished_numbers(job: Job, numbers: Sequence[int]) -> set[int]:
+    """Return the numbers of the shards that ``finished`` returns."""
+    starts = range(0, len(numbers), AT_ONCE)
+    return {number for k in starts for number in finished(job, numbers[k : k + AT_ONCE])}
+
+
 def stale_shards(job: Job, records: Mapping[int, Mapping[str, str]]) -> list[int]:
     """Return the numbers of the shards whose images are others than their records say."""
 
     def is_stale(number: int) -> bool:
+        if not records[number]:
+            return False
         return staleness.is_stale(job.source, job.rows(number).tolist(), records[number])
 
     with ThreadPoolExecutor() as pool:

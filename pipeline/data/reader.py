@@ -44,7 +44,7 @@ class Reader:
     def __init__(self, index: Index, cache: Cache, skip_damaged: int = 0) -> None:
         self.index, self.cache = index, cache
         self._may_skip, self._damaged = skip_damaged, set[int]()
-        self._starts = np.cumsum([0, *index.sizes])
+        self._starts = index.starts
         self._files: dict[int, int] = {}  # descriptors, in the order in which they were opened
         weakref.finalize(self, _close, self._files)
         self._written: dict[int, tuple[int, int]] = {}  # size and time of the last change

@@ -194,7 +194,7 @@ def class_labels(
         EvaluationError: as of ``classes_like``.
     """
     classes = classes_of(index, config, num_classes).numpy()
-    real = index.labels[chosen_ids(index.num_samples, config.reference_images or None)]
+    real = index.labels_of(chosen_ids(index.num_samples, config.reference_images or None))
     if not len(real) or real.min() < 0 or real.max() >= num_classes:
         return None
     return classes[:MOST_FEATURES], real[:MOST_FEATURES].astype(np.int64)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.config.schema import Config, ModelConfig
@@ -126,7 +125,7 @@ def mean_logit(
 
 def _labels(real: Index | Pictures, count: int, num_classes: int) -> Tensor | None:
     """Return the classes of the images of ``real_images``: (count,) int64; None if one lacks it."""
-    labels: NDArray[np.int32] = real.labels[chosen_ids(real.num_samples, count)]
+    labels = real.labels_of(chosen_ids(real.num_samples, count))
     if labels.min() < 0 or labels.max() >= num_classes:
         return None
     return torch.from_numpy(labels.astype(np.int64))

@@ -59,6 +59,16 @@ class Pictures:
     def num_samples(self) -> int:
         return len(self.labels)
 
+    @property
+    def label_counts(self) -> dict[int, int]:
+        """Number of images of each label, -1 = none."""
+        labels, counts = np.unique(self.labels, return_counts=True)
+        return dict(zip(labels.tolist(), counts.tolist(), strict=True))
+
+    def labels_of(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Return the labels (n,) of some images."""
+        return self.labels[rows]
+
     def images(self, rows: NDArray[np.int64]) -> Images:
         """Return these rows as ``Images``."""
         return lambda start, stop: self.read(rows[start:stop])

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from pipeline.data.shards import shard_name, write_index
+from pipeline.data.index_writer import write_index
+from pipeline.data.shards import shard_name
 from pipeline.data.tar_scan import scan
 from pipeline.generation.finished_sets import (
     RECORD_NAME,

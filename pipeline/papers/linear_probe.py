@@ -74,7 +74,7 @@ def read_labelled_images(
         EvaluationError: a sample has no label.
         DataError: a shard cannot be read.
     """
-    if (index.table["label"] < 0).any():
+    if min(index.label_counts) < 0:
         raise EvaluationError(f"{field} ({index.location}): every sample must have a label (.cls).")
     return read_images(index, count, seed, data)
 

@@ -6,7 +6,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.order import permutation
@@ -17,14 +16,14 @@ PURPOSE = "evaluation"
 
 
 class Labelled(Protocol):
-    """Images with int32 (N,) labels, -1 where there is none."""
+    """Images with labels, of which there are counts; -1 = none."""
 
     @property
     def location(self) -> str: ...
     @property
     def num_samples(self) -> int: ...
     @property
-    def labels(self) -> NDArray[np.int32]: ...
+    def label_counts(self) -> dict[int, int]: ...
 
 
 def classes_like(data: Labelled, num_classes: int, count: int) -> Tensor:
@@ -44,15 +43,16 @@ def classes_like(data: Labelled, num_classes: int, count: int) -> Tensor:
     Raises:
         EvaluationError: some images of the shards have no label, or one that G does not know.
     """
-    labels = data.labels
-    low, high = (int(labels.min()), int(labels.max())) if len(labels) else (-1, -1)
+    counts = data.label_counts
+    low, high = (min(counts), max(counts)) if counts else (-1, -1)
     if low < 0 or high >= num_classes:
         raise EvaluationError(
             f"eval.labels (data): data.shards ({data.location}) has labels {low} (-1: "
             f"none) to {high}, but G has the classes 0 to {num_classes - 1}. Give the "
             "shards that it was trained on, or set eval.labels=uniform."
         )
-    quotas = np.bincount(labels, minlength=num_classes) * count  # in units of 1 / num_samples
+    # In units of 1 / num_samples.
+    quotas = np.array([counts.get(label, 0) for label in range(num_classes)]) * count
     numbers, remainders = np.divmod(quotas, data.num_samples)
     rest = count - int(numbers.sum())
     numbers[np.argsort(-remainders, kind="stable")[:rest]] += 1

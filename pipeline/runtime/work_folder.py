@@ -150,7 +150,12 @@ class WorkFolder:
         return [part for part in parts if not (self.path / part).exists()]
 
     def finished(
-        self, parts: Iterable[str], root: Path, parse: Callable[[dict[str, Any]], Part]
+        self,
+        parts: Iterable[str],
+        root: Path,
+        parse: Callable[[dict[str, Any]], Part],
+        *,
+        whole: bool = True,
     ) -> dict[str, Part]:
         """Return what the markers of the finished parts say, after reading all of their files.
 
@@ -161,13 +166,14 @@ class WorkFolder:
             parts: names of markers.
             root: the folder of the parts' files.
             parse: returns what is wanted of a marker's document; what it raises is damage.
+            whole: False = compare the sizes of the files alone.
 
         Raises:
             OSError: a file cannot be read, which is no damage.
         """
         names = list(parts)
         with ThreadPoolExecutor(8) as pool:
-            checks = list(pool.map(lambda part: self._check(part, root, parse), names))
+            checks = list(pool.map(lambda part: self._check(part, root, parse, whole), names))
         for name, (_, faults) in zip(names, checks, strict=True):
             for path, fault in faults.items():
                 aside = f"set aside as {set_file_aside(path).name}, " if lexists(path) else ""
@@ -179,7 +185,7 @@ class WorkFolder:
         }
 
     def _check(
-        self, part: str, root: Path, parse: Callable[[dict[str, Any]], Part]
+        self, part: str, root: Path, parse: Callable[[dict[str, Any]], Part], whole: bool
     ) -> tuple[Part | None, dict[Path, str]]:
         """Return what a marker says, None if its part is not finished, and each damaged file."""
         marker = self.path / part
@@ -198,7 +204,10 @@ class WorkFolder:
             return None, {}
         except DamagedFile as error:
             return None, {marker: str(error)}
-        faults = {root / name: fault_of(root / name, *sums) for name, sums in files.items()}
+        faults = {
+            root / name: fault_of(root / name, size, sha if whole else None)
+            for name, (size, sha) in files.items()
+        }
         damaged = {path: fault for path, fault in faults.items() if fault}
         return (None if damaged else found), damaged
 
@@ -245,8 +254,10 @@ def sum_of(path: Path) -> FileSum:
         return [os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
-def fault_of(path: Path, size: int, sha256: str) -> str:
+def fault_of(path: Path, size: int, sha256: str | None) -> str:
     """Return what is wrong with a file, with its path; "" if it is the one that was written.
+
+    Without a checksum only its size is compared.
 
     Raises:
         OSError: it cannot be read, which is no damage.
@@ -254,6 +265,8 @@ def fault_of(path: Path, size: int, sha256: str) -> str:
     try:
         if path.stat().st_size != size:  # before a file that was made huge is read
             return f"{path}: has {path.stat().st_size} bytes, not {size}"
+        if sha256 is None:
+            return "" if path.is_file() else f"{path}: is no regular file"
         return (
             "" if sum_of(path) == [size, sha256] else f"{path}: is damaged (its checksum differs)"
         )

@@ -76,6 +76,16 @@ FIELDS: dict[str, Callable[[dict[str, Any]], object]] = {
     "field is {}": lambda d: d.update(field={}),
     "samples_sha256 is 5": lambda d: d.update(samples_sha256=5),
     "samples_sha256 is '\\x1b[31m'": lambda d: d.update(samples_sha256="\x1b[31m"),
+    "samples_parts is 5": lambda d: d.update(samples_parts=5),
+    "samples_parts.rows is 0": lambda d: d["samples_parts"].update(rows=0),
+    "samples_parts.rows is '256'": lambda d: d["samples_parts"].update(rows="256"),
+    "must be the 4 checksums": lambda d: d["samples_parts"].update(rows=256),
+    "must be the 1 checksums": lambda d: d["samples_parts"].update(sha256="Z" * 64),
+    "samples_parts.sha256 must be": lambda d: d["samples_parts"].update(sha256=[1]),
+    "label_counts is []": lambda d: d.update(label_counts=[]),
+    "label_counts is {'0': 1}": lambda d: d.update(label_counts={"0": 1}),
+    "label_counts is {'x': 997}": lambda d: d.update(label_counts={"x": 997}),
+    "label_counts is {'0': -1, '1': 998}": lambda d: d.update(label_counts={"0": -1, "1": 998}),
     "made_by is [3]": lambda d: d.update(made_by=[3]),
     "shardlist is {}": lambda d: d.update(shardlist={}),
     "shardlist[1] is 3": lambda d: d["shardlist"].__setitem__(1, 3),
@@ -302,6 +312,7 @@ def test_an_index_that_promises_much_takes_little_memory(
     put_table(own, npy(header(shape=(2**30 - 1,)), rows))
 
     def promise(document: dict[str, Any]) -> None:
+        del document["samples_parts"], document["label_counts"]
         document["shape"] = [65536, 65536, 3]
         document["shardlist"] = document["shardlist"][:1]
         document["shardlist"][0] |= {"nsamples": 2**30 - 1, "filesize": 2**61}

@@ -19,8 +19,9 @@ from launching import REPO, environment
 from PIL import Image
 from test_pictures import icc, picture, stored
 
+from pipeline.data.index_writer import write_index
 from pipeline.data.labels import NO_LABEL
-from pipeline.data.shards import read_index, write_index
+from pipeline.data.shards import read_index
 from pipeline.data.source import Choice, Source
 from pipeline.data.sources import find, reader
 from pipeline.data.squares import Square

@@ -14,7 +14,7 @@ from evaluating import evaluated, make_config, make_run
 from PIL import Image
 from scipy.spatial.distance import cdist
 
-from pipeline.data.shards import write_index
+from pipeline.data.index_writer import write_index
 from pipeline.data.tar_scan import scan
 from pipeline.evaluation import memorization
 from pipeline.evaluation.candidates import real_images

@@ -33,8 +33,9 @@ from pipeline import evaluate
 from pipeline.config.loading import dump, load
 from pipeline.data.cache import Cache
 from pipeline.data.codecs import encode
+from pipeline.data.index_writer import write_index
 from pipeline.data.reader import Reader
-from pipeline.data.shards import read_index, write_index
+from pipeline.data.shards import read_index
 from pipeline.data.tar_scan import scan
 from pipeline.evaluation.candidates import chosen_ids
 from pipeline.evaluation.parzen import SAMPLES, SIGMAS, log_likelihoods, parzen
