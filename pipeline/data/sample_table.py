@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,10 @@ class SampleTable:
 
     def __init__(self, path: Path, parts: Parts, within: Bounds, remedy: str) -> None:
         self.path, self._parts, self._within, self._remedy = path, parts, within, remedy
-        self._file = open_regular(path)
+        with open_regular(path) as file:
+            # Shared with forked processes, as ``pread`` has no position.
+            self._descriptor = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._descriptor)
         self._size = os.fstat(self._descriptor).st_size
         head = os.pread(self._descriptor, LONGEST_NPY_HEADER, 0)
         self._begin = npy_head(head, self._size, ROW, len(self))
@@ -73,11 +77,6 @@ class SampleTable:
             return self._rows(ids) if ids.ndim else self._rows(ids[None])[0]
         except OSError as error:
             raise unreadable(self.path, error) from None
-
-    @property
-    def _descriptor(self) -> int:
-        """Shared with forked processes, as ``pread`` has no position."""
-        return self._file.fileno()
 
     def _span(self, first: int, last: int, step: int) -> NDArray[np.void]:
         rows = self._parts.rows

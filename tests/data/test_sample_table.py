@@ -14,7 +14,7 @@ import pytest
 from conftest import CountingServer
 
 from pipeline import prepare
-from pipeline.config.schema import Config, DataConfig
+from pipeline.config.schema import Config, DataConfig, ModelConfig
 from pipeline.data import index_writer, shards
 from pipeline.data.audit import verify
 from pipeline.data.cache import Cache
@@ -180,12 +180,16 @@ def test_rows_of_a_right_checksum_are_judged_too(own, values, said):
 
 def test_classes_are_checked_from_the_counts(own, uneven):
     """Without a look at the table, of one set or of several."""
-    config = Config(data=DataConfig(shards=str(own)))
-    config.model.image_size, config.model.architecture = 8, "mlp"
-    config.model.num_classes = len(uneven.label_counts)
-    assert checked_index(config).label_counts == uneven.label_counts
-    for classes in (2, len(uneven.label_counts) + 1):
-        config.model.num_classes = classes
+    found = len(uneven.label_counts)
+    configs = [
+        Config(
+            model=ModelConfig(architecture="mlp", image_size=8, num_classes=classes),
+            data=DataConfig(shards=str(own)),
+        )
+        for classes in (found, 2, found + 1)
+    ]
+    assert checked_index(configs[0]).label_counts == uneven.label_counts
+    for config in configs[1:]:
         with pytest.raises(DataError, match=r"model.num_classes"):
             checked_index(config)
 
