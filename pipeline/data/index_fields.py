@@ -39,6 +39,8 @@ MOST_LABELS = 1 << 16
 """Different labels that an index counts."""
 SMALLEST_PART, LARGEST_PART = 1 << 8, 1 << 20
 """Rows of a part of the table that has a checksum of its own."""
+SUM = 16
+"""Bytes of the checksum of a part."""
 AT_ONCE = 1 << 20
 
 
@@ -88,7 +90,7 @@ class Parts(NamedTuple):
     rows: int
     """Rows of each part; the last may have fewer."""
     sums: bytes
-    """The SHA-256 of each part, one after the other."""
+    """The first ``SUM`` bytes of the SHA-256 of each part, one after the other."""
 
 
 def _parts(value: object, count: int) -> Parts | None:
@@ -98,7 +100,7 @@ def _parts(value: object, count: int) -> Parts | None:
         raise ValueError(f"samples_parts is {_shown(value)}, must be an object")
     rows = _number(value.get("rows"), "samples_parts.rows", SMALLEST_PART, LARGEST_PART)
     text, parts = value.get("sha256"), -(-count // rows)
-    if not isinstance(text, str) or len(text) != 64 * parts or not HEXADECIMAL(text):
+    if not isinstance(text, str) or len(text) != 2 * SUM * parts or not HEXADECIMAL(text):
         raise ValueError(f"samples_parts.sha256 must be the {parts} checksums of its parts")
     return Parts(rows, bytes.fromhex(text))
 
@@ -276,8 +278,10 @@ def check_rows(rows: NDArray[np.void], within: Bounds, first: int = 0) -> None:
     """
     for start in range(0, len(rows), AT_ONCE):
         few = rows[start : start + AT_ONCE]
-        ids = np.arange(first + start, first + start + len(few))
-        sizes = within.sizes[np.searchsorted(within.starts, ids, side="right") - 1]
+        begin, end = first + start, first + start + len(few)
+        low, high = np.searchsorted(within.starts, [begin, end - 1], side="right") - 1
+        counts = np.diff(within.starts[low : high + 2].clip(begin, end))
+        sizes = np.repeat(within.sizes[low : high + 1], counts)
         lengths = few["length"].astype(np.uint64)
         bad = (lengths == 0) | (lengths > sizes)
         bad |= few["offset"] > np.where(bad, np.uint64(0), sizes - lengths)
@@ -286,6 +290,6 @@ def check_rows(rows: NDArray[np.void], within: Bounds, first: int = 0) -> None:
             k = int(bad.argmax())
             offset, length, label = few[k].tolist()
             raise ValueError(
-                f"sample {ids[k]} is {length} bytes at {offset} with label {label}: not inside its "
-                f"shard of {int(sizes[k])} bytes, or no label of the index"
+                f"sample {begin + k} is {length} bytes at {offset} with label {label}: not inside "
+                f"its shard of {int(sizes[k])} bytes, or no label of the index"
             )

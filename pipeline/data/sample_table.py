@@ -21,7 +21,14 @@ from numpy.typing import NDArray
 
 from pipeline.data.checksums import Marks, is_compared, marks, remember, unreadable
 from pipeline.data.index import COLUMN, ROW, Table
-from pipeline.data.index_fields import LONGEST_NPY_HEADER, Bounds, Parts, check_rows, npy_head
+from pipeline.data.index_fields import (
+    LONGEST_NPY_HEADER,
+    SUM,
+    Bounds,
+    Parts,
+    check_rows,
+    npy_head,
+)
 from pipeline.data.remote import POLL_SECONDS, fetch
 from pipeline.runtime.documents import open_regular
 from pipeline.runtime.errors import DataError
@@ -56,7 +63,7 @@ class SampleTable:
         head = os.pread(self._descriptor, LONGEST_NPY_HEADER, 0)
         self._begin = npy_head(head, self._size, ROW, len(self))
         self._marks: Marks = ()
-        self._compared = np.zeros(len(parts.sums) // 32, bool)
+        self._compared = np.zeros(len(parts.sums) // SUM, bool)
 
     def __len__(self) -> int:
         return int(self._within.starts[-1])
@@ -110,9 +117,9 @@ class SampleTable:
         """Return the rows of part k, compared with its checksum and within their shards."""
         first = k * self._parts.rows
         count = min(self._parts.rows, len(self) - first)
-        width, wanted = ROW.itemsize, self._parts.sums[32 * k : 32 * (k + 1)]
+        width, wanted = ROW.itemsize, self._parts.sums[SUM * k : SUM * (k + 1)]
         content = os.pread(self._descriptor, count * width, self._begin + first * width)
-        if hashlib.sha256(content).digest() != wanted:
+        if hashlib.sha256(content).digest()[:SUM] != wanted:
             last = first + count - 1
             raise self._damaged(f"the checksum of rows {first} to {last} differs from the index")
         rows = np.frombuffer(content, ROW)
