@@ -42,18 +42,25 @@ class Sums:
         self._parts: list[str] = []
         self._open, self._room = hashlib.sha256(), PART
         self._labels: Counter[int] = Counter()
+        self._uncounted: list[NDArray[np.int32]] = []
 
     def add(self, rows: NDArray[np.void]) -> None:
         """Take the next rows."""
         self.rows += len(rows)
-        labels, counts = np.unique(rows["label"], return_counts=True)
-        if len(self._labels) <= index_fields.MOST_LABELS:
-            self._labels.update(dict(zip(labels.tolist(), counts.tolist(), strict=True)))
+        self._uncounted.append(rows["label"].copy())
+        if sum(map(len, self._uncounted)) >= COLUMN:
+            self._count()
         while len(rows):
             self._open.update(np.ascontiguousarray(rows[: self._room]))
             self._room, rows = self._room - len(rows[: self._room]), rows[self._room :]
             if not self._room:
                 self._close()
+
+    def _count(self) -> None:
+        labels, counts = np.unique(np.concatenate(self._uncounted), return_counts=True)
+        self._uncounted.clear()
+        if len(self._labels) <= index_fields.MOST_LABELS:
+            self._labels.update(dict(zip(labels.tolist(), counts.tolist(), strict=True)))
 
     def _close(self) -> None:
         self._parts.append(self._open.digest()[: index_fields.SUM].hex())
@@ -63,6 +70,8 @@ class Sums:
         """Return the fields of the index; to be called once, after the last row."""
         if self._room < PART:
             self._close()
+        if self._uncounted:
+            self._count()
         found = {"samples_parts": {"rows": PART, "sha256": "".join(self._parts)}}
         if len(self._labels) > index_fields.MOST_LABELS:
             return found
