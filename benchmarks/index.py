@@ -1,18 +1,21 @@
 """Open the index of a synthetic set of up to a billion images: seconds, peak memory, first rows.
 
-    python benchmarks/index.py                    # 1e6, 3e7, 1e8 and 1e9 images; 18 GB of disk
+    python benchmarks/index.py                    # 1e6, 3e7, 1e8 and 1e9 images; 2 GB of disk
     python benchmarks/index.py --before ''        # without the reader of an earlier version
 
-A set has shards of 10,000 images and 1,000 classes, and no tars. Each row is a process of its own,
-which opens the set as each rank of a training does, compares the labels with the classes of a
-model, and takes the rows of a batch of 4,096 images from all over the set. The peak memory is that
-over what the process had when its imports were done. Prints Markdown.
+A set has shards of 10,000 images and 1,000 classes, and no tars; beyond 1e8 images its table has
+only the parts that are read. Each row is a process of its own, which opens the set as each rank of
+a training does, compares the labels with the classes of a model, and takes the rows of a batch of
+4,096 images from all over the set. The peak memory is that over what the process had when its
+imports were done. Prints Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,13 +24,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.index import ROW, Shard
-from pipeline.data.index_writer import index_writer
-from pipeline.data.shards import INDEX_NAME, shard_name
+from pipeline.data.index import ROW
+from pipeline.data.index_fields import SUM
+from pipeline.data.index_writer import PART, write_head
+from pipeline.data.shards import INDEX_NAME, KIND, shard_name, table_of
 from pipeline.runtime.documents import read_document, write_document
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARD, CLASSES, BATCH = 10_000, 1000, 4096
+SHARD, CLASSES, BATCH, WHOLE = 10_000, 1000, 4096, 10**8
 SAMPLE = 13_824
 """Bytes of a 64x64 image in a tar."""
 OPEN = """
@@ -65,16 +69,54 @@ print(json.dumps([*times, peak, first.tobytes().hex()[:99]]))
 
 
 def write_set(folder: Path, images: int) -> None:
-    """Write the index of a synthetic set."""
-    rows = np.zeros(SHARD, ROW)
-    rows["offset"] = np.arange(SHARD) * SAMPLE + 512
+    """Write the index of a synthetic set, whose table repeats itself after 625 parts.
+
+    Of a table of more than ``WHOLE`` rows only the parts that a batch reads are written.
+    """
+    period = math.lcm(SHARD, PART)
+    rows, ids = np.zeros(period, ROW), np.arange(period)
+    rows["offset"] = ids % SHARD * SAMPLE + 512
     rows["length"] = 64 * 64 * 3 + 128
-    with index_writer(folder / INDEX_NAME) as writer:
-        for number in range(images // SHARD):
-            rows["label"] = (np.arange(SHARD) + number) % CLASSES
-            shard = Shard(shard_name(number), SHARD, SHARD * SAMPLE, f"{number:064x}")
-            writer.add(shard, rows, "npy")
-        writer.finish(folder, (64, 64, 3), {})
+    rows["label"] = ids % CLASSES
+    content, part = rows.tobytes(), PART * ROW.itemsize
+    digest, parts = hashlib.sha256(), -(-images // PART)
+    with (folder / table_of(INDEX_NAME)).open("wb") as file:
+        write_head(file, images)
+        begin, size = file.tell(), images * ROW.itemsize
+        if images > WHOLE:
+            wanted = np.random.default_rng(0).integers(0, images, BATCH)
+            for k in np.unique(wanted // PART).tolist():
+                file.seek(begin + k * part)
+                at = k * part % len(content)
+                file.write(content[at : at + min(part, size - k * part)])
+            file.truncate(begin + size)
+        else:
+            for start in range(0, size, len(content)):
+                file.write(content[: size - start])
+    if images <= WHOLE:
+        with (folder / table_of(INDEX_NAME)).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+    sums = [hashlib.sha256(content[k : k + part]) for k in range(0, len(content), part)]
+    sums = (sums * -(-parts // len(sums)))[:parts]
+    if rest := images % PART:
+        at = (parts - 1) * part % len(content)
+        sums[-1] = hashlib.sha256(content[at : at + rest * ROW.itemsize])
+    shards = [
+        {"url": shard_name(k), "nsamples": SHARD, "filesize": SHARD * SAMPLE, "sha256": f"{k:064x}"}
+        for k in range(images // SHARD)
+    ]
+    document = {
+        "__kind__": KIND,
+        "wids_version": 1,
+        "field": "npy",
+        "shape": [64, 64, 3],
+        "samples_sha256": digest.hexdigest(),
+        "made_by": {},
+        "shardlist": shards,
+        "samples_parts": {"rows": PART, "sha256": "".join(s.hexdigest()[: 2 * SUM] for s in sums)},
+        "label_counts": {str(k): images // CLASSES for k in range(CLASSES)},
+    }
+    write_document(folder / INDEX_NAME, document, indent=1)
 
 
 def strip(folder: Path) -> None:

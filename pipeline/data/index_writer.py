@@ -85,7 +85,7 @@ class IndexWriter:
         self.shards: list[Shard] = []
         self._target, self._table, self._sums = target, table, Sums()
         self._fields: set[str] = set()
-        _write_head(table, 0)  # of the same length for any number of rows
+        write_head(table, 0)
 
     def add(self, shard: Shard, rows: NDArray[np.void], field: str) -> None:
         """Add a shard, its rows of the table, and the format of its images; "" if it has none."""
@@ -110,7 +110,7 @@ class IndexWriter:
         if not self._fields:
             raise DataError(f"{folder}: the shards hold no images.")
         self._table.seek(0)
-        _write_head(self._table, self._sums.rows)
+        write_head(self._table, self._sums.rows)
         self._table.flush()
         os.fsync(self._table.fileno())
         partial = Path(self._table.name)
@@ -135,7 +135,8 @@ def _entry(shard: Shard) -> dict[str, Any]:
     return {key: value for key, value in asdict(shard).items() if key not in ("folder", "field")}
 
 
-def _write_head(file: BinaryIO, rows: int) -> None:
+def write_head(file: BinaryIO, rows: int) -> None:
+    """Write the npy header of a table, which has the same length for any number of rows."""
     descr = dtype_to_descr(ROW)
     write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": (rows,)})
 
