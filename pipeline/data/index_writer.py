@@ -51,7 +51,7 @@ class Sums:
         if sum(map(len, self._uncounted)) >= COLUMN:
             self._count()
         while len(rows):
-            self._open.update(np.ascontiguousarray(rows[: self._room]))
+            self._open.update(rows[: self._room].tobytes())
             self._room, rows = self._room - len(rows[: self._room]), rows[self._room :]
             if not self._room:
                 self._close()
@@ -92,7 +92,7 @@ class IndexWriter:
         self.shards.append(shard)
         self._fields |= {field} - {""}
         self._sums.add(rows)
-        self._table.write(np.ascontiguousarray(rows))
+        self._table.write(rows.tobytes())
 
     def finish(
         self,

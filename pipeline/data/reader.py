@@ -97,7 +97,8 @@ class Reader:
                 self._decoders[field](memoryview(payload), out[k])
             except DecodeError as error:
                 raise self._corrupt(shard, offset, error) from None
-        return rows["label"].astype(np.int64)
+        labels: NDArray[np.int64] = rows["label"].astype(np.int64)
+        return labels
 
     def read_intact(
         self, ids: NDArray[np.int64], out: NDArray[np.uint8]

@@ -102,7 +102,8 @@ def read_index(
     held = rows * ROW.itemsize <= HELD
     tables = [_open_table(one, held, tables_at, (field, options, stop)) for one in found]
     counts = [one.document["label_counts"] for one in found]
-    known = dict(sum(map(Counter, counts), Counter())) if all(counts) else None
+    total: Counter[int] = sum(map(Counter, counts), Counter())
+    known = dict(total) if all(counts) else None
     if len(found) == 1:
         made_by, kind = first.document["made_by"], first.document["field"]
         return Index(first.at, kind, first.shape, first.shards, tables[0], made_by, known)
@@ -111,8 +112,9 @@ def read_index(
         for one in found
         for shard in one.shards
     )
-    held = all(isinstance(table, np.ndarray) for table in tables)
-    table = np.concatenate(tables) if held else JoinedTable(tables)
+    arrays = [table for table in tables if isinstance(table, np.ndarray)]
+    whole = len(arrays) == len(tables)
+    table: Table = np.concatenate(arrays) if whole else JoinedTable(tables)
     where = "::".join(one.at for one in found)
     return Index(where, first.document["field"], first.shape, shards, table, counted=known)
 
