@@ -180,7 +180,7 @@ def finished(job: Job, numbers: Sequence[int], *, whole: bool = True) -> dict[in
     Args:
         job: the set.
         numbers: of the shards; the rows of all of them are in memory at a time.
-        whole: read every byte, and ask whether images changed since; False = compare sizes alone.
+        whole: read every byte of the shards; False = compare their sizes alone.
 
     Raises:
         OSError: a file cannot be read, which is no damage.
@@ -188,8 +188,6 @@ def finished(job: Job, numbers: Sequence[int], *, whole: bool = True) -> dict[in
     markers = {_marker(number): number for number in numbers}
     found = job.work.finished(markers, job.out, _packed, whole=whole)
     packed = {markers[name]: one for name, one in found.items()}
-    if not whole:
-        return packed
     stale = stale_shards(job, {number: one.files for number, one in packed.items()})
     if stale:
         say(f"note: images of {len(stale)} finished shards changed since: they are packed again")
