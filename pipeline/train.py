@@ -71,12 +71,11 @@ def train(config: Config) -> bool:
         True if the run reached ``train.total_steps``, False if a signal stopped it.
     """
     # Imported here: torch takes seconds, and --help or a mistyped key must answer without it.
-    from pipeline.data.loader import make_order, open_data
+    from pipeline.data.loader import open_data
     from pipeline.data.preview import write_reals
-    from pipeline.runs import run_folder
-    from pipeline.runtime.ranks import on_rank_zero
     from pipeline.training.gan import GAN
     from pipeline.training.inputs import InputReader
+    from pipeline.training.order_choice import order_of_run
     from pipeline.training.run import Run
 
     accelerator, precision, micro_batch, accumulation = _launch(config)
@@ -87,8 +86,7 @@ def train(config: Config) -> bool:
         index = open_data(config, accelerator)
     except signals.Stopped:
         return run.leave_early()
-    saved = on_rank_zero(accelerator, lambda: run_folder.saved_order(config))
-    order = make_order(config, index, saved)
+    order = order_of_run(config, index, accelerator)
     gan = GAN(config, accelerator, accumulation)
     while True:
         step = run.resume(gan, index, order, micro_batch)

@@ -9,14 +9,20 @@ from typing import Any
 from pipeline.config.recipe import EXACT_BEFORE, with_todays_keys
 from pipeline.config.schema import Config, flatten
 
+CHOSEN = ("block", "window", "lanes")
+"""Keys of ``data`` that ``data.order`` chooses where they are None."""
 
-def fixed_differences(old: Mapping[str, Any], new: Config) -> list[str]:
+
+def fixed_differences(
+    old: Mapping[str, Any], new: Config, chosen: Mapping[str, Any] | None = None
+) -> list[str]:
     """Return a line ``key: old -> new`` for each changed key that a resume may not change.
 
     Args:
         old: what ``flatten`` returned when the run was saved. A key that did not exist then has
             today's default.
-        new: the configuration of the resume.
+        new: the configuration of the resume. None keeps what ``data.order`` chose.
+        chosen: what the run's order has of ``CHOSEN``.
     """
     free = {
         f"{section.name}.{entry.name}"
@@ -25,6 +31,8 @@ def fixed_differences(old: Mapping[str, Any], new: Config) -> list[str]:
         if entry.metadata.get("may_change")
     }
     before, after = flatten(Config()) | with_todays_keys(old), flatten(new)
+    before |= {f"data.{key}": (chosen or {}).get(key, before[f"data.{key}"]) for key in CHOSEN}
+    free |= {f"data.{key}" for key in CHOSEN if getattr(new.data, key) is None}
     hints = {} if "stability.penalty" in old else {"stability.penalty": EXACT_BEFORE}
     return [
         f"{key}: {before[key]} -> {after[key]}{hints.get(key, '')}"

@@ -59,11 +59,11 @@ def are_wandb_tags(tags: list[str]) -> bool:
 
 
 AT_LEAST_1 = """
-model.z_dim model.ngf model.ndf data.batch_size data.prefetch data.block data.lanes optim.d_steps
+model.z_dim model.ngf model.ndf data.batch_size data.prefetch optim.d_steps
 train.total_steps train.keep train.log_every train.watch_steps stability.r1_every
 eval.batch_size"""
 AT_LEAST_0 = """
-data.workers data.window data.cache_gib data.skip_damaged train.checkpoint_every
+data.workers data.cache_gib data.skip_damaged train.checkpoint_every
 train.checkpoint_minutes train.keep_every train.sample_every train.watch_healings stability.r1_gamma
 stability.r2_gamma schedule.start schedule.end schedule.warmup"""
 URLS = "data.shards eval.held_out eval.parzen_shards"
@@ -72,6 +72,8 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     # The value must be ..., as this function tests, for these keys.
     ("at least 1", lambda v: v >= 1, AT_LEAST_1),
     ("0 or more", lambda v: v >= 0, AT_LEAST_0),
+    ("null or at least 1", _if_set(lambda v: v >= 1), "data.block data.lanes"),
+    ("null or 0 or more", _if_set(lambda v: v >= 0), "data.window"),
     ("at most 65536", lambda v: v <= 2**16, "model.z_dim model.ngf model.ndf"),
     ("at most 65536", lambda v: v <= 2**16, "model.num_classes model.maxout"),
     # Beyond these, arithmetic overflows or queues are larger than any machine.

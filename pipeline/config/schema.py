@@ -103,16 +103,19 @@ class DataConfig:
     """Decoding processes per rank, at most 256; 0 = decode in the training process."""
     prefetch: int = _may_change(4)
     """Batches that each worker prefetches, 1 to 1024."""
-    block: int = 1
-    """Number of samples that the shuffle keeps together; 1 = a uniform permutation of the data set.
-    Use 64 to 256, with window = 8192, for shards on slow disks. Use a shard's size, with window = a
-    few shards, for a data set larger than the node cache."""
-    window: int = 0
+    order: Literal["auto", "uniform", "shards"] = "auto"
+    """Chooses block, window and lanes if neither block nor window is set. uniform: 1, 0 and 1.
+    shards: whole shards, windows of 3 and as many lanes as cache_gib has room for. auto: shards if
+    a remote set does not fit cache_gib, else uniform. A resumed run keeps its first choice."""
+    block: int | None = None
+    """Number of samples that the shuffle keeps together, at least 1 = a uniform permutation of the
+    set; None = data.order chooses. 64 to 256, with window = 8192, suit shards on slow disks."""
+    window: int | None = None
     """Number of samples that are shuffled among each other after the shuffle of the blocks; 0 = no
-    second shuffle, which is right for block = 1."""
-    lanes: int = 1
-    """Number of shuffle lanes, at least 1. A node reads whole shards if the job never uses more
-    nodes than lanes (MosaicML: num_canonical_nodes)."""
+    second shuffle, None = data.order chooses."""
+    lanes: int | None = None
+    """Number of shuffle lanes, at least 1; None = data.order chooses. A node reads whole shards if
+    the job never uses more nodes than lanes (MosaicML: num_canonical_nodes)."""
     cache_dir: str = _may_change("")
     """Folder on the local disk of each node for shards that are downloaded from a URL. "" = a
     folder in $SLURM_TMPDIR or $TMPDIR, else ~/.cache/dcgan-pipeline/shards; the log says which."""

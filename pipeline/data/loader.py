@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipeline.config.schema import Config
+from pipeline.data.arrangement import make_order as make_order
 from pipeline.data.background import (
     BackgroundCheck,
     leave_signals_to_parent,
@@ -93,7 +94,7 @@ def open_data(config: Config, accelerator: Accelerator) -> Index:
         cache.announce()
         if data.verify == "sha256":
             cache.check_copies()
-        if data.window == 0:  # a uniform order needs every shard from the first batch on
+        if not data.window and data.order != "shards":  # uniform: every shard from the start on
             cache.fetch_all()
 
     run_on_selected_ranks(accelerator, accelerator.is_local_main_process, make_ready)
@@ -130,13 +131,6 @@ def checked_index(config: Config, stop: Callable[[], bool] = raise_on_stop) -> I
             f"set model.num_classes to {classes - len(lost)}, or to 0."
         )
     return index
-
-
-def make_order(config: Config, index: Index, algorithm: str | None = None) -> Order:
-    """Return the data order of a run over an index; ``algorithm`` is that of a resumed run."""
-    data = config.data
-    cuts = {"block": data.block, "window": data.window, "lanes": data.lanes}
-    return Order(index.sizes, config.run.seed, **cuts, algorithm=algorithm)
 
 
 class Loader:

@@ -283,6 +283,8 @@ def _disk_space(accelerator: Accelerator, config: Config, index: Index | None) -
         held = sum(path.stat().st_size for path in cache.glob("*.tar")) if cache.is_dir() else 0
         free = min(gather(accelerator, shutil.disk_usage(nearest_existing(cache)).free + held))
         text = f"{cache}: {_gib(free)} free or in use for shards, they need {_gib(needed)}"
+        if free <= needed:
+            text += f"; another data.cache_dir, or data.cache_gib={0.9 * free / 2**30:.3g}"
         findings.append(Finding("shard cache", "ok" if free > needed else "FAILED", text))
     return findings
 

@@ -53,10 +53,16 @@ def saved_precision(config: Config) -> str | None:
     return None if state is None else str(state["precision"])
 
 
-def saved_order(config: Config) -> str | None:
-    """Return the name of the data order of the newest checkpoint, None for a new run."""
+def saved_order(config: Config) -> dict[str, Any]:
+    """Return what the newest checkpoint has of its data order, and its ``data.order``.
+
+    Empty for a new run. Runs from before that key are of ``auto``.
+    """
     state = _state_to_resume(config)
-    return None if state is None else str(state["stream"].get("algorithm"))
+    if state is None:
+        return {}
+    stream: dict[str, Any] = state["stream"]
+    return stream | {"order": (state.get("config") or {}).get("data.order", "auto")}
 
 
 def saved_noise(config: Config) -> str:
@@ -251,7 +257,7 @@ class RunFolder:
         change, with a line; and the keys of ``ACCEPTABLE`` with ``run.accept_changes``.
         """
         before = state.get("config") or self._configuration_of_an_old_run()
-        changed = fixed_differences(before, config)
+        changed = fixed_differences(before, config, state.get("stream"))
         if not changed:
             return
         own, accepts = state["run_id"] == self.identity.id, config.run.accept_changes

@@ -168,6 +168,11 @@ def gather(accelerator: Accelerator, value: T) -> list[T]:
     return values
 
 
+def count_nodes(accelerator: Accelerator) -> int:
+    """Return the number of nodes of a launch, the same on every rank."""
+    return len(set(gather(accelerator, node_name())))
+
+
 def gather_by_node(accelerator: Accelerator, value: T) -> dict[T, str]:
     """Gather a hashable value from every rank; return the nodes of each: ``{value: "n1, n2"}``."""
     nodes: dict[T, list[str]] = {}

@@ -16,10 +16,10 @@ from pipeline.config.schema import Config, flatten
 from pipeline.config.sizes import gib
 from pipeline.config.values import show, written
 from pipeline.config.yaml_file import Plain
-from pipeline.data.loader import make_order, open_data
+from pipeline.data.loader import open_data
 from pipeline.runs.announce import cautions, data_cautions
 from pipeline.runs.disk_use import checkpoint_bytes
-from pipeline.runs.run_folder import saved_noise, saved_order
+from pipeline.runs.run_folder import saved_noise
 from pipeline.runs.step_folders import CHECKPOINTS, committed, step_of
 from pipeline.runtime import signals
 from pipeline.runtime.files import nearest_existing
@@ -27,6 +27,7 @@ from pipeline.runtime.host import peak_memory
 from pipeline.training.gan import GAN
 from pipeline.training.inputs import InputReader
 from pipeline.training.meter import Meter
+from pipeline.training.order_choice import order_of_run
 
 STEPS = 3
 LONG_WAIT = 600.0
@@ -69,7 +70,7 @@ def rehearse(
         return False
     gan, meter = GAN(config, accelerator, accumulation), Meter(accelerator, config.images_per_step)
     inputs = InputReader(
-        *(config, index, make_order(config, index, saved_order(config)), accelerator),
+        *(config, index, order_of_run(config, index, accelerator), accelerator),
         micro_batch=micro_batch,
         meter=meter,
         start=start * config.optim.d_steps,

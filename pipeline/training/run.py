@@ -129,7 +129,8 @@ class Run:
     def _note_changes(self, state: Mapping[str, Any], healings: Sequence[alarms.Alarm]) -> None:
         """Take over the events of a checkpoint, and add what happened since."""
         self._events = list(state.get("events") or [])
-        changed = fixed_differences(state.get("config") or flatten(self.config), self.config)
+        before = state.get("config") or flatten(self.config)
+        changed = fixed_differences(before, self.config, state["stream"])
         if changed:
             self._events.append({"step": state["step"], "changed": changed})
         self._events += self.collapse.load(state, healings, changed=bool(changed))

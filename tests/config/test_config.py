@@ -631,7 +631,7 @@ def test_fixed_differences_name_what_may_not_change(write):
     new = load(write(""), [*free, "optim.g_lr=1e-3", "data.batch_size=64", "data.block=2"])
     assert fixed_differences(old, new) == [
         "data.batch_size: 128 -> 64",
-        "data.block: 1 -> 2",
+        "data.block: None -> 2",
         "optim.g_lr: 0.0002 -> 0.001",
     ]
     del old["optim.g_lr"], old["optim.d_lr"]  # keys that did not exist: today's defaults

@@ -483,7 +483,7 @@ def test_a_run_goes_on_with_its_algorithm_and_a_new_one_takes_the_newest(tmp_pat
     """The newest checkpoint says which; a name that this version lacks is refused later, by name,
     because the order does not take it. A fork may have settings that its origin's never had.
     """
-    index = SimpleNamespace(sizes=MANY)
+    index = SimpleNamespace(sizes=MANY, fingerprint="f")
     for cuts, names in (
         ({}, ["lwb1", "lwb2"]),
         ({"window": 9}, ["lwb1", "lwb2", "lwb3"]),
@@ -491,18 +491,18 @@ def test_a_run_goes_on_with_its_algorithm_and_a_new_one_takes_the_newest(tmp_pat
     ):
         folder = tmp_path / f"run {cuts}"
         config = load_config(folder, **cuts)
-        assert saved_order(config) is None
+        assert saved_order(config) == {}
         assert make_order(config, index).algorithm == names[-1]
         for step, name in enumerate([*names, "lwb9"], 1):
             state = STATE | {"stream": {"algorithm": name}}
             checkpoint.save(folder, step, {"G": torch.nn.Linear(1, 1)}, {}, state)
-            assert saved_order(config) == name
+            assert saved_order(config) == {"algorithm": name, "order": "auto"}
             kept = name if name in names else names[-1]
             assert make_order(config, index, saved_order(config)).algorithm == kept
             fork = load_config(tmp_path / "fork", fork=folder, **cuts)
             assert make_order(fork, index, saved_order(fork)).algorithm == kept
         other = load_config(tmp_path / "fork", fork=folder, block=3)
-        assert make_order(other, index, "lwb2").algorithm == "lwb3"
+        assert make_order(other, index, {"algorithm": "lwb2"}).algorithm == "lwb3"
 
 
 def test_a_run_goes_on_with_the_rule_of_its_z(tmp_path):
