@@ -102,11 +102,11 @@ def test_hints_name_keys_that_exist_and_answer_none_that_does() -> None:
 
 def test_an_override_may_have_two_hyphens(tiny_config: Path) -> None:
     """--section.key=value, W&B's form, is section.key=value in any place; others are answered."""
-    words = ("optim.g_lr=0", "--config", tiny_config, "--optim.d_lr=0", "--data.lanes=0")
+    words = ("optim.g_lr=0", "--config", tiny_config, "--optim.d_lr=0", "--data.prefetch=0")
     for module in ("train", "doctor"):
         done = command(module, *(words if module == "train" else words[1:]))
         assert done.returncode == 2, done.stderr
-        assert "data.lanes (0): must be at least 1" in done.stderr
+        assert "data.prefetch (0): must be at least 1" in done.stderr
         assert "optim.d_lr (0.0): must be above 0" in done.stderr
     unknown = command("train", "--config", tiny_config, "--epochs=3")
     assert unknown.returncode == 2

@@ -502,7 +502,7 @@ def test_a_run_goes_on_with_its_algorithm_and_a_new_one_takes_the_newest(tmp_pat
             fork = load_config(tmp_path / "fork", fork=folder, **cuts)
             assert make_order(fork, index, saved_order(fork)).algorithm == kept
         other = load_config(tmp_path / "fork", fork=folder, block=3)
-        assert make_order(other, index, {"algorithm": "lwb2"}).algorithm == "lwb3"
+        assert make_order(other, index, {"algorithm": "lwb2", "order": "auto"}).algorithm == "lwb3"
 
 
 def test_a_run_goes_on_with_the_rule_of_its_z(tmp_path):

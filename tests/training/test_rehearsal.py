@@ -27,6 +27,7 @@ def test_a_dry_run_tells_all_and_writes_nothing(
         "data.batch_size = 512  [command line]",
         "train.keep = 3  [default]",
         f"batch of 512 = {ranks} rank(s) x {2 // ranks} micro-batch(es) x 256 images",
+        "data order: uniform (lwb1): 3 of 3 shards at a time on a node, two images of a batch",
         "331 images of 32x32x1; 100000 steps are 154682.8 epochs",
         "schedule    optim.g_lr 0.001 to 0: cosine, steps 0 to 9",
         "s a step (mean of 3)",
