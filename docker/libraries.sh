@@ -23,4 +23,8 @@ awk -v gpu="$gpu" '/^[a-z]/ {left = $0 ~ gpu} !left' "$lock" >"$others"
 backend=--torch-backend=cpu
 [ -z "${UV_INDEX:-}${UV_FIND_LINKS:-}" ] || backend=
 # shellcheck disable=SC2086  # several words
-"$uv" pip install --python "$venv/bin/python" --no-deps $backend $torch
+"$uv" pip install --python "$venv/bin/python" --no-deps $backend $torch || {
+  echo "PyTorch's CPU builds were not found. If its index is out of reach, name a mirror or a folder of wheels in" \
+    "UV_INDEX or UV_FIND_LINKS, or take the builds with CUDA libraries: TORCH=cuda (6.9 GB)" >&2
+  exit 1
+}

@@ -55,3 +55,17 @@ def test_the_cpu_image_takes_cpu_builds_of_the_locked_versions(tmp_path: Path, i
     assert calls[2].split()[-2:] == versions
     assert "--no-deps" in calls[2]
     assert ("--torch-backend=cpu" in calls[2]) == (not index)
+
+
+def test_cpu_builds_that_are_out_of_reach_have_a_remedy(tmp_path: Path) -> None:
+    """Where PyTorch's index cannot be reached, the last line names two ways out; exit code 1."""
+    uv = tmp_path / "uv"
+    uv.write_text('#!/bin/sh\ncase "$*" in *torch==*) echo dns error >&2; exit 2; esac\n')
+    uv.chmod(0o755)
+    words = ["sh", REPO / "docker/libraries.sh", "cpu", tmp_path, REPO / "requirements.txt"]
+    done = subprocess.run(
+        words, env=os.environ | {"UV": str(uv)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    for name in ("UV_INDEX", "UV_FIND_LINKS", "TORCH=cuda"):
+        assert name in done.stderr.splitlines()[-1]
