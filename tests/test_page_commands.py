@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
+import select
 import shlex
 import shutil
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +116,32 @@ def test_the_commands_of_wandb_exist(walk: tuple[Path, dict[str, Walk]]) -> None
     assert {"login", "leet", "sync", "sweep", "agent"} == named
     assert named <= set(known)
     assert list(folder.glob("runs/*/wandb/offline-run-*"))
+
+
+def test_leet_shows_an_offline_run(walk: tuple[Path, dict[str, Walk]]) -> None:
+    """The dashboard of the page, in a terminal: the run that was just trained; q leaves it."""
+    folder, _ = walk
+    [words] = [words for words in lines("wandb") if words[:2] == ["wandb", "leet"]]
+    [run] = folder.glob(f"{words[2]}/offline-run-*")
+    terminal, side = pty.openpty()
+    termios.tcsetwinsize(side, (34, 160))
+    program = [sys.executable, "-m", "wandb", *words[1:]]
+    settings = {"HOME": str(folder / "home"), "TERM": "xterm-256color"}
+    shown, deadline = b"", time.monotonic() + 120
+    with subprocess.Popen(
+        program, cwd=folder, env=environment() | settings, stdin=side, stdout=side
+    ) as process:
+        os.close(side)
+        while select.select([terminal], [], [], 120.0)[0]:
+            try:
+                shown += os.read(terminal, 65536)
+            except OSError:  # its other side is closed
+                break
+            if run.name[:24].encode() in shown or time.monotonic() > deadline:
+                os.write(terminal, b"q")
+        os.close(terminal)
+    assert process.returncode == 0, shown.decode(errors="replace")
+    assert run.name[:24].encode() in shown
 
 
 def test_links_of_messages_lead_to_sections() -> None:

@@ -22,12 +22,11 @@ function draw() {  // every panel: the chosen key over the chosen axis
   });
 }
 
-function hide(r) {
-  shown[r] = !shown[r];
+function show(r, visible) {
+  shown[r] = visible;
   document.querySelectorAll(`[data-run="${r}"]`).forEach(element =>
-    element.tagName == "BUTTON" ? element.setAttribute("aria-pressed", shown[r])
-      : element.classList.toggle("hidden", !shown[r]));
-  draw();
+    element.tagName == "BUTTON" ? element.setAttribute("aria-pressed", visible)
+      : element.classList.toggle("hidden", !visible));
 }
 
 const slider = document.getElementById("grid-step");
@@ -44,8 +43,14 @@ function turn() {  // each run's newest grid that is not after the chosen step
   });
 }
 
-document.querySelectorAll(".legend button").forEach(button =>
-  button.addEventListener("click", () => hide(button.dataset.run)));
+document.querySelectorAll(".legend button").forEach((button, r) => {
+  button.addEventListener("click", () => { show(r, !shown[r]); draw(); });
+  button.addEventListener("dblclick", () => {  // this one alone, or all again
+    const alone = shown.every((visible, other) => visible == (other == r));
+    shown.forEach((_, other) => show(other, alone || other == r));
+    draw();
+  });
+});
 if (slider) { slider.addEventListener("input", turn); turn(); }
 function start() {  // once Bokeh has its models
   if (!globalThis.Bokeh?.documents?.length) return setTimeout(start, 20);

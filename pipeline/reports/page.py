@@ -50,11 +50,10 @@ def render(runs: Sequence[RunFacts], left_out: Sequence[str]) -> str:
         f"<title>{html.escape(title)}</title><style>{_file('page.css')}</style>",
         charts.library() if keys else "",
         f"</head><body><h1>{html.escape(title)}</h1>",
-        f'<p class="note">Made {made}. A click on a run hides it everywhere.</p>',
+        f'<p class="note">Made {made}. A click on a run hides it, a double click hides the others.</p>',
         *(f'<p class="note">Left out: {html.escape(reason)}</p>' for reason in left_out),
         _legend(runs),
-        f"<h2>{_heading(runs)}</h2>",
-        _runs_table(runs),
+        *_runs_tables(runs),
         *_score_tables(runs),
         _curves(keys, elements) if keys else '<p class="note">No metrics yet.</p>',
         _grids(runs, steps),
@@ -82,12 +81,9 @@ def _json(data: Any) -> str:
 def ordered(keys: Iterable[str]) -> list[str]:
     """Return the keys of curves: two Frechet or kernel distances, then FIRST, then the others."""
     known = sorted(keys)
-    scores = [key for key in known if key.startswith(("eval/fid", "eval/fd", "eval/k"))][:2]
+    distances = [key for key in known if key.startswith(("eval/fid", "eval/fd", "eval/k"))]
+    scores = [key for key in distances if "_std_" not in key][:2]
     return list(dict.fromkeys([*scores, *(key for key in FIRST if key in known), *known]))
-
-
-def _heading(runs: Sequence[RunFacts]) -> str:
-    return "Settings other than the default" if len(runs) == 1 else "Runs, and how they differ"
 
 
 def _legend(runs: Sequence[RunFacts]) -> str:
@@ -127,18 +123,23 @@ def _shown(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str("" if value is None else value)
 
 
-def _runs_table(runs: Sequence[RunFacts]) -> str:
-    keys = differing(runs)
-    head = ["run", "state", "step", "images/s", "hardware", *keys]
+def _runs_tables(runs: Sequence[RunFacts]) -> Iterable[str]:
+    """Yield a table with a row for each run; of a single run its settings are a table below."""
+    keys, single = differing(runs), len(runs) == 1
+    head = ["run", "state", "step", "images/s", "hardware", *(() if single else keys)]
     rows = []
     for n, run in enumerate(runs):
         state = run.status or f"unfinished; last row {written_at(run) or 'none'}"
         state = "; ".join([state, *run.alarms])
-        values = [keys[key][n] for key in keys]
+        values = [] if single else [keys[key][n] for key in keys]
         steps, speed = f"{run.step} of {run.config.train.total_steps}", run.throughput()
         shown = None if speed is None else f"{speed:.0f}"
         rows.append((n, [run.name, state, steps, shown, run.hardware, *values]))
-    return _table(head, rows)
+    yield f"<h2>{'Run' if single else 'Runs, and how they differ'}</h2>"
+    yield _table(head, rows)
+    if single:
+        yield "<h2>Settings other than the default</h2>"
+        yield _table(["key", "value"], ((0, [key, value]) for key, [value] in keys.items()))
 
 
 def _score_tables(runs: Sequence[RunFacts]) -> Iterable[str]:
