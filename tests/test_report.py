@@ -308,7 +308,8 @@ addEventListener("load", () => setTimeout(() => {
   found.first = document.querySelector("figcaption span").textContent;
   document.querySelector(".legend button").click();
   found.hidden = [!line.visible, document.querySelector("figure").checkVisibility()];
-  const double = r => document.querySelectorAll(".legend button")[r].dispatchEvent(new Event("dblclick"));
+  const buttons = document.querySelectorAll(".legend button");
+  const double = r => buttons[r].dispatchEvent(new Event("dblclick"));
   double(1); found.all = [...shown]; double(0); found.alone = [...shown];
   found.loaded = performance.getEntriesByType("resource").map(e => e.name)
     .filter(n => !n.startsWith("data:"));

@@ -50,7 +50,7 @@ def render(runs: Sequence[RunFacts], left_out: Sequence[str]) -> str:
         f"<title>{html.escape(title)}</title><style>{_file('page.css')}</style>",
         charts.library() if keys else "",
         f"</head><body><h1>{html.escape(title)}</h1>",
-        f'<p class="note">Made {made}. A click on a run hides it, a double click hides the others.</p>',
+        f'<p class="note">Made {made}. A click on a run hides it, a double click the others.</p>',
         *(f'<p class="note">Left out: {html.escape(reason)}</p>' for reason in left_out),
         _legend(runs),
         *_runs_tables(runs),
