@@ -49,7 +49,7 @@ END
   )
 }
 
-if [ "${NIGHTLY_CHAIN:-1}" = 1 ]; then
+if [ "${NIGHTLY_CHAIN:-1}" = 1 ] && [ -n "${SLURM_JOB_ID:-}" ]; then  # else evaluate.sh says what is wrong
   for try in 1 2 3 4 5; do  # the controller may be restarting
     chained || chain "$SLURM_JOB_NAME" "$@" && break
     [ "$try" -lt 5 ] || { echo "NO NEXT NIGHT: submit slurm/nightly.sh again"; break; }

@@ -131,11 +131,12 @@ def data_cautions(config: Config, images: int) -> list[str]:
             f"has some twice. Use {max(2, images // 2)} or less, or more images"
         )
     epochs = config.train.total_steps * config.images_per_step / images
+    most_steps = MOST_EPOCHS * images // config.images_per_step
     remedy = "" if config.stability.augment else ", or set stability.augment"
     if epochs > MOST_EPOCHS:
         lines.append(
             f"train.total_steps ({config.train.total_steps}): {epochs:.0f} epochs of {images} "
-            f"images; D learns so few by heart. Lower it{remedy}"
+            f"images; D learns so few by heart. Lower it to {most_steps}{remedy}"
         )
     return lines
 

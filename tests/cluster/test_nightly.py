@@ -92,3 +92,14 @@ def test_a_series_that_ends_says_so(program: Program, path: str) -> None:
     )
     assert "NO NEXT NIGHT: submit slurm/nightly.sh again" in done.stdout
     assert "not in a Slurm job" in done.stdout  # evaluate.sh, afterwards
+
+
+def test_outside_a_job_no_night_is_submitted(program: Program, path: str) -> None:
+    """The message comes at once: sbatch is not called, and called again after a pause."""
+    program("sbatch", "echo submitted")
+    done = subprocess.run(
+        ["bash", "slurm/nightly.sh"], cwd=REPO, env={"PATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "not in a Slurm job" in done.stdout
+    assert "submitted" not in done.stdout

@@ -42,9 +42,10 @@ def test_values_that_are_rarely_meant_are_said(
     ],
 )
 def test_too_few_images_are_said(overrides: tuple[str, ...], images: int, lines: list[str]) -> None:
-    """More in a batch than in the data; more than a thousand epochs."""
+    """More in a batch than in the data; more than a thousand epochs, and the steps of so many."""
     config = load("configs/dcgan_64.yaml", ["train.total_steps=10", *overrides])
     found = data_cautions(config, images)
+    assert all("Lower it to 100000, or" in line for line in found if "epochs" in line)
     assert [line[: len(start)] for line, start in zip(found, lines, strict=True)] == lines
 
 
