@@ -39,7 +39,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from pipeline.runs.step_folders import SNAPSHOTS, committed
+from pipeline.runs.step_folders import CHECKPOINTS, SNAPSHOTS, committed
 from pipeline.runtime.arguments import HelpFormatter, adder, file_ending_in, integer, number, seed
 from pipeline.runtime.errors import GenerationError, exit_on_user_error
 from pipeline.runtime.files import check_output_path
@@ -126,6 +126,11 @@ def _find_snapshot(options: argparse.Namespace) -> str:
         return str(path)
     snapshots = committed(path, SNAPSHOTS)
     if not snapshots and not options.best:
+        if checkpoints := committed(path, CHECKPOINTS):
+            raise GenerationError(
+                f"--run ({path}): has no snapshot yet; training writes one every "
+                f"train.checkpoint_every steps. Use its checkpoint: --checkpoint {checkpoints[-1]}"
+            )
         near = sorted(str(p.parent) for p in path.parent.glob("*/snapshots"))[:10]
         raise GenerationError(
             f"--run ({path}): has no snapshot; training writes one with each checkpoint. "

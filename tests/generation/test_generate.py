@@ -954,6 +954,10 @@ def test_a_hub_folder_is_not_pushed_with_one_byte_changed(
         (["grid", "--run", "x" * 300, "--out", "x.png"], "cannot be read"),
         (["hub", "--run", "S", "--out", "h", "--license", "a: b"], "must be an identifier"),
         (["grid", "--run", "R", "--out", "x.png"], "--run (R): has no snapshot"),
+        (
+            ["grid", "--run", "S/stopped", "--out", "x.png"],
+            "--checkpoint S/stopped/checkpoints/step_00000006",
+        ),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(
@@ -961,6 +965,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(
 ) -> None:
     """All of these end before torch is imported."""
     (tmp_path / "S" / "snapshots" / "step_00000001").mkdir(parents=True)
+    (tmp_path / "S" / "stopped" / "checkpoints" / "step_00000006").mkdir(parents=True)
     command = [sys.executable, "-m", "pipeline.generate", *words]
     env = os.environ | {"PYTHONPATH": str(REPO)}
     done = subprocess.run(
