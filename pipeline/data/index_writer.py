@@ -38,7 +38,7 @@ class Sums:
     """What an index says about the rows of its table, found while they pass by."""
 
     def __init__(self) -> None:
-        self.rows = 0
+        self.rows, self._counted = 0, 0
         self._parts: list[str] = []
         self._open, self._room = hashlib.sha256(), PART
         self._labels: Counter[int] = Counter()
@@ -48,7 +48,7 @@ class Sums:
         """Take the next rows."""
         self.rows += len(rows)
         self._uncounted.append(rows["label"].copy())
-        if sum(map(len, self._uncounted)) >= COLUMN:
+        if self.rows - self._counted >= COLUMN:
             self._count()
         while len(rows):
             self._open.update(rows[: self._room].tobytes())
@@ -59,6 +59,7 @@ class Sums:
     def _count(self) -> None:
         labels, counts = np.unique(np.concatenate(self._uncounted), return_counts=True)
         self._uncounted.clear()
+        self._counted = self.rows
         if len(self._labels) <= index_fields.MOST_LABELS:
             self._labels.update(dict(zip(labels.tolist(), counts.tolist(), strict=True)))
 
