@@ -27,7 +27,7 @@ from pipeline.runtime.text import printable
 
 OTHER_FILES = 256
 """Descriptors that are left to the rest of the process: checkpoints, logs, W&B, sockets."""
-FEWEST_OPEN, EVICTABLE_OPEN = 8, 64
+FEWEST_OPEN = 8
 LOOK_SECONDS = 1.0
 """How often open shards are looked at: one that was written to is compared again."""
 
@@ -50,8 +50,6 @@ class Reader:
         self._written: dict[int, tuple[int, int]] = {}  # size and time of the last change
         self._looked = time.monotonic()
         self._room = max(FEWEST_OPEN, raise_open_files() - OTHER_FILES)
-        if index.is_remote and cache.limit:  # evicted files take room on the disk while open
-            self._room = min(self._room, EVICTABLE_OPEN)
         fields = {shard.field or index.field for shard in index.shards}
         self._decoders = {field: decoder(field, index.shape) for field in fields}
         # Raw pixels behind this header are read to their place, without a copy in between.
@@ -140,10 +138,12 @@ class Reader:
         raise DataError(f"data.shards ({self.index.location}): every sample is damaged.")
 
     def _look(self) -> None:
-        """Close the shards that were written to since they were opened, if they are still right.
+        """Close the shards that were evicted or written to since they were opened.
 
-        The time of the last change alone is no fault: on some clusters users touch their files.
+        Local ones that were written to are compared first: the time of the last change alone is no
+        fault, on some clusters users touch their files.
         """
+        self._close_evicted()
         for number, file in list(self._files.items()):
             if _written(file) != self._written[number]:
                 os.close(self._files.pop(number))
@@ -151,6 +151,12 @@ class Reader:
                 if not self.cache.is_copied(shard):  # ``Cache`` compares copies itself
                     check_bytes(self.cache.path(shard), shard, self.cache.stop)
         self._looked = time.monotonic()
+
+    def _close_evicted(self) -> None:
+        """Close the copies that were evicted: the disk has their room again only then."""
+        for number, file in list(self._files.items()) if self.cache.limit else ():
+            if os.fstat(file).st_nlink == 0:
+                os.close(self._files.pop(number))
 
     def _open(self, number: int) -> int:
         while len(self._files) >= self._room:
@@ -164,6 +170,7 @@ class Reader:
             self._room = max(1, len(self._files) // 2)  # others of this process need some too
             _close(self._files)
             return self._open(number)
+        self._close_evicted()  # this download may have taken their place
         self._files[number], self._written[number] = file, _written(file)
         return file
 

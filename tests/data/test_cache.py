@@ -241,6 +241,31 @@ def test_eviction_removes_the_least_recently_used_copy_with_its_record(
     assert not checksums.record_of(other).exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/fd")
+def test_an_evicted_copy_takes_no_room_on_the_disk(
+    served: tuple[CountingServer, Index, Path],
+) -> None:
+    """A reader closes it, and downloads it again when it is read again: the limit is kept."""
+    server, index, copy = served
+    limit = 2 * max(shard.filesize for shard in index.shards) / 2**30
+    reader = Reader(index, Cache(index, str(copy.parent), limit))
+    out = np.empty((1, *index.shape), np.uint8)
+    starts = np.cumsum([0, *index.sizes[:-1]])
+    for turn in (1, 2):
+        for first in starts.tolist():
+            reader.read(np.array([first]), out)
+            opened = [
+                (os.readlink(file), file.stat().st_size)
+                for file in Path("/proc/self/fd").iterdir()
+                if file.is_symlink()
+            ]
+            copies = {name: size for name, size in opened if str(copy.parent) in name}
+            assert sum(copies.values()) <= limit * 2**30
+            assert not any("deleted" in name for name in copies)
+        asked = [server.gets[shard.url] for shard in index.shards if shard.nsamples]
+        assert min(asked) >= turn
+
+
 def test_a_name_as_long_as_a_file_system_allows(
     served: tuple[CountingServer, Index, Path], tmp_path: Path
 ) -> None:
