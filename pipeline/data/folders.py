@@ -9,14 +9,14 @@ import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.labels import NO_LABEL, Label, numbered, parse
 from pipeline.data.pictures import SUFFIXES
-from pipeline.data.source_files import is_hidden, open_zip
+from pipeline.data.source_files import is_hidden, open_zip, parts_of, suffix_of
 from pipeline.runtime.console import printable
 from pipeline.runtime.documents import NOT_DAMAGE, DamagedFile, parse_json, read_bytes
 from pipeline.runtime.errors import DataError
@@ -62,7 +62,7 @@ class Listing:
 
     def add(self, name: str, size: int) -> None:
         """Add a file; what is no image is counted by its extension."""
-        suffix = PurePosixPath(name).suffix.lower()
+        suffix = suffix_of(name).lower()
         if suffix in SUFFIXES or suffix == ".npy":
             self.names.append(name)
             self.sizes.append(size)
@@ -171,17 +171,18 @@ def list_zip(path: Path) -> tuple[Listing, list[tuple[int, str]]]:
             name = entry.filename.replace("\\", "/")  # as some tools of Windows write it
             if entry.is_dir() or name.endswith("/") or is_hidden(name):
                 continue
-            if PurePosixPath(name).name in NO_IMAGES:
+            last = name.rpartition("/")[2]
+            if last in NO_IMAGES:
                 continue
             if entry.flag_bits & 1:
                 raise DataError(f"SOURCE ({path}): encrypted; unpack it into a folder first.")
-            if PurePosixPath(name).name == LABEL_FILE and found.label_file is None:
+            if last == LABEL_FILE and found.label_file is None:
                 found.label_file = _label_member(archive, entry, path)
                 continue
             seen[name] += 1
-            suffix = PurePosixPath(name).suffix
-            stem = name.removesuffix(suffix)
-            unique = name if seen[name] == 1 else f"{stem} ({seen[name]}){suffix}"
+            suffix, unique = suffix_of(name), name
+            if seen[name] > 1:
+                unique = f"{name.removesuffix(suffix)} ({seen[name]}){suffix}"
             found.add(unique, entry.CRC)
             places[unique] = place, entry.filename
     if repeated := sum(n - 1 for name, n in seen.items() if n > 1):
@@ -218,7 +219,7 @@ def choose_split(found: Listing, split: str | None, source: str) -> Listing:
         DataError: the source has several parts, and none or another was named.
     """
     depth = common_depth(found.names)
-    tops = [PurePosixPath(name).parts[depth] for name in found.names]
+    tops = [parts_of(name)[depth] for name in found.names]
     parts = Counter(tops)
     if not parts or not all(map(SPLIT.fullmatch, parts)):
         return found
@@ -244,7 +245,7 @@ def choose_split(found: Listing, split: str | None, source: str) -> Listing:
 
 def common_depth(names: Sequence[str]) -> int:
     """Return the number of folders in which all images are, which are no classes."""
-    parts = [PurePosixPath(name).parts for name in names]
+    parts = [parts_of(name) for name in names]
     depth = 0
     while parts and all(len(p) > depth + 1 and p[depth] == parts[0][depth] for p in parts):
         if SPLIT.fullmatch(parts[0][depth]):
@@ -261,7 +262,7 @@ def labels_of(found: Listing, source: str) -> tuple[NDArray[np.int32], tuple[str
     if found.label_file is not None:
         return _by_file(found, found.label_file, source)
     depth = common_depth(found.names)
-    parts = [PurePosixPath(name).parts[depth:] for name in found.names]
+    parts = [parts_of(name)[depth:] for name in found.names]
     if parts and all(SPLIT.fullmatch(p[0]) for p in parts):
         parts = [p[1:] for p in parts]
     tops: list[Label] = [p[0] if len(p) > 1 else None for p in parts]
@@ -294,7 +295,7 @@ def _by_file(
             f'{field} must be {{"labels": [[name, class], ...]}}: {printable(str(error)[:100])}. '
             "Repair it, or remove it: the images are unlabelled then."
         ) from None
-    top = "/".join(PurePosixPath(found.names[0]).parts[: common_depth(found.names)])
+    top = "/".join(parts_of(found.names[0])[: common_depth(found.names)])
     prefixes = ("", f"{top}/") if top else ("",)
     labels: list[Label] = []
     for name in found.names:

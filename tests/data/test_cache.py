@@ -255,7 +255,7 @@ def test_an_evicted_copy_takes_no_room_on_the_disk(
         for first in starts.tolist():
             reader.read(np.array([first]), out)
             opened = [
-                (os.readlink(file), file.stat().st_size)
+                (str(file.readlink()), file.stat().st_size)
                 for file in Path("/proc/self/fd").iterdir()
                 if file.is_symlink()
             ]
