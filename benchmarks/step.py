@@ -211,7 +211,7 @@ PENALISED = {
     "tangent": [*BOTH, "stability.penalty=tangent"],
     "along": [*BOTH, "stability.penalty=along"],
     "random": [*BOTH, "stability.penalty=random"],
-    "tangent, half of the batch": [*BOTH, "stability.penalty_share=0.5"],
+    "exact, half of the batch": [*BOTH, "stability.penalty_share=0.5"],
     "random, half of the batch": [
         *(*BOTH, "stability.penalty=random", "stability.penalty_share=0.5")
     ],

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.config.recipe import EXACT_BEFORE, with_todays_keys
+from pipeline.config.recipe import with_todays_keys
 from pipeline.config.schema import Config, flatten
 
 CHOSEN = ("block", "window", "lanes")
@@ -33,9 +33,11 @@ def fixed_differences(
     before, after = flatten(Config()) | with_todays_keys(old), flatten(new)
     before |= {f"data.{key}": (chosen or {}).get(key, before[f"data.{key}"]) for key in CHOSEN}
     free |= {f"data.{key}" for key in CHOSEN if getattr(new.data, key) is None}
-    hints = {} if "stability.penalty" in old else {"stability.penalty": EXACT_BEFORE}
+    gammas = ("stability.r1_gamma", "stability.r2_gamma", "schedule.r1_gamma", "schedule.r2_gamma")
+    if not any(values[key] for values in (before, after) for key in gammas):
+        free.add("stability.penalty")  # nothing is computed by it
     return [
-        f"{key}: {before[key]} -> {after[key]}{hints.get(key, '')}"
+        f"{key}: {before[key]} -> {after[key]}"
         for key in after
         if key not in free and before[key] != after[key]
     ]

@@ -16,7 +16,6 @@ ACCEPTABLE = (
     *("train.ema_", "train.mirror", "train.grad_dtype"),
 )
 """Keys, or their beginnings, that a resume may change with ``run.accept_changes``."""
-EXACT_BEFORE = " (earlier versions computed exact: stability.penalty=exact resumes the run)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +27,11 @@ class StabilityConfig:
     r2_gamma: float = 0.0
     """Weight gamma of the R2 penalty, 0 to 1000000: the same at generated images. 0 = off. Set it
     to r1_gamma with model.loss=relativistic."""
-    penalty: Literal["tangent", "along", "random", "exact"] = "tangent"
-    """How R1 and R2 are computed. tangent: exactly, by a directional derivative along the gradient.
-    exact: the same by double backward, as earlier versions did. along, random: by a finite
-    difference along the gradient or in a random direction per image; random needs batches of 1024
-    or more. torch.compile leaves the penalised passes of all but random uncompiled."""
+    penalty: Literal["exact", "tangent", "along", "random"] = "exact"
+    """How R1 and R2 are computed. exact: by double backward. tangent: the same by a directional
+    derivative along the gradient. along, random: by a finite difference along the gradient or in a
+    random direction per image; random needs batches of 1024 or more. torch.compile leaves the
+    penalised passes of all but random uncompiled."""
     penalty_share: float = 1.0
     """Share of each micro-batch that R1 and R2 are computed on, above 0 and at most 1. Below 1, D
     must have no BatchNorm."""
@@ -75,6 +74,4 @@ def with_todays_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(values)
     if found.pop("model.spectral_norm", False):
         found["model.d_norm"] = "spectral"
-    if found.get("stability.r1_gamma"):
-        found.setdefault("stability.penalty", "exact")  # there was no other
     return found

@@ -2,9 +2,9 @@
 
 The layers between a vector and the 4x4 map are always matrix products: convolution kernels take
 several times as long for them. The strided convolutions in between are PyTorch's own, except for
-the weight gradient of wide layers in bf16 on the CPU. There oneDNN runs at a quarter to three
-quarters of the speed of a matrix product (``benchmarks/step.py``), so the gradient is computed as
-one product: the same sums of bf16 factors, accumulated in float32.
+the weight gradient of wide layers on the CPU, in bf16 and without autocast. There oneDNN runs at a
+quarter to three quarters of the speed of a matrix product (``benchmarks/step.py``), so the gradient
+is computed as one product: the same sums of the same factors, accumulated in float32.
 """
 
 from __future__ import annotations
@@ -93,9 +93,10 @@ class Down(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the smaller map: (N, in, 2h, 2w) float -> (N, out, h, w)."""
-        if self.bias is not None or not _use_matrix_product(self.weight, x):
+        dtype = _dtype_of_product(self.weight, x)
+        if self.bias is not None or dtype is None:
             return super().forward(x)
-        y: Tensor = _StridedConvolution.apply(x.bfloat16(), self.weight.bfloat16(), False)
+        y: Tensor = _StridedConvolution.apply(x.to(dtype), self.weight.to(dtype), False)
         return y
 
 
@@ -108,23 +109,25 @@ class Up(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return the larger map: (N, in, h, w) float -> (N, out, 2h, 2w)."""
-        if not _use_matrix_product(self.weight, x):
+        if (dtype := _dtype_of_product(self.weight, x)) is None:
             return super().forward(x, output_size)
-        y: Tensor = _StridedConvolution.apply(x.bfloat16(), self.weight.bfloat16(), True)
+        y: Tensor = _StridedConvolution.apply(x.to(dtype), self.weight.to(dtype), True)
         return y
 
 
-def _use_matrix_product(weight: Tensor, x: Tensor) -> bool:
-    return (
-        weight.shape[0] >= MIN_CHANNELS
-        and x.device.type == "cpu"
-        and weight.requires_grad
-        and torch.is_grad_enabled()
-        and torch.is_autocast_enabled("cpu")
-        and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        and not torch.compiler.is_compiling()
-        and not has_tangent(x)  # _StridedConvolution has no forward mode
-    )
+def _dtype_of_product(weight: Tensor, x: Tensor) -> torch.dtype | None:
+    """Return the dtype of a convolution whose weight gradient is a matrix product; None: no."""
+    if (
+        weight.shape[0] < MIN_CHANNELS
+        or x.device.type != "cpu"
+        or not (weight.requires_grad and torch.is_grad_enabled())
+        or torch.compiler.is_compiling()
+        or has_tangent(x)  # _StridedConvolution has no forward mode
+    ):
+        return None
+    if not torch.is_autocast_enabled("cpu"):
+        return weight.dtype
+    return torch.bfloat16 if torch.get_autocast_dtype("cpu") == torch.bfloat16 else None
 
 
 class _StridedConvolution(torch.autograd.Function):

@@ -387,7 +387,7 @@ def test_a_wrong_type_or_form_is_refused(write, override, reason):
         ("tracking.timeout=501", "between 0 and 500"),
         ("stability.r1_every=0", "at least 1"),
         ("stability.penalty_share=0", "above 0 and at most 1"),
-        ("stability.penalty=double", "must be one of tangent, along, random, exact"),
+        ("stability.penalty=double", "must be one of exact, tangent, along, random"),
         ("stability.label_smoothing=0.5", "in [0, 0.5)"),
         ("stability.augment=[color,blur]", "any of color, translation, cutout"),
         ("stability.augment=[color,color]", "any of color, translation, cutout"),
@@ -414,7 +414,7 @@ EXACT = ("train.micro_batch=16", "train.exact_sum=true")
         ),
         (
             ["train.sync_batchnorm=true", "stability.r2_gamma=1"],
-            "must be false with stability.r2_gamma and stability.penalty=tangent, unless",
+            "must be false with stability.r2_gamma and stability.penalty=exact, unless",
         ),
         (
             ["train.precision=fp16", "schedule.r2_gamma=1", "schedule.end=9"],
@@ -465,16 +465,17 @@ def test_the_old_name_of_spectral_norm_is_read_where_a_run_wrote_it(write):
     assert fixed_differences(before, Config()) == ["model.d_norm: spectral -> batch"]
 
 
-def test_a_run_of_before_resumes_with_the_exact_penalty(write):
-    """R1 was computed by double backward; a resume says so and names the option."""
-    before = flatten(load(write(""), ["stability.r1_gamma=1"]))
-    del before["stability.penalty"]
-    (line,) = fixed_differences(before, load(write(""), ["stability.r1_gamma=1"]))
-    assert line.startswith("stability.penalty: exact -> tangent (earlier versions computed exact: ")
-    exact = load(write(""), ["stability.r1_gamma=1", "stability.penalty=exact"])
-    assert fixed_differences(before, exact) == []
-    del before["stability.r1_gamma"]
-    assert fixed_differences(before, load(write(""))) == []
+@pytest.mark.parametrize("gamma", ["stability.r1_gamma", "schedule.r2_gamma"])
+def test_a_resume_keeps_the_way_of_a_penalty(write, gamma):
+    """It computes other bits; without a penalty it computes nothing and is free."""
+    words = [f"{gamma}=1", *(["schedule.end=9"] if gamma.startswith("schedule") else [])]
+    before = flatten(load(write(""), [*words, "stability.penalty=tangent"]))
+    changed = fixed_differences(before, load(write(""), words))
+    assert changed == ["stability.penalty: tangent -> exact"]
+    del before["stability.penalty"]  # of a version that computed exact alone
+    assert fixed_differences(before, load(write(""), words)) == []
+    without = flatten(load(write(""), ["stability.penalty=tangent"]))
+    assert fixed_differences(without, load(write(""))) == []
 
 
 # -- interpolations -----------------------------------------------------------------------------
