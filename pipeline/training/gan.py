@@ -87,9 +87,12 @@ class GAN:
         )
         self._G, self._D = (distribute(accelerator, n, config.train) for n in (self.G, self.D))
         model, device = config.model, accelerator.device
-        side = model.image_size
+        images = torch.zeros(
+            2, *(model.channels, model.image_size, model.image_size), device=device
+        )
+        y = [torch.zeros(2, dtype=torch.int64, device=device)] if model.num_classes else []
         settle_buckets(self._G, torch.zeros(2, model.z_dim + model.num_classes, device=device))
-        settle_buckets(self._D, torch.zeros(2, model.channels, side, side, device=device))
+        settle_buckets(self._D, images, *y)
         self.opt_G, self.opt_D = accelerator.prepare(opt_G, opt_D)
         mean = ExactMean if config.train.exact_sum else FloatMean
         self._mean_G = mean(accelerator, self._G, accumulation, num_terms=1)

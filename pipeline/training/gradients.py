@@ -52,7 +52,7 @@ def distribute(accelerator: Accelerator, network: nn.Module, train: TrainConfig)
     return wrapped  # type: ignore[no-any-return]
 
 
-def settle_buckets(network: nn.Module, inputs: Tensor) -> None:
+def settle_buckets(network: nn.Module, *inputs: Tensor) -> None:
     """Let DDP choose its buckets by a pass whose gradients are dropped; no-op without DDP.
 
     By default DDP chooses them after the first backward pass of the process. The first step of a
@@ -61,11 +61,14 @@ def settle_buckets(network: nn.Module, inputs: Tensor) -> None:
 
     Args:
         network: in its wrapper.
-        inputs: two of what it takes, zeros.
+        inputs: two of each that it takes, zeros.
     """
     if isinstance(network, DistributedDataParallel):
-        network(inputs).sum().backward()
+        before = [(buffer, buffer.clone()) for buffer in network.buffers()]
+        network(*inputs).sum().backward()
         network.zero_grad(set_to_none=True)
+        for buffer, values in before:  # spectral norm's vectors, which a pass changes
+            buffer.data.copy_(values)
 
 
 class FloatMean:

@@ -55,7 +55,7 @@ CASES = {
         PLAIN, train=replace(PLAIN.train, micro_batch=6)
     ),
     "all at once": ALL,
-    "double backward": replace(ALL, stability=replace(ALL.stability, penalty="exact")),
+    "tangent": replace(ALL, stability=replace(ALL.stability, penalty="tangent")),
     "relativistic": PAIRS,
     "mlp": MLP,
     "bf16": replace(ALL, train=replace(ALL.train, precision="bf16")),
