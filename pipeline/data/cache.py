@@ -66,6 +66,8 @@ class Cache:
         needs_default = index.is_remote and not folder
         self.folder = node_folder() if needs_default else Path(folder).expanduser()
         self.limit = int(limit_gib * 2**30)
+        self.waited, self.fetched = 0.0, 0
+        """Seconds that ``path`` took beyond finding a copy, and bytes that it downloaded."""
 
     def is_copied(self, shard: Shard) -> bool:
         """Return whether a shard is remote: what is read is a copy of it."""
@@ -87,7 +89,7 @@ class Cache:
         """
         if not self.is_copied(shard):
             return Path(self.index.place_of(shard)).expanduser()
-        target = self._target(shard)
+        target, began = self._target(shard), time.monotonic()
         try:
             if not is_compared(target, shard.sha256, record=not anew):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -97,6 +99,7 @@ class Cache:
                     # Another process of this node may have been first.
                     if not is_compared(target, shard.sha256, record=not anew):
                         self._obtain(shard, target)
+                self.waited += time.monotonic() - began
             elif self.limit:
                 with contextlib.suppress(FileNotFoundError):  # another process evicted it just now
                     os.utime(record_of(target))
@@ -137,12 +140,21 @@ class Cache:
             aside = set_file_aside(target)
             name = printable(str(target))
             say(f"{name}: {fault}: set aside as {printable(aside.name)} and downloaded again")
-        self._make_room(shard.filesize)
-        for abandoned in self._partials(target):  # no other download is in progress
+        for abandoned in self._partials(target):  # no other download of it is in progress
             abandoned.unlink(missing_ok=True)
+        self._make_room(shard.filesize)
         url = self.index.place_of(shard)
         fetch(url, target, shard.sha256, size=shard.filesize, stop=self.stop)
+        self.fetched += shard.filesize
         remember(target, shard.sha256, record=True)
+
+    def _arriving(self) -> int:
+        """Return the number of downloads in progress; shards of a set have about one size."""
+        live, count = time.time() - LOCK_SECONDS, 0
+        for path in self.folder.glob("*.tar.*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                count += path.stat().st_mtime > live
+        return count
 
     def announce(self) -> None:
         """Say once where the copies of remote shards are kept; only the first rank of a node does.
@@ -195,8 +207,29 @@ class Cache:
         name = shard.url.encode()[-LONGEST_NAME:].decode(errors="ignore")
         return self.folder / f"{shard.sha256[:16]}-{name}"
 
+    def held(self) -> list[int]:
+        """Return the numbers of the shards of which there are copies."""
+        return [k for k, one in enumerate(self.index.shards) if self._target(one).exists()]
+
+    def used(self) -> int:
+        """Return the bytes of all copies in the folder, of other sets too."""
+        return sum(size_of(path) for path in self.folder.glob("*.tar"))
+
+    def release(self, shard: Shard) -> None:
+        """Let a copy be the next that is evicted, unless a process uses it anew before."""
+        with contextlib.suppress(OSError):
+            os.utime(record_of(self._target(shard)), (0, 0))
+
+    def evict(self, shard: Shard) -> None:
+        """Remove a copy that was released, unless a process has used it since."""
+        target = self._target(shard)
+        with contextlib.suppress(OSError):
+            if record_of(target).stat().st_mtime == 0:
+                target.unlink(missing_ok=True)
+                record_of(target).unlink(missing_ok=True)
+
     def _make_room(self, needed: int) -> None:
-        """Evict the least recently used shards. A process that has one mapped can still read it."""
+        """Evict the least recently used copies. A process that has one open can still read it."""
         if not self.limit:
             return
         kept = []
@@ -204,7 +237,7 @@ class Cache:
             with contextlib.suppress(FileNotFoundError):  # another process evicts too
                 used = record_of(path) if record_of(path).exists() else path
                 kept.append((used.stat().st_mtime, path.stat().st_size, path))
-        total = sum(size for _, size, _ in kept)
+        total = sum(size for _, size, _ in kept) + needed * self._arriving()
         for _, size, path in sorted(kept):
             if total + needed <= self.limit:
                 break

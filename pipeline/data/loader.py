@@ -12,8 +12,7 @@ one rank only.
 
 from __future__ import annotations
 
-import math
-import mmap
+import itertools
 import os
 import sys
 import warnings
@@ -36,9 +35,11 @@ from pipeline.data.background import (
     signals_left_to_the_parent,
 )
 from pipeline.data.cache import Cache, check_shards, hashed_later, node_folder
+from pipeline.data.fetcher import Fetcher, Traffic, fetches_ahead
 from pipeline.data.order import Order
 from pipeline.data.reader import Reader
 from pipeline.data.remote import Patience, raise_on_stop
+from pipeline.data.ring import Ring, make_ring
 from pipeline.data.shards import Index, read_index
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import DataError, UserError, as_user_error
@@ -151,6 +152,9 @@ class Loader:
         self.rank, self.world_size = rank, world_size
         self.cache = Cache(index, config.data.cache_dir, config.data.cache_gib, Patience())
         self._check: BackgroundCheck | None = None
+        self._fetcher: Fetcher | None = None
+        self.traffic: Traffic | None = None
+        """Of a run that downloads shards while it trains."""
         self._damaged: set[int] = set()
 
     def batches(self, start: int = 0) -> Generator[Batch, None, None]:
@@ -163,10 +167,9 @@ class Loader:
         rows = data.batch_size // self.world_size
         processes = max(1, data.workers)
         slots = data.prefetch + 2  # queued ahead, plus the one in use and the one before it
-        ring = _Ring(
-            _shared(torch.uint8, processes, slots, rows, *self.index.shape),
-            _shared(torch.int64, processes, slots, 3, rows),
-        )
+        ring = make_ring(processes, slots, rows, self.index.shape)
+        if fetches_ahead(self.config, self.cache):
+            self.traffic = Traffic(processes)
         batches = _WorkerBatches(self, ring, start)
         options: dict[str, Any] = {}
         if data.workers:
@@ -183,10 +186,19 @@ class Loader:
         with signals_left_to_the_parent(), warnings.catch_warnings():
             # Python 3.12 warns of fork beside threads; workers touch nothing that others lock.
             warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
-            if hashed_later(self.index, data.verify) and os.environ.get("LOCAL_RANK", "0") == "0":
-                self._check = BackgroundCheck(self.index, self.order, start * data.batch_size)
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                self._start_helpers(start)
             items = self._started(loader)
-        return self._deliver(items, ring)
+        return self._deliver(items, ring, start)
+
+    def _start_helpers(self, start: int) -> None:
+        """Fork the processes of which a node has one."""
+        if hashed_later(self.index, self.config.data.verify):
+            positions = start * self.config.data.batch_size
+            self._check = BackgroundCheck(self.index, self.order, positions)
+        if self.traffic is not None:
+            parts, ranks = (self.config, self.cache, self.order), (self.rank, self.world_size)
+            self._fetcher = Fetcher(*parts, ranks=ranks, start=start, traffic=self.traffic)
 
     def _started(self, loader: DataLoader[Any]) -> Iterator[Any]:
         raise_open_files()  # each worker takes several pipes
@@ -204,10 +216,12 @@ class Loader:
             sys.unraisablehook = show
         raise DataError(message)
 
-    def _deliver(self, items: Iterator[Any], ring: _Ring) -> Generator[Batch, None, None]:
+    def _deliver(
+        self, items: Iterator[Any], ring: Ring, start: int
+    ) -> Generator[Batch, None, None]:
         try:
             with page_locked(ring.images):  # after the fork: it is this process's lock
-                while True:
+                for k in itertools.count(start):
                     try:
                         item = next(items)
                     except RuntimeError as error:  # DataLoader's word for a worker that has died
@@ -218,13 +232,16 @@ class Loader:
                         raise item
                     if self._check is not None:
                         self._check.raise_if_faulty()
+                    if self.traffic is not None:
+                        self.traffic.state[0] = k
                     labels, ids, wanted = ring.numbers[item].numpy().copy()
                     self._say_replaced(wanted[wanted != ids], ids[wanted != ids])
                     yield Batch(ring.images[item], labels, ids)
         finally:
             del items  # the last reference: the workers end, even if a traceback holds the frame
-            if self._check is not None:
-                self._check.close()
+            for helper in (self._check, self._fetcher):
+                if helper is not None:
+                    helper.close()
 
     def _say_replaced(self, damaged: NDArray[np.int64], used: NDArray[np.int64]) -> None:
         for bad, good in zip(damaged.tolist(), used.tolist(), strict=True):
@@ -264,20 +281,10 @@ class Loader:
         return self.order.rows(k, batch, self.rank * rows, (self.rank + 1) * rows)[1]
 
 
-class _Ring(NamedTuple):
-    """The shared memory of the workers, by worker and slot."""
-
-    images: Tensor
-    """(workers, slots, n, H, W, C) uint8."""
-    numbers: Tensor
-    """(workers, slots, 3, n) int64: labels, ids, and ids that the order says: of samples that were
-    damaged the two differ."""
-
-
 class _WorkerBatches(IterableDataset[Any]):
     """The local batches of one worker, decoded into its slots of the ring."""
 
-    def __init__(self, loader: Loader, ring: _Ring, start: int) -> None:
+    def __init__(self, loader: Loader, ring: Ring, start: int) -> None:
         self.loader, self.ring, self.start = loader, ring, start
 
     def __iter__(self) -> Iterator[Any]:
@@ -303,17 +310,10 @@ class _WorkerBatches(IterableDataset[Any]):
                 # DataLoader would wrap a raised error in a traceback of its own.
                 yield as_user_error(error) or DataError(str(error))
                 return
+            if self.loader.traffic is not None:
+                self.loader.traffic.note(worker, self.loader.cache)
             yield worker, slot
             k, turn = k + workers, turn + 1
-
-
-def _shared(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Return zeros that forked workers share.
-
-    The memory is anonymous: a container's small /dev/shm does not limit it.
-    """
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _identity(item: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -39,6 +39,8 @@ class Meter:
     ) -> None:
         self._accelerator, self._images_per_step = accelerator, images_per_step
         self._exact, self._flop, self._peak = exact, flop, peak
+        self.traffic: Callable[[int], dict[str, float]] | None = None
+        """Returns the metrics of downloads in as many steps; None = none are made."""
         self.reset()
 
     def reset(self) -> None:
@@ -95,6 +97,8 @@ class Meter:
             "perf/upkeep": self._upkeep / elapsed,
             "progress/kimg": step * self._images_per_step / 1000,
         }
+        if self.traffic is not None:
+            values |= self.traffic(self._steps)
         if self._flop:
             values["perf/tflops"] = tflops = images_per_sec * self._flop / 1e12
             if self._peak:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import signal
 import socket
@@ -97,12 +98,22 @@ def plain_server(big: Index, tmp_path: Path) -> Iterator[tuple[str, Path]]:
 def test_a_training_reads_big_shards_without_byte_ranges(
     plain_server: tuple[str, Path], tiny_config: Path, tmp_path: Path
 ) -> None:
-    """One GET for each shard, into the job's folder on the node, which the log names once."""
+    """One GET for each shard, into the job's folder on the node, which the log names once.
+
+    A window is set, so that they are downloaded during the run: its rows say what that took.
+    """
     url, log = plain_server
     job, run_dir = tmp_path / "job", tmp_path / "run"
     job.mkdir()
-    settings = (f"data.shards={url}", f"run.dir={run_dir}", "train.total_steps=5")
+    settings = (
+        *(f"data.shards={url}", f"run.dir={run_dir}", "train.total_steps=5"),
+        *("data.block=3000", "data.window=3010", "train.log_every=1"),
+    )
     output = train(1, tiny_config, *settings, SLURM_TMPDIR=str(job))
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["perf/fetch_wait"] > 0
+    assert max(row["perf/fetch_mb_per_sec"] for row in rows) > 0
+    assert all(row["perf/cache_gib"] >= 0 for row in rows)
     folder = job / f"dcgan-pipeline-{os.getuid()}" / "shards"
     assert output.count(f"kept in {folder} (data.cache_dir)\n") == 1
     assert len(list(folder.glob("*.tar"))) == 2
