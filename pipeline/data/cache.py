@@ -209,7 +209,8 @@ class Cache:
 
     def held(self) -> list[int]:
         """Return the numbers of the shards of which there are copies."""
-        return [k for k, one in enumerate(self.index.shards) if self._target(one).exists()]
+        here = set(self.folder.glob("*.tar"))
+        return [k for k, one in enumerate(self.index.shards) if self._target(one) in here]
 
     def used(self) -> int:
         """Return the bytes of all copies in the folder, of other sets too."""

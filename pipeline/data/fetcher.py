@@ -104,18 +104,19 @@ class Fetcher:
         start: int,
         traffic: Traffic,
     ) -> None:
-        self._config, self._cache, self._order = config, copy.copy(cache), order
+        self._config, self._cache = config, copy.copy(cache)
         first, world_size = ranks
-        rows, last = (
-            config.data.batch_size // world_size,
-            min(first + local_world_size(), world_size),
-        )
-        self._rows = slice(first * rows, last * rows)
-        self._start, self._state, self._parent = start, traffic.state, os.getpid()
-        self._state[0], self._patience = start - 1, Patience()
+        rows, last = config.data.batch_size // world_size, first + local_world_size()
+        node = slice(first * rows, min(last, world_size) * rows)
+        self._plan = self.plan_of(config, cache, order, node, start)
+        self._state, self._parent, self._patience = traffic.state, os.getpid(), Patience()
+        self._state[0] = start - 1
         self._shards, self._said, self._not_before = cache.index.shards, False, 0.0
         self._queue = deque[Fetch]()
         self._running: dict[Future[int], Fetch] = {}
+        if cache.limit and cache.used():  # the first workers must not evict what will be needed
+            for fetch in self._plan.until(start - 1):
+                self._take(fetch)
         context = multiprocessing.get_context("fork")
         self._process = context.Process(target=self._work, daemon=True, name="fetcher")
         self._process.start()
@@ -145,11 +146,10 @@ class Fetcher:
         """Carry out the plan, in the process that was forked."""
         leave_signals_to_parent()
         self._cache.stop = self._leaves
-        parts = self._config, self._cache, self._order, self._rows, self._start
-        plan, looked = self.plan_of(*parts), 0.0
+        looked = 0.0
         with ThreadPoolExecutor(CONNECTIONS) as self._pool:
             while not self._leaves():
-                for fetch in plan.until(int(self._state[0])):
+                for fetch in self._plan.until(int(self._state[0])):
                     self._take(fetch)
                     self._go_on()
                     if self._leaves():

@@ -24,7 +24,7 @@ from pipeline.data.order import Order
 
 FAR = 1 << 62
 """The batch of a next use that lies beyond what was looked at."""
-LOOKED_AT_FIRST, PER_BATCH = 4096, 64
+LOOKED_AT_FIRST, PER_BATCH = 1024, 64
 """Batches of the future that are looked at for the first eviction, and more for each batch since:
 a look at all of it would delay the start."""
 

@@ -81,7 +81,8 @@ class InputReader(Iterator[Inputs]):
         self._accelerator = accelerator
         self._loader = Loader(config, index, order, rank, ranks)
         self._batches = self._loader.batches(start)
-        meter.traffic = self._loader.traffic and self._loader.traffic.row
+        traffic = self._loader.traffic
+        meter.traffic = traffic.row if traffic is not None else None
 
     def __next__(self) -> Inputs:
         """Return the inputs of the next update of D.
