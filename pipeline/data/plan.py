@@ -116,7 +116,7 @@ class Plan:
 
     def shards_of(self, batch: int) -> list[int]:
         """Return the shards that this node's rows of a global batch lie in."""
-        ids = self._order.batch(batch, self._batch_size)[1][self._rows]
+        ids = self._order.rows(batch, self._batch_size, self._rows.start, self._rows.stop)[1]
         found: list[int] = np.unique(np.searchsorted(self._bounds, ids, side="right")).tolist()
         return found
 
