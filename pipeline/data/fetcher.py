@@ -39,9 +39,9 @@ PAUSE_SECONDS = 10.0
 LEAVE_SECONDS = 5.0
 
 
-def fetches_ahead(config: Config, cache: Cache) -> bool:
+def fetches_ahead(order: Order, cache: Cache) -> bool:
     """Return whether a run downloads shards while it trains; else they are here before step 1."""
-    in_turn = config.data.block > 1 and (config.data.window > 0 or cache.limit > 0)
+    in_turn = order.block > 1 and (order.window > 0 or cache.limit > 0)
     return cache.index.is_remote and in_turn
 
 

@@ -168,7 +168,7 @@ class Loader:
         processes = max(1, data.workers)
         slots = data.prefetch + 2  # queued ahead, plus the one in use and the one before it
         ring = make_ring(processes, slots, rows, self.index.shape)
-        if fetches_ahead(self.config, self.cache):
+        if fetches_ahead(self.order, self.cache):
             self.traffic = Traffic(processes)
         batches = _WorkerBatches(self, ring, start)
         options: dict[str, Any] = {}
