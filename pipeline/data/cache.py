@@ -152,8 +152,8 @@ class Cache:
         """Return the number of downloads in progress; shards of a set have about one size."""
         live, count = time.time() - LOCK_SECONDS, 0
         for path in self.folder.glob("*.tar.*.tmp"):
-            with contextlib.suppress(FileNotFoundError):
-                count += path.stat().st_mtime > live
+            with contextlib.suppress(FileNotFoundError):  # a record is written beside a copy
+                count += ".tar.verified." not in path.name and path.stat().st_mtime > live
         return count
 
     def announce(self) -> None:
