@@ -129,15 +129,15 @@ class Fetcher:
     @staticmethod
     def plan_of(config: Config, cache: Cache, order: Order, rows: slice, start: int) -> Plan:
         """Return the plan of a node that reads these rows of each global batch."""
-        data = config.data
+        data, ahead = config.data, read_ahead(config.data.workers, config.data.prefetch)
         return Plan(
             order,
             [shard.filesize for shard in cache.index.shards],
             batch_size=data.batch_size,
             rows=rows,
             start=start,
-            end=config.train.total_steps * config.optim.d_steps,
-            ahead=read_ahead(data.workers, data.prefetch),
+            end=config.train.total_steps * config.optim.d_steps + ahead,  # workers know no end
+            ahead=ahead,
             capacity=cache.limit or None,
             held=cache.held(),
         )
