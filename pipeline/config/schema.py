@@ -120,8 +120,7 @@ class DataConfig:
     """Folder on the local disk of each node for shards that are downloaded from a URL. "" = a
     folder in $SLURM_TMPDIR or $TMPDIR, else ~/.cache/dcgan-pipeline/shards; the log says which."""
     cache_gib: float = _may_change(0.0)
-    """Size limit of the cache in GiB; the shards that the run needs last are removed, or those that
-    no run has used for longest. 0 = no limit."""
+    """Size limit of the cache in GiB; the shards that are needed last are removed. 0 = no limit."""
     verify: Literal["auto", "sha256", "size"] = _may_change("auto")
     """How local shards are checked: sha256 = checksums of all bytes before the first step, auto =
     the same up to 2 GiB and during the first epoch above, size = file sizes only. Downloaded shards
